@@ -1,0 +1,57 @@
+/* cpu.h - what every hot CPU file includes first.
+ *
+ * Each hot file is compiled once per instruction-set level (SUBSPACE_LEVEL = baseline, avx2,
+ * avx512) and includes itself once per precision, so a function `name` becomes name_f32_avx2 and
+ * so on. cpu/kernels.c gathers a level's entry points in a table, cpu/dispatch.c picks the table.
+ */
+#ifndef SUBSPACE_CPU_H
+#define SUBSPACE_CPU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+#include <tgmath.h> /* sqrt(), exp(), ... follow the type of their argument */
+#include "check.h"
+#include "linalg.h"
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define LEVEL(name) PASTE(name, SUBSPACE_LEVEL)
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define CEIL_DIV(a, b) (((a) + (b)-1) / (b))
+
+/* Call fn for the type we compute in: float32 for everything but float64. */
+#define DISPATCH(dtype, fn, ...)                                                                                       \
+    return (dtype) == SUBSPACE_F64 ? LEVEL(fn##_f64)(__VA_ARGS__) : LEVEL(fn##_f32)(__VA_ARGS__)
+
+/* Carve `count` items off a workspace; with a NULL base it only adds up the size. */
+static inline void *carve(char *base, size_t *at, int64_t count, size_t item)
+{
+    void *here = base ? base + *at : NULL;
+    *at += ((size_t)MAX(count, 0) * item + 63) & ~(size_t)63;
+    return here;
+}
+
+/* Slot s of `slots` gets the part [*begin, *end) of [0, count): always the same part. */
+static inline void share(int64_t count, int64_t slot, int64_t slots, int64_t *begin, int64_t *end)
+{
+    *begin = count * slot / slots;
+    *end = count * (slot + 1) / slots;
+}
+
+/* The entry points of one level, see kernels.c. */
+typedef struct subspace_kernels {
+    const char *name;
+    size_t (*logits_workspace)(const subspace_ctx *, const subspace_logits_args *);
+    subspace_status (*logits)(subspace_ctx *, const subspace_logits_args *);
+    subspace_status (*logits_backward)(subspace_ctx *, const subspace_logits_args *);
+    size_t (*cross_entropy_workspace)(const subspace_ctx *, const subspace_cross_entropy_args *);
+    subspace_status (*cross_entropy)(subspace_ctx *, const subspace_cross_entropy_args *);
+    subspace_status (*cross_entropy_backward)(subspace_ctx *, const subspace_cross_entropy_args *);
+    size_t (*rsgd_workspace)(const subspace_ctx *, const subspace_rsgd_args *);
+    subspace_status (*rsgd)(subspace_ctx *, const subspace_rsgd_args *);
+} subspace_kernels;
+
+#endif

@@ -1,0 +1,27 @@
+/* kernels.c - the table of one instruction-set level; dispatch.c chooses among the tables. */
+#include "cpu.h"
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+
+size_t LEVEL(subspace_logits_workspace)(const subspace_ctx *, const subspace_logits_args *);
+subspace_status LEVEL(subspace_logits)(subspace_ctx *, const subspace_logits_args *);
+subspace_status LEVEL(subspace_logits_backward)(subspace_ctx *, const subspace_logits_args *);
+size_t LEVEL(subspace_cross_entropy_workspace)(const subspace_ctx *, const subspace_cross_entropy_args *);
+subspace_status LEVEL(subspace_cross_entropy)(subspace_ctx *, const subspace_cross_entropy_args *);
+subspace_status LEVEL(subspace_cross_entropy_backward)(subspace_ctx *, const subspace_cross_entropy_args *);
+size_t LEVEL(subspace_rsgd_workspace)(const subspace_ctx *, const subspace_rsgd_args *);
+subspace_status LEVEL(subspace_rsgd)(subspace_ctx *, const subspace_rsgd_args *);
+
+extern const subspace_kernels LEVEL(subspace_kernels);
+const subspace_kernels LEVEL(subspace_kernels) = {
+    .name = STRING(SUBSPACE_LEVEL),
+    .logits_workspace = LEVEL(subspace_logits_workspace),
+    .logits = LEVEL(subspace_logits),
+    .logits_backward = LEVEL(subspace_logits_backward),
+    .cross_entropy_workspace = LEVEL(subspace_cross_entropy_workspace),
+    .cross_entropy = LEVEL(subspace_cross_entropy),
+    .cross_entropy_backward = LEVEL(subspace_cross_entropy_backward),
+    .rsgd_workspace = LEVEL(subspace_rsgd_workspace),
+    .rsgd = LEVEL(subspace_rsgd),
+};

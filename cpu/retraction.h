@@ -1,0 +1,226 @@
+/* retraction.h - the k x k half of a Riemannian step, in double.
+ *
+ * Every retraction on the Grassmannian is W' = f(X) W + a g(X) D with X = a^2 D D' (k x k):
+ *
+ *     geodesic   f = cos sqrt X            g = sinc sqrt X
+ *     polar      f = g = (I + X)^-1/2
+ *     qr         f = g = L^-1, L L' = I + X
+ *     cayley     f = (I + X/4)^-1 (I - X/4), g = (I + X/4)^-1
+ *
+ * Matrices are [ld, ld] with zeros outside [k, k]; ld is 4, 8, 16 or a larger multiple of 4, and
+ * the products are compiled for the small constants.
+ */
+#ifndef SUBSPACE_RETRACTION_H
+#define SUBSPACE_RETRACTION_H
+#include "cpu.h"
+
+typedef struct kxk { /* scratch and shape of the k x k algebra of one thread */
+    int64_t k, ld;
+    double *t0, *t1, *t2, *t3;
+} kxk;
+
+enum { KXK_SCRATCH = 4 };
+
+static inline __attribute__((always_inline)) void product_of(int64_t ld, bool transb, const double *restrict a,
+                                                             const double *restrict b, double *restrict c)
+{
+    for (int64_t i = 0; i < ld; i++) {
+        for (int64_t j = 0; j < ld; j++) c[i * ld + j] = 0;
+        for (int64_t l = 0; l < ld; l++) {
+            const double x = a[i * ld + l];
+            for (int64_t j = 0; j < ld; j++) c[i * ld + j] += x * (transb ? b[j * ld + l] : b[l * ld + j]);
+        }
+    }
+}
+
+/* c = a b; c is neither a nor b */
+static void product(const kxk *s, const double *a, const double *b, double *c)
+{
+    if (s->ld == 4) product_of(4, false, a, b, c);
+    else if (s->ld == 8) product_of(8, false, a, b, c);
+    else if (s->ld == 16) product_of(16, false, a, b, c);
+    else gemm_f64(false, false, s->ld, s->ld, s->ld, 1, a, s->ld, b, s->ld, 0, c, s->ld);
+}
+
+/* c = a b' */
+static void product_t(const kxk *s, const double *a, const double *b, double *c)
+{
+    if (s->ld == 4) product_of(4, true, a, b, c);
+    else if (s->ld == 8) product_of(8, true, a, b, c);
+    else if (s->ld == 16) product_of(16, true, a, b, c);
+    else gemm_f64(false, true, s->ld, s->ld, s->ld, 1, a, s->ld, b, s->ld, 0, c, s->ld);
+}
+
+/* a = alpha a + beta I */
+static inline void affine(const kxk *s, double alpha, double beta, double *a)
+{
+    for (int64_t i = 0; i < s->ld * s->ld; i++) a[i] *= alpha;
+    for (int64_t i = 0; i < s->k; i++) a[i * s->ld + i] += beta;
+}
+
+static inline void identity(const kxk *s, double *a)
+{
+    memset(a, 0, (size_t)(s->ld * s->ld) * sizeof *a);
+    for (int64_t i = 0; i < s->k; i++) a[i * s->ld + i] = 1;
+}
+
+static inline void copy(const kxk *s, const double *a, double *b)
+{
+    memcpy(b, a, (size_t)(s->ld * s->ld) * sizeof *a);
+}
+
+/* largest row sum of |a|: bounds every eigenvalue of a symmetric a */
+static inline double row_sum_norm(const kxk *s, const double *a)
+{
+    double norm = 0;
+    for (int64_t i = 0; i < s->k; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < s->k; j++) sum += fabs(a[i * s->ld + j]);
+        norm = MAX(norm, sum);
+    }
+    return norm;
+}
+
+/* f = cos sqrt X, g = sinc sqrt X, h = (cos sqrt X - 1) / X: entire functions, so a Horner series
+ * once X is scaled below 1, then the angle is doubled:
+ *     g(4X) = g f,   f(4X) = 2 f^2 - 1,   h(4X) = -g^2 / 2.          x is overwritten. */
+static void geodesic_series(const kxk *s, double *x, double tolerance, double *f, double *g, double *h)
+{
+    const int64_t size = s->ld * s->ld;
+    double norm = row_sum_norm(s, x), scale = 1;
+    int doublings = 0;
+    while (norm > 1 || (h && doublings == 0)) norm *= 0.25, scale *= 0.25, doublings++;
+    for (int64_t i = 0; i < size; i++) x[i] *= scale;
+    int terms = 1;
+    for (double next = norm / 2; next > tolerance; terms++) next *= norm / ((2. * terms + 1) * (2. * terms + 2));
+    identity(s, f), identity(s, g);
+    for (int j = terms; j > 0; j--) {
+        product(s, x, f, s->t0), copy(s, s->t0, f), affine(s, -1 / ((2. * j - 1) * (2. * j)), 1, f);
+        product(s, x, g, s->t0), copy(s, s->t0, g), affine(s, -1 / ((2. * j) * (2. * j + 1)), 1, g);
+    }
+    for (; doublings > 0; doublings--) {
+        if (h && doublings == 1) product(s, g, g, h), affine(s, -0.5, 0, h);
+        product(s, g, f, s->t0), copy(s, s->t0, g);
+        product(s, f, f, s->t0), copy(s, s->t0, f), affine(s, 2, -1, f);
+    }
+}
+
+/* Inverse of the lower Cholesky factor of an SPD a: a is overwritten by L, inv becomes L^-1. */
+static void cholesky_inverse(const kxk *s, double *a, double *inv)
+{
+    const int64_t k = s->k, ld = s->ld;
+    for (int64_t j = 0; j < k; j++) {
+        for (int64_t i = j; i < k; i++)
+            for (int64_t l = 0; l < j; l++) a[i * ld + j] -= a[i * ld + l] * a[j * ld + l];
+        const double d = sqrt(a[j * ld + j]);
+        for (int64_t i = j; i < k; i++) a[i * ld + j] /= d;
+    }
+    memset(inv, 0, (size_t)(ld * ld) * sizeof *inv);
+    for (int64_t j = 0; j < k; j++)
+        for (int64_t i = j; i < k; i++) {
+            double sum = i == j;
+            for (int64_t l = j; l < i; l++) sum -= a[i * ld + l] * inv[l * ld + j];
+            inv[i * ld + j] = sum / a[i * ld + i];
+        }
+}
+
+/* Cyclic Jacobi: a = V' diag(a) V with the eigenvectors in the rows of v; a is overwritten. */
+static void eigen(const kxk *s, double *a, double *v)
+{
+    const int64_t k = s->k, ld = s->ld;
+    identity(s, v);
+    for (int sweep = 0; sweep < 30; sweep++) {
+        double off = 0, diagonal = 0;
+        for (int64_t i = 0; i < k; i++) {
+            diagonal += a[i * ld + i] * a[i * ld + i];
+            for (int64_t j = 0; j < i; j++) off += a[i * ld + j] * a[i * ld + j];
+        }
+        if (!(off > 1e-34 * diagonal)) return;
+        for (int64_t p = 0; p < k; p++)
+            for (int64_t q = p + 1; q < k; q++) {
+                const double apq = a[p * ld + q];
+                if (apq == 0) continue;
+                const double theta = (a[q * ld + q] - a[p * ld + p]) / (2 * apq);
+                const double t = (theta >= 0 ? 1 : -1) / (fabs(theta) + sqrt(theta * theta + 1));
+                const double c = 1 / sqrt(t * t + 1), sn = t * c;
+                for (int64_t r = 0; r < k; r++) {
+                    const double x = a[r * ld + p], y = a[r * ld + q];
+                    a[r * ld + p] = c * x - sn * y, a[r * ld + q] = sn * x + c * y;
+                }
+                for (int64_t r = 0; r < k; r++) {
+                    const double x = a[p * ld + r], y = a[q * ld + r];
+                    a[p * ld + r] = c * x - sn * y, a[q * ld + r] = sn * x + c * y;
+                    const double vx = v[p * ld + r], vy = v[q * ld + r];
+                    v[p * ld + r] = c * vx - sn * vy, v[q * ld + r] = sn * vx + c * vy;
+                }
+            }
+    }
+}
+
+/* out = V' diag(values) V */
+static void from_eigen(const kxk *s, const double *v, const double *values, double *out)
+{
+    const int64_t k = s->k, ld = s->ld;
+    memset(out, 0, (size_t)(ld * ld) * sizeof *out);
+    for (int64_t e = 0; e < k; e++)
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j = 0; j < k; j++) out[i * ld + j] += values[e] * v[e * ld + i] * v[e * ld + j];
+}
+
+/* out = a^-1/2 of an SPD a (overwritten); false if a is singular in working precision */
+static bool inverse_root(const kxk *s, double *a, double *out)
+{
+    double *values = s->t2, least = INFINITY, most = 0;
+    eigen(s, a, s->t0);
+    for (int64_t i = 0; i < s->k; i++) {
+        const double e = a[i * s->ld + i];
+        least = MIN(least, e), most = MAX(most, e);
+        values[i] = 1 / sqrt(e);
+    }
+    if (!(least > 1e-12 * most)) return false;
+    from_eigen(s, s->t0, values, out);
+    return true;
+}
+
+/* f(X) and g(X), and h(X) where asked (geodesic only); x is overwritten. `exact`: by eigenvalues,
+ * for steps so long that a series would lose digits. */
+static void retraction(const kxk *s, subspace_retraction kind, bool exact, double tolerance, double *x, double *f,
+                       double *g, double *h)
+{
+    double *cosines = s->t2, *sincs = s->t3; /* [k] */
+    switch (kind) {
+    case SUBSPACE_GEODESIC:
+        if (!exact) {
+            geodesic_series(s, x, tolerance, f, g, h);
+            return;
+        }
+        eigen(s, x, s->t0);
+        for (int64_t i = 0; i < s->k; i++) {
+            const double angle = sqrt(MAX(x[i * s->ld + i], 0));
+            cosines[i] = cos(angle);
+            sincs[i] = angle > 1e-8 ? sin(angle) / angle : 1;
+        }
+        from_eigen(s, s->t0, cosines, f), from_eigen(s, s->t0, sincs, g);
+        return;
+    case SUBSPACE_POLAR:
+        affine(s, 1, 1, x);
+        eigen(s, x, s->t0);
+        for (int64_t i = 0; i < s->k; i++) cosines[i] = 1 / sqrt(MAX(x[i * s->ld + i], 1));
+        from_eigen(s, s->t0, cosines, f), copy(s, f, g);
+        return;
+    case SUBSPACE_QR:
+        affine(s, 1, 1, x);
+        cholesky_inverse(s, x, f), copy(s, f, g);
+        return;
+    case SUBSPACE_CAYLEY: /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
+        affine(s, 0.25, 1, x);
+        cholesky_inverse(s, x, s->t0);
+        for (int64_t i = 0; i < s->ld; i++)
+            for (int64_t j = 0; j < s->ld; j++) s->t1[i * s->ld + j] = s->t0[j * s->ld + i];
+        product(s, s->t1, s->t0, g);
+        copy(s, g, f), affine(s, 2, -1, f);
+        return;
+    }
+}
+
+#endif
