@@ -182,44 +182,52 @@ static bool inverse_root(const kxk *s, double *a, double *out)
     return true;
 }
 
+/* z = (I + X)^-1/2 for |X| <= 1/2 by Newton-Schulz, z <- z (3 I - (I + X) z^2) / 2: from z = I the
+ * residual |X| squares at every step. x is overwritten by I + X. */
+static void inverse_root_series(const kxk *s, double *x, double tolerance, double *z)
+{
+    double residual = row_sum_norm(s, x);
+    affine(s, 1, 1, x);
+    identity(s, z);
+    while (residual > tolerance) {
+        product(s, z, z, s->t0), product(s, x, s->t0, s->t1);
+        affine(s, -0.5, 1.5, s->t1);
+        product(s, z, s->t1, s->t0), copy(s, s->t0, z);
+        residual *= residual;
+    }
+}
+
 /* f(X) and g(X), and h(X) where asked (geodesic only); x is overwritten. `exact`: by eigenvalues,
- * for steps so long that a series would lose digits. */
+ * for steps so long that a series or an inverse would lose digits. */
 static void retraction(const kxk *s, subspace_retraction kind, bool exact, double tolerance, double *x, double *f,
                        double *g, double *h)
 {
-    double *cosines = s->t2, *sincs = s->t3; /* [k] */
-    switch (kind) {
-    case SUBSPACE_GEODESIC:
-        if (!exact) {
-            geodesic_series(s, x, tolerance, f, g, h);
-            return;
-        }
-        eigen(s, x, s->t0);
-        for (int64_t i = 0; i < s->k; i++) {
-            const double angle = sqrt(MAX(x[i * s->ld + i], 0));
-            cosines[i] = cos(angle);
-            sincs[i] = angle > 1e-8 ? sin(angle) / angle : 1;
-        }
-        from_eigen(s, s->t0, cosines, f), from_eigen(s, s->t0, sincs, g);
-        return;
-    case SUBSPACE_POLAR:
-        affine(s, 1, 1, x);
-        eigen(s, x, s->t0);
-        for (int64_t i = 0; i < s->k; i++) cosines[i] = 1 / sqrt(MAX(x[i * s->ld + i], 1));
-        from_eigen(s, s->t0, cosines, f), copy(s, f, g);
-        return;
-    case SUBSPACE_QR:
+    double *fs = s->t1, *gs = s->t2, *hs = s->t3; /* [k] of eigenvalues */
+    if (kind == SUBSPACE_QR) {
         affine(s, 1, 1, x);
         cholesky_inverse(s, x, f), copy(s, f, g);
-        return;
-    case SUBSPACE_CAYLEY: /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
+    } else if (!exact && kind == SUBSPACE_GEODESIC) {
+        geodesic_series(s, x, tolerance, f, g, h);
+    } else if (!exact && kind == SUBSPACE_POLAR && row_sum_norm(s, x) <= 0.5) {
+        inverse_root_series(s, x, tolerance, f), copy(s, f, g);
+    } else if (!exact && kind == SUBSPACE_CAYLEY) { /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
         affine(s, 0.25, 1, x);
         cholesky_inverse(s, x, s->t0);
         for (int64_t i = 0; i < s->ld; i++)
             for (int64_t j = 0; j < s->ld; j++) s->t1[i * s->ld + j] = s->t0[j * s->ld + i];
         product(s, s->t1, s->t0, g);
         copy(s, g, f), affine(s, 2, -1, f);
-        return;
+    } else {
+        eigen(s, x, s->t0);
+        for (int64_t i = 0; i < s->k; i++) {
+            const double e = MAX(x[i * s->ld + i], 0), angle = sqrt(e);
+            const double half = angle / 2, sinc = half > 1e-8 ? sin(half) / half : 1;
+            if (kind == SUBSPACE_GEODESIC) fs[i] = cos(angle), gs[i] = sinc * cos(half), hs[i] = -0.5 * sinc * sinc;
+            if (kind == SUBSPACE_POLAR) fs[i] = gs[i] = 1 / sqrt(1 + e);
+            if (kind == SUBSPACE_CAYLEY) fs[i] = (4 - e) / (4 + e), gs[i] = 4 / (4 + e);
+        }
+        from_eigen(s, s->t0, fs, f), from_eigen(s, s->t0, gs, g);
+        if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->t0, hs, h);
     }
 }
 

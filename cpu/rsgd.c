@@ -16,11 +16,12 @@
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
-enum { FN(LANES) = VECTOR / sizeof(T) };
+enum { FN(LANES) = VECTOR / sizeof(T), FN(PART) = FN(LANES) < 4 ? FN(LANES) : 4 };
+typedef T FN(part) __attribute__((vector_size(FN(PART) * sizeof(T)), may_alias)); /* a quarter or so of a vec */
 
 /* The columns j0 .. j0+m of W, dir and, with three blocks, M' packed as [blocks kp, width] with
- * zeros in the padding. With `write` M' also goes back to the buffer. */
-static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool write, T *restrict pack)
+ * zeros in the padding; W only on demand. With `write` M' also goes back to the buffer. */
+static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool with_w, bool write, T *restrict pack)
 {
     const subspace_frames *p = s->frames;
     const int64_t n = p->n, width = s->width, kp = s->kp;
@@ -31,7 +32,7 @@ static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool write, T *r
         const T *restrict w = (const T *)p->weight + at, *restrict g = (const T *)p->grad + at;
         T *restrict buffer = p->buffer ? (T *)p->buffer + at : NULL;
         T *restrict pw = pack + i * width, *restrict pd = pw + kp * width, *restrict pm = pd + kp * width;
-        memcpy(pw, w, (size_t)m * sizeof(T));
+        if (with_w) memcpy(pw, w, (size_t)m * sizeof(T));
         if (buffer)
             for (int64_t j = 0; j < m; j++) pd[j] = mm * buffer[j] + mg * g[j];
         else
@@ -55,14 +56,14 @@ static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool write, T *r
 }
 
 /* acc[4][4] += rows a .. a+3 times rows b .. b+3, lane by lane. */
-static inline void FN(dots)(const T *a, const T *b, int64_t width, int64_t m, FN(vec) *acc)
+static inline void FN(dots)(const T *a, int64_t lda, const T *b, int64_t ldb, int64_t m, FN(vec) *acc)
 {
     FN(vec) c[16];
     for (int i = 0; i < 16; i++) c[i] = acc[i];
     for (int64_t j = 0; j < m; j += FN(LANES)) {
         FN(vec) x[4], y[4];
-        for (int i = 0; i < 4; i++) x[i] = *(const FN(vecu) *)(a + i * width + j);
-        for (int i = 0; i < 4; i++) y[i] = *(const FN(vecu) *)(b + i * width + j);
+        for (int i = 0; i < 4; i++) x[i] = *(const FN(vecu) *)(a + i * lda + j);
+        for (int i = 0; i < 4; i++) y[i] = *(const FN(vecu) *)(b + i * ldb + j);
         for (int i = 0; i < 16; i++) c[i] += x[i / 4] * y[i % 4];
     }
     for (int i = 0; i < 16; i++) acc[i] = c[i];
@@ -75,9 +76,12 @@ static void FN(flush)(const rsgd_slot *s, FN(vec) *acc, double *gram)
     for (int64_t bi = 0; bi < groups; bi++)
         for (int64_t bj = 0; bj <= bi; bj++, acc += 16)
             for (int i = 0; i < 16; i++) {
-                double sum = 0;
-                for (int l = 0; l < FN(LANES); l++) sum += (double)acc[i][l];
-                gram[(4 * bi + i / 4) * ld + 4 * bj + i % 4] += sum;
+                const FN(part) *parts = (const FN(part) *)&acc[i];
+                FN(part) sum = parts[0];
+                for (int l = 1; l < FN(LANES) / FN(PART); l++) sum += parts[l];
+                double total = 0;
+                for (int l = 0; l < FN(PART); l++) total += (double)sum[l];
+                gram[(4 * bi + i / 4) * ld + 4 * bj + i % 4] += total;
                 acc[i] = (FN(vec)){0};
             }
 }
@@ -93,7 +97,7 @@ static void FN(gram_of)(const rsgd_slot *s, double *gram)
         T *c = s->acc;
         for (int64_t j0 = 0; j0 < n; j0 += s->width) {
             const int64_t m = MIN(s->width, n - j0);
-            FN(load)(s, j0, m, false, pack);
+            FN(load)(s, j0, m, true, false, pack);
             GEMM(false, true, ld, ld, m, 1, pack, s->width, pack, s->width, 0, c, ld);
             for (int64_t i = 0; i < ld * ld; i++) gram[i] += (double)c[i];
         }
@@ -102,11 +106,16 @@ static void FN(gram_of)(const rsgd_slot *s, double *gram)
     memset(acc, 0, (size_t)(groups * (groups + 1) / 2 * 16) * sizeof *acc);
     for (int64_t j0 = 0, since = 0; j0 < n; j0 += s->width) {
         const int64_t m = MIN(s->width, n - j0);
+        const bool in_place = s->k == s->kp && m % FN(LANES) == 0; /* W needs no padding: read where it is */
+        const T *w = in_place ? (const T *)s->frames->weight + s->row * n + j0 : pack;
         FN(vec) *c = acc;
-        FN(load)(s, j0, m, false, pack);
+        FN(load)(s, j0, m, !in_place, false, pack);
         for (int64_t bi = 0; bi < groups; bi++)
-            for (int64_t bj = 0; bj <= bi; bj++, c += 16)
-                FN(dots)(pack + 4 * bi * s->width, pack + 4 * bj * s->width, s->width, m, c);
+            for (int64_t bj = 0; bj <= bi; bj++, c += 16) {
+                const bool wi = in_place && 4 * bi < s->kp, wj = in_place && 4 * bj < s->kp;
+                const int64_t lda = wi ? n : s->width, ldb = wj ? n : s->width;
+                FN(dots)((wi ? w : pack) + 4 * bi * lda, lda, (wj ? w : pack) + 4 * bj * ldb, ldb, m, c);
+            }
         since += m;
         if (since >= FLUSH || j0 + m == n) FN(flush)(s, acc, gram), since = 0;
     }
@@ -143,7 +152,7 @@ static void FN(combine)(const rsgd_slot *s, const T *coef, int64_t outputs)
     T *pack = s->pack, *target[2] = {p->weight, p->buffer};
     for (int64_t j0 = 0; j0 < n; j0 += s->width) {
         const int64_t m = MIN(s->width, n - j0);
-        FN(load)(s, j0, m, p->buffer && outputs == 1, pack);
+        FN(load)(s, j0, m, true, p->buffer && outputs == 1, pack);
         for (int64_t o = 0; o < outputs; o++) {
             T *out = target[o] + s->row * n + j0;
             const T *c = coef + o * kp * depth;

@@ -54,7 +54,8 @@ static bool FN(careful)(rsgd_slot *s)
     const kxk *q = &s->q;
     const int64_t n = p->n, k = s->k;
     const double a = -s->lr;
-    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5], *E = s->mat[6];
+    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5], *E = s->mat[6],
+           *h = s->mat[7];
     T *w = (T *)p->weight + s->row * n, *dir = s->dir, *buffer = p->buffer ? (T *)p->buffer + s->row * n : NULL;
     const T *grad = (const T *)p->grad + s->row * n;
 
@@ -74,18 +75,22 @@ static bool FN(careful)(rsgd_slot *s)
     FN(project)(s, w, dir, P, E);
     FN(gram_exact)(s, dir, dir, S);
     for (int64_t i = 0; i < s->kp * s->kp; i++) X[i] = a * a * S[i];
-    retraction(q, st->kind, true, 0, X, f, g, NULL);
+    retraction(q, st->kind, true, 0, X, f, g, h);
 
-    if (st->parallel && s->blocks == 2) { /* M <- f D - a g S W */
-        product(q, g, S, P), affine(q, -a, 0, P);
-        memcpy(buffer, dir, (size_t)(k * n) * sizeof(T));
-        FN(combine_exact)(s, f, P, w, buffer);
+    if (st->parallel) { /* V + Y (a^2 h D - a g W), V the horizontal part of M and Y = V D', as in step_class */
+        FN(project)(s, w, buffer, P, E);
+        FN(project)(s, w, buffer, P, E);
+        FN(gram_exact)(s, buffer, dir, P);
+        identity(q, E);
+        product(q, P, h, X), affine(q, a * a, 0, X);
+        FN(combine_exact)(s, E, X, dir, buffer);
+        product(q, P, g, X), affine(q, -a, 0, X);
+        FN(combine_exact)(s, E, X, w, buffer);
     }
     affine(q, a, 0, g);
     FN(combine_exact)(s, f, g, dir, w);
     FN(gram_exact)(s, w, w, X);
     if (inverse_root(q, X, R)) FN(combine_exact)(s, R, NULL, NULL, w);
-    if (st->parallel && s->blocks == 3) FN(project)(s, w, buffer, P, E); /* Nesterov: projected to the new frame */
     return true;
 }
 

@@ -44,7 +44,7 @@ subspace_status subspace_rsgd_check(subspace_ctx *ctx, const subspace_rsgd_args 
         const subspace_frames *p = &a->frames[i];
         CHECK(ctx, (p->k > 0 && p->k <= p->n) || p->c == 0, INVALID,
               "rsgd: parameter %lld: need 0 < k <= n, got k=%lld, n=%lld", LL(i), LL(p->k), LL(p->n));
-        CHECK(ctx, p->buffer || a->momentum == 0, INVALID, "rsgd: parameter %lld: momentum %g needs a buffer", LL(i),
+        CHECK(ctx, p->buffer || p->c == 0 || a->momentum == 0, INVALID, "rsgd: parameter %lld: momentum %g needs a buffer", LL(i),
               a->momentum);
     }
     return SUBSPACE_OK;

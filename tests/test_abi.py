@@ -1,0 +1,105 @@
+"""The libraries use torch's stable C ABI and nothing else, and every op has its file in every folder."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_subspace import library
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = Path(torch.__file__).parent
+LIBRARIES = sorted(library.LIB.glob("libtorch_subspace_*.so"))
+OPS = re.search(r"^set\(ops ([^)]+)\)", (ROOT / "CMakeLists.txt").read_text(), re.M).group(1).split()
+STAND_INS = {name: (ROOT / f"shim/symbols_{name}.txt").read_text().split() for name in ("torch_cpu", "torch_cuda")}
+
+each_library = pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+
+
+def run(*command):
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def symbols(path, which):
+    """Dynamic symbols without their version, either `--undefined-only` or `--defined-only`."""
+    return {line.split()[-1].split("@")[0] for line in run("nm", "-D", which, str(path)).splitlines()}
+
+
+def declared():
+    """The functions of torch_stable.h: those every torch from the floor up has, and the newer ones."""
+    text = re.sub(r"/\*.*?newer than the floor.*?\*/", "NEWER", (ROOT / "shim/torch_stable.h").read_text())
+    return [set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", part)) for part in text.split("NEWER")]
+
+
+def test_declarations_agree_with_torchs_headers():
+    run(
+        *("c++", "-std=c++20", "-fsyntax-only", "-DUSE_CUDA", f"-I{TORCH}/include", f"-I{ROOT}/shim"),
+        str(ROOT / "tests/abi/check_declarations.cpp"),
+    )
+
+
+def test_stand_ins_list_what_the_header_declares():
+    always, _ = declared()
+    assert set(STAND_INS["torch_cpu"]) | set(STAND_INS["torch_cuda"]) == always
+    for names in STAND_INS.values():
+        assert names == sorted(set(names))
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_this_torch_has_the_symbols(name):
+    path = TORCH / f"lib/lib{name}.so"
+    if not path.exists():
+        pytest.skip(f"this torch has no lib{name}.so")
+    assert set(STAND_INS[name]) <= symbols(path, "--defined-only")
+
+
+@each_library
+def test_only_c_symbols_are_taken(path):
+    taken = symbols(path, "--undefined-only")
+    assert not [s for s in taken if s.startswith(("_Z", "Py", "_Py")) or "GLIBCXX" in s or s == "__gxx_personality_v0"]
+    torchs = {s for s in taken if s.startswith(("aoti_", "torch_", "c10_"))}
+    assert torchs <= set(STAND_INS["torch_cpu"]) | set(STAND_INS["torch_cuda"])
+
+
+@each_library
+def test_only_its_own_names_are_given(path):
+    assert all(s.startswith("torch_subspace_") for s in symbols(path, "--defined-only"))
+
+
+@each_library
+def test_how_it_is_linked(path):
+    dynamic = run("readelf", "-dW", str(path))
+    assert "NODELETE" in dynamic  # torch keeps pointers to the kernels
+    assert re.findall(r"R(?:UN)?PATH.*\[(.*)\]", dynamic) == ["$ORIGIN"]  # beside us lies OpenBLAS; torch is loaded
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
+    assert needed <= {
+        *("libtorch_cpu", "libtorch_cuda", "libscipy_openblas", "libopenblas", "libcublas", "libcudart"),
+        *("libc", "libm", "libdl", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"),
+    }
+
+
+@each_library
+def test_torch_abi_audit(path):
+    pytest.importorskip("torch_abi_audit")
+    run(f"{sysconfig.get_path('scripts')}/torch-abi-audit", "--check", "torch", str(path))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_one_word_in_every_folder(op):
+    folders = ("ops/{}.py", "shim/{}.c", "cpu/{}.c", "cuda/{}.cu", "tests/test_{}.py", "tests/native/test_{}.cpp")
+    assert not [path for path in map(str.format, folders, [op] * len(folders)) if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_devices_have_the_same_functions_in_the_same_order(op):
+    cpu = re.findall(r"^\w[^;\n]*\bLEVEL\(subspace_(\w+)\)\([^;]*\{", (ROOT / f"cpu/{op}.c").read_text(), re.M)
+    cuda = re.findall(r"^[^;\n]*\bsubspace_(\w+)_cuda\([^;]*?\{", (ROOT / f"cuda/{op}.cu").read_text(), re.M)
+    assert cpu and cpu == cuda
