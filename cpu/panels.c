@@ -15,8 +15,7 @@ static void FN(widen)(subspace_dtype dtype, const void *src, int64_t at, int64_t
         for (int64_t i = 0; i < count; i++) dst[i] = f16_to_f32(h[i]);
     else if (dtype == SUBSPACE_BF16)
         for (int64_t i = 0; i < count; i++) dst[i] = bf16_to_f32(h[i]);
-    else
-        memcpy(dst, (const T *)src + at, (size_t)count * sizeof(T));
+    else memcpy(dst, (const T *)src + at, (size_t)count * sizeof(T));
 }
 
 static void FN(narrow)(subspace_dtype dtype, const T *restrict src, int64_t count, void *dst, int64_t at)
@@ -26,8 +25,7 @@ static void FN(narrow)(subspace_dtype dtype, const T *restrict src, int64_t coun
         for (int64_t i = 0; i < count; i++) h[i] = f32_to_f16((float)src[i]);
     else if (dtype == SUBSPACE_BF16)
         for (int64_t i = 0; i < count; i++) h[i] = f32_to_bf16((float)src[i]);
-    else
-        memcpy((T *)dst + at, src, (size_t)count * sizeof(T));
+    else memcpy((T *)dst + at, src, (size_t)count * sizeof(T));
 }
 
 /* Write the class-major tile to out[b0 + i, c0 + c], 16 x 16 at a time. */
@@ -279,9 +277,9 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
 #include "convert.h"
 
 enum {
-    PANEL_ROWS = 512,   /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
-    BLOCK = 256,        /* batch rows in a block */
-    SWEEP_ROWS = 8192   /* rows of dz alive together in the backward */
+    PANEL_ROWS = 512, /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
+    BLOCK = 256,      /* batch rows in a block */
+    SWEEP_ROWS = 8192 /* rows of dz alive together in the backward */
 };
 #define NORM_EPS 1e-12 /* as torch.nn.functional.normalize */
 

@@ -12,18 +12,18 @@
 typedef struct panels {
     const subspace_ctx *ctx;
     const subspace_logits_args *a;
-    int64_t classes;                  /* classes in a panel */
-    int64_t count;                    /* panels */
-    int64_t rows;                     /* most rows in a panel */
-    int64_t block, blocks;            /* batch rows in a block, blocks */
-    int64_t sweep;                    /* backward: panels whose dz tiles are alive together */
-    int64_t slots;                    /* threads; slot s always does the same part of the work */
-    void *xhat, *rnorm;               /* [b, n] the rows x_b widened and normalised; [b] 1/|x_b| */
-    void *tiles;                      /* [slots or sweep][rows * block] */
-    void *norms, *spare;              /* [slots][classes * block] each; spare is the epilogue's */
-    void *wide;                       /* [slots][...] half types: weights, or a block of dx, in float32 */
-    void *dweight;                    /* [rows of all, n] half types: dweight in float32 */
-    void *dx;                         /* [block, n]       half types: dx of a block in float32 */
+    int64_t classes;       /* classes in a panel */
+    int64_t count;         /* panels */
+    int64_t rows;          /* most rows in a panel */
+    int64_t block, blocks; /* batch rows in a block, blocks */
+    int64_t sweep;         /* backward: panels whose dz tiles are alive together */
+    int64_t slots;         /* threads; slot s always does the same part of the work */
+    void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised; [b] 1/|x_b| */
+    void *tiles;           /* [slots or sweep][rows * block] */
+    void *norms, *spare;   /* [slots][classes * block] each; spare is the epilogue's */
+    void *wide;            /* [slots][...] half types: weights, or a block of dx, in float32 */
+    void *dweight;         /* [rows of all, n] half types: dweight in float32 */
+    void *dx;              /* [block, n]       half types: dx of a block in float32 */
 } panels;
 
 typedef struct tile {
@@ -65,7 +65,7 @@ typedef void panels_epilogue(void *arg, const panels *, const tile *, void *z, i
     void LEVEL(panels_forward_##S)(const panels *, T *proj, panels_epilogue *, void *arg);                             \
     void LEVEL(panels_backward_##S)(const panels *, const T *proj, panels_epilogue *, void *arg);                      \
     void LEVEL(panels_scatter_##S)(const tile *, const T *norms, subspace_dtype, void *out, int64_t ld);               \
-    void LEVEL(panels_gather_##S)(const tile *, T *norms, subspace_dtype, const void *in, int64_t ld);       \
+    void LEVEL(panels_gather_##S)(const tile *, T *norms, subspace_dtype, const void *in, int64_t ld);                 \
     void LEVEL(panels_scale_##S)(const panels *, const tile *, const T *factor, T *z, int64_t ld);
 PANELS_DECLARE(float, f32)
 PANELS_DECLARE(double, f64)

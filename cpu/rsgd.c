@@ -17,7 +17,7 @@
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
 enum { FN(LANES) = VECTOR / sizeof(T), FN(PART) = FN(LANES) < 4 ? FN(LANES) : 4 };
-typedef T FN(part) __attribute__((vector_size(FN(PART) * sizeof(T)), may_alias)); /* a quarter or so of a vec */
+typedef T FN(part) __attribute__((vector_size(FN(PART) *sizeof(T)), may_alias)); /* a quarter or so of a vec */
 
 /* The columns j0 .. j0+m of W, dir and, with three blocks, M' packed as [blocks kp, width] with
  * zeros in the padding; W only on demand. With `write` M' also goes back to the buffer. */
@@ -128,7 +128,8 @@ static inline void FN(combine4)(const T *coef, int64_t depth, const T *pack, int
     for (int64_t j = 0; j < m; j += 2 * L) {
         FN(vec) a[4] = {{0}}, b[4] = {{0}};
         for (int64_t l = 0; l < depth; l++) {
-            const FN(vec) x = *(const FN(vecu) *)(pack + l * width + j), y = *(const FN(vecu) *)(pack + l * width + j + L);
+            const FN(vec) x = *(const FN(vecu) *)(pack + l * width + j),
+                          y = *(const FN(vecu) *)(pack + l * width + j + L);
             for (int i = 0; i < 4; i++) a[i] += coef[i * depth + l] * x, b[i] += coef[i * depth + l] * y;
         }
         for (int i = 0; i < 4; i++) {
@@ -156,8 +157,7 @@ static void FN(combine)(const rsgd_slot *s, const T *coef, int64_t outputs)
         for (int64_t o = 0; o < outputs; o++) {
             T *out = target[o] + s->row * n + j0;
             const T *c = coef + o * kp * depth;
-            if (!s->small)
-                GEMM(false, false, s->k, m, depth, 1, c, depth, pack, s->width, 0, out, n);
+            if (!s->small) GEMM(false, false, s->k, m, depth, 1, c, depth, pack, s->width, 0, out, n);
             else
                 for (int64_t i = 0; i < s->k; i += 4) {
                     T *rows[4];
@@ -257,8 +257,8 @@ enum { VECTOR = 16 };
 #endif
 
 enum {
-    SMALL_K = 16,  /* up to here our own register blocks, above GEMM */
-    FLUSH = 2048,  /* columns summed in working precision before they are added up in double */
+    SMALL_K = 16, /* up to here our own register blocks, above GEMM */
+    FLUSH = 2048, /* columns summed in working precision before they are added up in double */
     MATRICES = 10
 };
 

@@ -54,8 +54,8 @@ static bool FN(careful)(rsgd_slot *s)
     const kxk *q = &s->q;
     const int64_t n = p->n, k = s->k;
     const double a = -s->lr;
-    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5], *E = s->mat[6],
-           *h = s->mat[7];
+    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5],
+           *E = s->mat[6], *h = s->mat[7];
     T *w = (T *)p->weight + s->row * n, *dir = s->dir, *buffer = p->buffer ? (T *)p->buffer + s->row * n : NULL;
     const T *grad = (const T *)p->grad + s->row * n;
 

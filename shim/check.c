@@ -7,12 +7,12 @@
 
 static subspace_status check_logits(subspace_ctx *ctx, const subspace_logits_args *a, const char *op)
 {
-    CHECK(ctx, a->b >= 0 && a->c >= 0 && a->n >= 0, INVALID, "%s: negative size: batch %lld, classes %lld, features %lld",
-          op, LL(a->b), LL(a->c), LL(a->n));
+    CHECK(ctx, a->b >= 0 && a->c >= 0 && a->n >= 0, INVALID,
+          "%s: negative size: batch %lld, classes %lld, features %lld", op, LL(a->b), LL(a->c), LL(a->n));
     CHECK(ctx, a->start || (a->k > 0 && a->k <= a->n) || a->c == 0, INVALID, "%s: need 0 < k <= n, got k=%lld, n=%lld",
           op, LL(a->k), LL(a->n));
-    CHECK(ctx, a->start || a->rows == a->c * a->k, INVALID, "%s: %lld rows are not %lld classes of %lld", op, LL(a->rows),
-          LL(a->c), LL(a->k));
+    CHECK(ctx, a->start || a->rows == a->c * a->k, INVALID, "%s: %lld rows are not %lld classes of %lld", op,
+          LL(a->rows), LL(a->c), LL(a->k));
     CHECK(ctx, a->b <= INT32_MAX && a->n <= INT32_MAX && a->rows <= INT32_MAX, INVALID,
           "%s: a BLAS dimension does not fit in 32 bits: batch %lld, features %lld, rows %lld", op, LL(a->b), LL(a->n),
           LL(a->rows));
@@ -44,8 +44,8 @@ subspace_status subspace_rsgd_check(subspace_ctx *ctx, const subspace_rsgd_args 
         const subspace_frames *p = &a->frames[i];
         CHECK(ctx, (p->k > 0 && p->k <= p->n) || p->c == 0, INVALID,
               "rsgd: parameter %lld: need 0 < k <= n, got k=%lld, n=%lld", LL(i), LL(p->k), LL(p->n));
-        CHECK(ctx, p->buffer || p->c == 0 || a->momentum == 0, INVALID, "rsgd: parameter %lld: momentum %g needs a buffer", LL(i),
-              a->momentum);
+        CHECK(ctx, p->buffer || p->c == 0 || a->momentum == 0, INVALID,
+              "rsgd: parameter %lld: momentum %g needs a buffer", LL(i), a->momentum);
     }
     return SUBSPACE_OK;
 }

@@ -5,18 +5,18 @@
 static bool target_args(call *c, const tensor *target, const tensor *class_weight, subspace_cross_entropy_args *a)
 {
     const bool labels = target->dtype == aoti_torch_dtype_int64();
-    if (!require(c, labels ? target->dim == 1 && target->numel == a->f.b
-                           : dtype_of(target) == (int)a->f.dtype && target->numel == a->f.b * a->f.c,
+    if (!require(c,
+                 labels ? target->dim == 1 && target->numel == a->f.b
+                        : dtype_of(target) == (int)a->f.dtype && target->numel == a->f.b * a->f.c,
                  "target must be int64 [b] or [b, c] of x's dtype, with b=%lld, c=%lld", (long long)a->f.b,
                  (long long)a->f.c) ||
-        !require(c, class_weight->numel == 0 ||
-                        (class_weight->numel == a->f.c && class_weight->dtype == aoti_torch_dtype_float64()),
+        !require(c,
+                 class_weight->numel == 0 ||
+                     (class_weight->numel == a->f.c && class_weight->dtype == aoti_torch_dtype_float64()),
                  "class_weight must be float64 [c], c=%lld", (long long)a->f.c))
         return false;
-    if (labels)
-        a->label = target->data;
-    else
-        a->soft = target->data;
+    if (labels) a->label = target->data;
+    else a->soft = target->data;
     a->class_weight = class_weight->numel ? class_weight->data : NULL;
     return true;
 }
@@ -31,8 +31,9 @@ void shim_cross_entropy(StableIValue *stack, uint64_t args, uint64_t results)
                                      .ignore_index = as_int(stack[7]),
                                      .label_smoothing = as_double(stack[8])};
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &x) & tensor_in(&c, stack[1], &weight) & tensor_in(&c, stack[2], &start) &
-                       tensor_in(&c, stack[3], &target) & tensor_in(&c, stack[4], &class_weight);
+    const bool taken = tensor_in(&c, stack[0], &x) & tensor_in(&c, stack[1], &weight) &
+                       tensor_in(&c, stack[2], &start) & tensor_in(&c, stack[3], &target) &
+                       tensor_in(&c, stack[4], &class_weight);
     DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &loss, 1, &a.f.b, wide_dtype(&x), &x));
@@ -50,18 +51,21 @@ done:
 void shim_cross_entropy_backward(StableIValue *stack, uint64_t args, uint64_t results)
 {
     call c = begin("cross_entropy_backward");
-    tensor dloss = {0}, x = {0}, weight = {0}, start = {0}, target = {0}, class_weight = {0}, stats = {0}, dx = {0}, dweight = {0};
+    tensor dloss = {0}, x = {0}, weight = {0}, start = {0}, target = {0}, class_weight = {0}, stats = {0}, dx = {0},
+           dweight = {0};
     subspace_cross_entropy_args a = {.f = {.gamma = as_double(stack[7]), .normalize = as_bool(stack[8])},
                                      .ignore_index = as_int(stack[9]),
                                      .label_smoothing = as_double(stack[10])};
     const bool need_dx = as_bool(stack[11]), need_dweight = as_bool(stack[12]);
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &dloss) & tensor_in(&c, stack[1], &x) & tensor_in(&c, stack[2], &weight) &
-                       tensor_in(&c, stack[3], &start) & tensor_in(&c, stack[4], &target) &
-                       tensor_in(&c, stack[5], &class_weight) & tensor_in(&c, stack[6], &stats);
+    const bool taken = tensor_in(&c, stack[0], &dloss) & tensor_in(&c, stack[1], &x) &
+                       tensor_in(&c, stack[2], &weight) & tensor_in(&c, stack[3], &start) &
+                       tensor_in(&c, stack[4], &target) & tensor_in(&c, stack[5], &class_weight) &
+                       tensor_in(&c, stack[6], &stats);
     DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
-    DO(require(&c, dloss.numel == a.f.b && dloss.dtype == wide_dtype(&x) && stats.numel == 2 * a.f.b &&
-                       stats.dtype == wide_dtype(&x),
+    DO(require(&c,
+               dloss.numel == a.f.b && dloss.dtype == wide_dtype(&x) && stats.numel == 2 * a.f.b &&
+                   stats.dtype == wide_dtype(&x),
                "dloss or stats does not match the forward"));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &dx, x.dim, need_dx ? x.size : (int64_t[]){0, 0}, x.dtype, &x));

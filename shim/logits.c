@@ -4,11 +4,13 @@
 bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *start, subspace_logits_args *a)
 {
     const bool ragged = weight->dim == 2;
-    if (!require(c, x->dim == 2 && (weight->dim == 3 || ragged), "expected x [b, n] and weight [c, k, n] or [rows, n]") ||
+    if (!require(c, x->dim == 2 && (weight->dim == 3 || ragged),
+                 "expected x [b, n] and weight [c, k, n] or [rows, n]") ||
         !require(c, x->size[1] == weight->size[weight->dim - 1], "x has %lld features but weight has %lld",
                  (long long)x->size[1], (long long)weight->size[weight->dim - 1]) ||
         !require(c, x->dtype == weight->dtype && dtype_of(x) >= 0, "x and weight must share a floating dtype") ||
-        !require(c, x->device == weight->device && x->index == weight->index, "x and weight are on different devices") ||
+        !require(c, x->device == weight->device && x->index == weight->index,
+                 "x and weight are on different devices") ||
         !require(c, !ragged || (start->dtype == aoti_torch_dtype_int64() && start->dim == 1 && start->numel > 0),
                  "a ragged weight needs the int64 starts of its classes"))
         return false;
@@ -21,7 +23,8 @@ bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *s
     a->x = x->data, a->weight = weight->data;
 #ifndef SUBSPACE_DEVICE_CUDA /* host-readable: never trust them with memory */
     for (int64_t i = 0; ragged && i <= a->c; i++)
-        if (!require(c, i == 0 ? a->start[0] == 0 : a->start[i] > a->start[i - 1] && a->start[i] - a->start[i - 1] <= a->n,
+        if (!require(c,
+                     i == 0 ? a->start[0] == 0 : a->start[i] > a->start[i - 1] && a->start[i] - a->start[i - 1] <= a->n,
                      "class %lld: need 0 < k <= n = %lld", (long long)i - 1, (long long)a->n))
             return false;
     if (ragged && !require(c, a->start[a->c] == a->rows, "the dims sum to %lld but weight has %lld rows",

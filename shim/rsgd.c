@@ -7,8 +7,8 @@ static bool frames_of(call *c, const tensor *w, const tensor *g, const tensor *m
                       subspace_frames *f)
 {
     const bool ragged = w->dim == 2;
-    if (!require(c, w->dim == 3 || (ragged && start->numel > 0), "parameter %zu: expected [c, k, n], or [rows, n] with dims",
-                 i) ||
+    if (!require(c, w->dim == 3 || (ragged && start->numel > 0),
+                 "parameter %zu: expected [c, k, n], or [rows, n] with dims", i) ||
         !require(c, g->numel == w->numel && g->dtype == w->dtype && g->device == w->device,
                  "parameter %zu: the gradient does not match the weight", i) ||
         !require(c, !m || (m->numel == w->numel && m->dtype == w->dtype && m->device == w->device),
@@ -21,15 +21,17 @@ static bool frames_of(call *c, const tensor *w, const tensor *g, const tensor *m
     const int64_t *s = start->data;
     for (int64_t j = 0; ragged && j < f->c; j++) {
         const int64_t k = s[j + 1] - s[j];
-        if (!require(c, k > 0 && k <= f->n, "class %lld: need 0 < k <= n, got k=%lld, n=%lld", (long long)j, (long long)k,
-                     (long long)f->n))
+        if (!require(c, k > 0 && k <= f->n, "class %lld: need 0 < k <= n, got k=%lld, n=%lld", (long long)j,
+                     (long long)k, (long long)f->n))
             return false;
         if (k > f->k) f->k = k;
     }
-    return !ragged || require(c, s[0] == 0 && s[f->c] == w->size[0], "parameter %zu: the dims sum to %lld, not %lld rows", i,
-                              (long long)s[f->c], (long long)w->size[0]);
+    return !ragged ||
+           require(c, s[0] == 0 && s[f->c] == w->size[0], "parameter %zu: the dims sum to %lld, not %lld rows", i,
+                   (long long)s[f->c], (long long)w->size[0]);
 #else
-    if (ragged) f->k = w->size[0] - f->c + 1 < f->n ? w->size[0] - f->c + 1 : f->n; /* a bound: starts are on the device */
+    if (ragged)
+        f->k = w->size[0] - f->c + 1 < f->n ? w->size[0] - f->c + 1 : f->n; /* a bound: starts are on the device */
     return true;
 #endif
 }
@@ -53,7 +55,8 @@ void shim_rsgd(StableIValue *stack, uint64_t args, uint64_t results)
     const bool taken = tensors_in(&c, stack[0], true, &w, &nw) & tensors_in(&c, stack[1], false, &g, &ng) &
                        tensors_in(&c, stack[2], true, &m, &nm) & tensor_in(&c, stack[3], &start) &
                        tensor_in(&c, stack[4], &lr);
-    DO(taken && require(&c, nw > 0 && ng == nw && (nm == nw || nm == 0), "%zu weights, %zu gradients, %zu buffers", nw, ng, nm));
+    DO(taken &&
+       require(&c, nw > 0 && ng == nw && (nm == nw || nm == 0), "%zu weights, %zu gradients, %zu buffers", nw, ng, nm));
     DO(require(&c, as_int(stack[10]) >= 0 && as_int(stack[10]) <= SUBSPACE_CAYLEY, "unknown retraction %lld",
                (long long)as_int(stack[10])));
     DO(require(&c, lr.dtype == aoti_torch_dtype_float64() && start.dtype == aoti_torch_dtype_int64(),
@@ -74,7 +77,8 @@ void shim_rsgd(StableIValue *stack, uint64_t args, uint64_t results)
     if (lr.device == aoti_torch_device_type_cpu() && lr.dim == 0) /* read here: no copy to the device */
         a.lr_value = *(const double *)lr.data;
     else {
-        DO(require(&c, lr.device == w[0].device && lr.index == w[0].index, "lr must be on the CPU or with the weights"));
+        DO(require(&c, lr.device == w[0].device && lr.index == w[0].index,
+                   "lr must be on the CPU or with the weights"));
         a.lr = lr.data;
     }
     DO(on_device_of(&c, &w[0]));

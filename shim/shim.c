@@ -122,10 +122,8 @@ bool tensors_in(call *c, StableIValue v, bool written, tensor **list, size_t *co
     }
     torch_delete_list(l);
     for (size_t i = 0; i < got; i++)
-        if (ok)
-            ok = take(c, items[i], written, &(*list)[i]);
-        else
-            aoti_torch_delete_tensor_object((AtenTensorHandle)(uintptr_t)items[i]);
+        if (ok) ok = take(c, items[i], written, &(*list)[i]);
+        else aoti_torch_delete_tensor_object((AtenTensorHandle)(uintptr_t)items[i]);
     free(items);
     return ok;
 }

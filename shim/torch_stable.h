@@ -73,9 +73,9 @@ AOTITorchError torch_get_current_cuda_blas_handle(void **ret);
 
 /* ---- newer than the floor: never linked, looked up at run time ---------------------- */
 AOTITorchError torch_library_def_with_tags(TorchLibraryHandle self, const char *schema, const int32_t *tags,
-                                           int32_t n);                    /* 2.12 */
-int32_t torch_tag_pt2_compliant_tag(void);                                /* 2.12 */
-const char *torch_exception_get_what_without_backtrace(void);             /* 2.13 */
+                                           int32_t n);        /* 2.12 */
+int32_t torch_tag_pt2_compliant_tag(void);                    /* 2.12 */
+const char *torch_exception_get_what_without_backtrace(void); /* 2.13 */
 
 #ifdef __cplusplus
 }

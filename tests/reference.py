@@ -42,10 +42,14 @@ def qr(weight, tangent):
 
 
 def cayley(weight, tangent):
-    """W (I + A/2) (I - A/2)^-1 with the skew n x n matrix A = Wᵀ tangent - tangentᵀ W."""
+    """W (I + A/2) (I - A/2)^-1 with the skew n x n matrix A = Wᵀ tangent - tangentᵀ W.
+
+    (I - A/2)^-1 = (I + A/2) (I - A²/4)^-1, an SPD system: torch's LU can hang on two threads from n = 256 on.
+    """
     a = weight.mT @ tangent - tangent.mT @ weight
     eye = torch.eye(a.shape[-1], dtype=a.dtype)
-    return torch.linalg.solve(eye - a / 2, weight @ (eye + a / 2), left=False)
+    y = weight @ (eye + a / 2) @ (eye + a / 2)
+    return torch.cholesky_solve(y.mT, torch.linalg.cholesky(eye - a @ a / 4)).mT
 
 
 RETRACTIONS = {"geodesic": geodesic, "polar": polar, "qr": qr, "cayley": cayley}
@@ -92,3 +96,32 @@ def principal_angles(a, b):
     cos = torch.linalg.svdvals(a @ b.mT).clamp(max=1)
     sin = torch.linalg.svdvals(b - b @ a.mT @ a).clamp(max=1).flip(-1)
     return torch.atan2(sin, cos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# logits and cross_entropy: `weight` (C, k, n), or (sum of dims, n) with dims; `x` (..., n)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def logits(x, weight, *, gamma=25.0, normalize=True, dims=None):
+    """gamma || W_c x || with x divided by max(|x|, 1e-12); differentiable where no projection is 0."""
+    if normalize:
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    frames = weight.unbind(0) if dims is None else weight.split(list(dims))
+    return gamma * torch.stack([torch.linalg.vector_norm(x @ frame.mT, dim=-1) for frame in frames], -1)
+
+
+def cross_entropy(y, target, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """Softmax cross-entropy of logits (N, C), row by row from its definition."""
+    classes = y.shape[-1]
+    weight = torch.ones(classes, dtype=y.dtype) if class_weight is None else class_weight.to(y.dtype)
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        hot = torch.nn.functional.one_hot(target.clamp(min=0), classes).to(y.dtype) * counted[:, None]
+        even = counted[:, None].to(y.dtype) / classes
+        mass = (weight[target.clamp(min=0)] * counted).sum()
+    else:
+        hot, even, mass = target.to(y.dtype), 1 / classes, y.shape[0]
+    tau = weight * ((1 - label_smoothing) * hot + label_smoothing * even)
+    loss = -(tau * torch.log_softmax(y, -1)).sum(-1)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(mass, 1e-300)}[reduction]

@@ -1,8 +1,10 @@
-"""The libraries use torch's stable C ABI and nothing else, and every op has its file in every folder."""
+"""The libraries use torch's stable C ABI and nothing else, load quietly, and every op has its file in every folder."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -90,6 +92,44 @@ def test_how_it_is_linked(path):
 def test_torch_abi_audit(path):
     pytest.importorskip("torch_abi_audit")
     run(f"{sysconfig.get_path('scripts')}/torch-abi-audit", "--check", "torch", str(path))
+
+
+def fresh_python(code, **environment):
+    """What `code` prints in a Python of its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_NUM_THREADS", "SUBSPACE_ISA")}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_import_is_silent_and_leaves_the_environment_alone():
+    code = "import torch, os; old = dict(os.environ); import torch_subspace; assert dict(os.environ) == old"
+    assert fresh_python(code) == fresh_python("import torch")
+
+
+@pytest.mark.parametrize("level", library.config()["CPU"]["available"].split())
+def test_the_instruction_set_can_be_forced(level):
+    text = fresh_python("import torch_subspace as ts; ts.show_config()", SUBSPACE_ISA=level)
+    assert f"instruction set: {level}\n" in text
+
+
+def test_a_source_tree_that_was_not_built_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "LIB", tmp_path / "ops" / "lib")
+    with pytest.raises(ImportError, match="not built: run `pip install"):
+        library._load_cpu()
+
+
+@pytest.mark.parametrize(
+    "built_for, torchs, reason",
+    [("13", None, "without CUDA"), (None, "13.0", "built without CUDA"), ("13", "12.9", "CUDA 13, this torch for")],
+)
+def test_cuda_of_another_kind_is_left_alone(tmp_path, monkeypatch, built_for, torchs, reason):
+    if built_for:
+        (tmp_path / "cuda_version").write_text(built_for + "\n")
+    monkeypatch.setattr(library, "LIB", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    loaded, why_not = library._load_cuda()
+    assert loaded is None and reason in why_not
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,236 @@
+"""What every benchmark shares: contenders are checked, warmed up, timed in turn and compared with what was promised.
+
+A bench_<op>.py has `cases(device)`, a list of `Case`. All data of a case is made from a fixed seed.
+"""
+
+import ctypes
+import dataclasses
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS, FEWEST = 60, 5  # samples of a contender: as many as rounds, and of a slow one at least this many
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to do the work of a case.
+
+    build: makes its data and returns the function to time.
+    check: returns the largest error against the float64 reference, relative to the largest value; None when a peer
+        computes something else, which `note` then says.
+    steps: units of work in one call of the function.
+    missing: why it can't take part.
+    peak: also measure the memory its function takes, less the `kept` bytes of results.
+    """
+
+    name: str
+    build: Callable[[], Callable[[], object]]
+    check: Callable[[], float] | None = None
+    steps: int = 1
+    note: str = ""
+    missing: str = ""
+    peak: bool = False
+    kept: int = 0
+
+
+@dataclasses.dataclass
+class Target:
+    """A promise: time (or peak memory) of `ours` against the best of `against`.
+
+    With sense "<=" the ratio is ours / theirs, with ">=" theirs / ours.
+    """
+
+    ours: str
+    against: tuple[str, ...]
+    sense: str
+    must: float
+    stretch: float
+    of: str = "p50"
+
+
+@dataclasses.dataclass
+class Case:
+    """One size of a problem. `bytes` or `flops` are the least that any implementation must move or do."""
+
+    name: str
+    contenders: list[Contender]
+    targets: list[Target] = dataclasses.field(default_factory=list)
+    bytes: int = 0
+    flops: int = 0
+    seconds: float = 12.0
+    dtype: torch.dtype = torch.float32
+
+
+def relative(result, truth):
+    """Largest error of tensors relative to the largest true value."""
+    pairs = [(result, truth)] if isinstance(result, torch.Tensor) else list(zip(result, truth, strict=True))
+    return max(((r.double() - t).abs().max() / t.abs().max()).item() for r, t in pairs)
+
+
+def compiled(function):
+    """`function` under torch.compile, specialised for its shapes."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def environment(device, threads):
+    """Where and with what a measurement was made."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = ["diff", "--quiet", "HEAD", "--", "cpu", "cuda", "shim", "ops", "CMakeLists.txt"]
+        if subprocess.run([*git, *changed], check=False).returncode:
+            commit += " with changes"
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    import torch_subspace.library
+
+    loaded = torch_subspace.library.config()
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    row = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "commit": commit, "cpu": cpu,
+           "instruction set": loaded["CPU"]["instruction set"], "blas": loaded["CPU"]["BLAS"], "threads": threads,
+           "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
+           "system": platform.platform()}  # fmt: skip
+    if device == "cuda":
+        row |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    if hasattr(torch, "get_num_threads") and Path("/proc/loadavg").exists():
+        row["load before"] = float(Path("/proc/loadavg").read_text().split()[0])
+    return row
+
+
+def synchronise(device):
+    """Wait for the device, so that the clock on the host tells the truth."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, repeats, device):
+    """Seconds of one of `repeats` calls."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronise(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def samples(functions, seconds, device):
+    """Seconds per call of each function: lists of samples taken in turn, so that all see the same machine."""
+    repeats, every = {}, {}
+    for name, function in functions.items():
+        cost = timed(function, 1, device)
+        if cost < 2:
+            cost = min(timed(function, 1, device) for _ in range(2))
+        repeats[name] = max(1, math.ceil(2e-3 / cost))
+        wanted = seconds / len(functions) / (cost * repeats[name])
+        every[name] = max(1, round(ROUNDS / min(max(wanted, FEWEST), ROUNDS)))
+    taken = {name: [] for name in functions}
+    for turn in range(ROUNDS):
+        for name, function in functions.items():
+            if turn % every[name] == 0:
+                taken[name].append(timed(function, repeats[name], device))
+    return taken
+
+
+def bounds(case, device):
+    """What is timed beside the contenders to know the machine's limits, and how much of it the case needs."""
+    found = {}
+    if case.bytes:  # a sum in place: two reads, and a write of what is in the cache already
+        a, b = torch.ones(2, 1 << 24, device=device)
+        found["bandwidth"] = lambda: a.add_(b), case.bytes / (3 * a.nbytes)
+    if case.flops:
+        c, d = torch.ones(2, 1536, 1536, device=device, dtype=case.dtype)
+        found["product"] = lambda: c @ d, case.flops / (2 * 1536**3)
+    return found
+
+
+def peak_memory(function, device):
+    """Bytes that a call takes beyond what is there before, at the worst moment. On the CPU: in a fresh process."""
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before
+
+
+def resident(what):
+    """A line of this process's memory accounts, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+def run(case, device, scale, peak_of):
+    """Rows of one case, one per contender. `scale` shortens the timing, `peak_of(name)` measures memory."""
+    functions, rows = {}, {}
+    for c in case.contenders:
+        rows[c.name] = row = {"case": case.name, "contender": c.name}
+        if c.note:
+            row["note"] = c.note
+        if c.missing:
+            row["missing"] = c.missing
+            continue
+        try:
+            error = c.check() if c.check else None
+            if error is not None:
+                row["error"] = float(f"{error:.2e}")
+            if error is not None and not error <= TOLERANCE[case.dtype]:
+                row["missing"] = f"wrong: off by {error:.1e} of the reference"
+                continue
+            functions[c.name] = c.build()
+        except Exception as problem:  # a peer that breaks is a result as well
+            row["missing"] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+    steps = {c.name: c.steps for c in case.contenders}
+    limits = bounds(case, device)
+    timing = samples(functions | {name: f for name, (f, _) in limits.items()}, case.seconds * scale, device)
+    bound = max((statistics.median(timing.pop(name)) * share for name, (_, share) in limits.items()), default=0)
+    for name, taken in timing.items():
+        taken = sorted(t / steps[name] for t in taken)
+        cut = statistics.quantiles(taken, n=10, method="inclusive")
+        rows[name] |= {"p20_ms": 1e3 * cut[1], "p50_ms": 1e3 * cut[4], "p80_ms": 1e3 * cut[7], "samples": len(taken)}
+        if bound:
+            rows[name]["of_bound"] = bound / cut[4]
+    for c in case.contenders:
+        if c.name in functions and c.peak:
+            peak = peak_of(c.name)
+            rows[c.name] |= {"peak_mib": peak / 2**20, "beyond_results_mib": (peak - c.kept) / 2**20}
+    return list(rows.values())
+
+
+def verdicts(case, rows):
+    """What came of the case's targets."""
+    by_name = {row["contender"]: row for row in rows}
+    found = []
+    for t in case.targets:
+        key = {"p50": "p50_ms", "peak": "beyond_results_mib"}[t.of]
+        theirs = {name: by_name[name][key] for name in t.against if key in by_name.get(name, {})}
+        if key not in by_name.get(t.ours, {}) or not theirs:
+            found.append({"case": case.name, "ours": t.ours, "against": t.against, "ratio": None})
+            continue
+        best = min(theirs, key=theirs.get)
+        ours = max(by_name[t.ours][key], 1e-9)
+        ratio = ours / theirs[best] if t.sense == "<=" else theirs[best] / ours
+        reached = [ratio <= x if t.sense == "<=" else ratio >= x for x in (t.must, t.stretch)]
+        found.append({"case": case.name, "of": "time" if t.of == "p50" else "memory", "ours": t.ours, "against": best,
+                      "ratio": ratio, "sense": t.sense, "must": t.must, "stretch": t.stretch,
+                      "reached": "stretch" if all(reached) else "must" if reached[0] else "no"})  # fmt: skip
+    return found

@@ -1,0 +1,118 @@
+// cross_entropy: against the logits op and the definition of the loss, for labels and soft targets.
+#include "native.h"
+
+namespace
+{
+
+template <typename T> struct Problem {
+    int64_t b, c, n, rows;
+    std::vector<int64_t> start, label;
+    std::vector<T> x, w, soft, loss, stats, dloss, dx, dw;
+    std::vector<double> weight;
+    subspace_cross_entropy_args a{};
+
+    Problem(int64_t b_, int64_t n_, std::vector<int64_t> start_, bool use_soft, double smoothing)
+        : b(b_), c(static_cast<int64_t>(start_.size()) - 1), n(n_), rows(start_.back()), start(start_),
+          x(randoms<T>(b * n)), w(frames<T>(start, n)), soft(b * c), loss(b), stats(2 * b), dloss(randoms<T>(b, 4)),
+          dx(b * n), dw(rows * n)
+    {
+        for (int64_t i = 0; i < b; i++) {
+            label.push_back(i % 5 == 4 ? -100 : (i * 7) % c);
+            for (int64_t q = 0; q < c; q++) soft[i * c + q] = T(1 + (i + q) % 3) / T(2 * c);
+        }
+        for (int64_t q = 0; q < c; q++) weight.push_back(0.5 + double(q % 4));
+        a.f.dtype = dtype_of<T>;
+        a.f.b = b, a.f.c = c, a.f.n = n, a.f.rows = rows, a.f.start = start.data();
+        a.f.gamma = 5, a.f.normalize = 1;
+        a.f.x = x.data(), a.f.weight = w.data(), a.f.dx = dx.data(), a.f.dweight = dw.data();
+        a.label = use_soft ? nullptr : label.data(), a.soft = use_soft ? soft.data() : nullptr;
+        a.class_weight = weight.data(), a.ignore_index = -100, a.label_smoothing = smoothing;
+        a.loss = loss.data(), a.stats = stats.data(), a.dloss = dloss.data();
+    }
+
+    // loss and the gradient of the logits from the definition, then the logits op's own backward
+    void check(Context &ctx)
+    {
+        std::vector<T> y(b * c), dy(b * c), ddx(b * n), ddw(rows * n);
+        subspace_logits_args f = a.f;
+        f.logits = y.data(), f.dlogits = dy.data(), f.dx = ddx.data(), f.dweight = ddw.data();
+        ctx.size(subspace_logits_workspace_cpu(&ctx, &f));
+        ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &f));
+        for (int64_t i = 0; i < b; i++) {
+            double most = -1e300, sum = 0, expected = 0, mass = 0;
+            std::vector<double> tau(c);
+            for (int64_t q = 0; q < c; q++) most = std::max(most, double(y[i * c + q]));
+            for (int64_t q = 0; q < c; q++) sum += std::exp(double(y[i * c + q]) - most);
+            const bool ignored = a.label && label[i] < 0;
+            for (int64_t q = 0; q < c && !ignored; q++) {
+                const double t = a.label ? double(label[i] == q) : double(soft[i * c + q]);
+                tau[q] = weight[q] * ((1 - a.label_smoothing) * t + a.label_smoothing / double(c));
+                expected += tau[q] * (most + std::log(sum) - double(y[i * c + q]));
+                mass += tau[q];
+            }
+            ASSERT_NEAR(expected, double(loss[i]), tolerance<T>() * std::max(1., std::fabs(expected)));
+            for (int64_t q = 0; q < c; q++)
+                dy[i * c + q] = T(double(dloss[i]) * (mass * std::exp(double(y[i * c + q]) - most) / sum - tau[q]));
+        }
+        ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &f));
+        double topx = 1e-3, topw = 1e-3;
+        for (T v : ddx) topx = std::max(topx, std::fabs(double(v)));
+        for (T v : ddw) topw = std::max(topw, std::fabs(double(v)));
+        for (size_t i = 0; i < dx.size(); i++) ASSERT_NEAR(double(ddx[i]), double(dx[i]), tolerance<T>() * topx) << i;
+        for (size_t i = 0; i < dw.size(); i++) ASSERT_NEAR(double(ddw[i]), double(dw[i]), tolerance<T>() * topw) << i;
+    }
+};
+
+template <typename T> void run_all(int threads)
+{
+    const std::vector<std::vector<int64_t>> starts = {
+        uniform(2, 1), uniform(100, 3), uniform(600, 1), {0, 1, 4, 5, 11}};
+    for (const auto &start : starts)
+        for (const int64_t b : {1, 20, 300})
+            for (const bool soft : {false, true})
+                for (const double smoothing : {0.0, 0.2}) {
+                    SCOPED_TRACE("rows=" + std::to_string(start.back()) + " b=" + std::to_string(b));
+                    Problem<T> p(b, 11, start, soft, smoothing);
+                    Context ctx(threads);
+                    ctx.size(subspace_cross_entropy_workspace_cpu(&ctx, &p.a));
+                    ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_cpu(&ctx, &p.a)) << ctx.message;
+                    ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_backward_cpu(&ctx, &p.a)) << ctx.message;
+                    p.check(ctx);
+                }
+}
+
+TEST(CrossEntropy, MatchesTheDefinitionInFloat64)
+{
+    run_all<double>(1);
+}
+TEST(CrossEntropy, MatchesTheDefinitionInFloat32)
+{
+    run_all<float>(1);
+}
+TEST(CrossEntropy, MatchesTheDefinitionOnThreeThreads)
+{
+    run_all<float>(3);
+}
+
+TEST(CrossEntropy, WorkspaceDoesNotGrowWithTheLogits)
+{
+    Problem<float> small(64, 8, uniform(1000, 4), false, 0);
+    Problem<float> large(64, 8, uniform(16000, 4), false, 0);
+    Context ctx;
+    EXPECT_LT(subspace_cross_entropy_workspace_cpu(&ctx, &large.a),
+              subspace_cross_entropy_workspace_cpu(&ctx, &small.a) * 3);
+}
+
+TEST(CrossEntropy, WrongLabelsAreNamed)
+{
+    Problem<double> p(3, 8, uniform(4, 2), false, 0);
+    p.label[2] = 4;
+    Context ctx;
+    ctx.size(subspace_cross_entropy_workspace_cpu(&ctx, &p.a));
+    EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &p.a));
+    EXPECT_STREQ("cross_entropy: target 4 of row 2 is not in [0, 4)", ctx.message);
+    p.label[2] = 0, p.a.label_smoothing = 2;
+    EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &p.a));
+}
+
+} // namespace

@@ -1,0 +1,167 @@
+// logits: forward and backward against the definition, in memory no larger than promised.
+#include "native.h"
+
+namespace
+{
+
+struct Shape {
+    int64_t b, n;
+    std::vector<int64_t> start;
+    bool ragged;
+};
+
+template <typename T> struct Problem {
+    int64_t b, c, n, rows;
+    std::vector<int64_t> start;
+    std::vector<T> x, w, y, g, dx, dw, proj;
+    subspace_logits_args a{};
+
+    Problem(const Shape &s, bool normalize)
+        : b(s.b), c(static_cast<int64_t>(s.start.size()) - 1), n(s.n), rows(s.start.back()), start(s.start),
+          x(randoms<T>(b * n)), w(frames<T>(s.start, n)), y(b * c), g(randoms<T>(b * c, 3)), dx(b * n), dw(rows * n),
+          proj(rows * b)
+    {
+        a.dtype = dtype_of<T>;
+        a.b = b, a.c = c, a.n = n, a.rows = rows, a.k = s.ragged ? 0 : (c ? start[1] : 1);
+        a.start = s.ragged ? start.data() : nullptr;
+        a.gamma = 5, a.normalize = normalize;
+        a.x = x.data(), a.weight = w.data(), a.logits = y.data(), a.dlogits = g.data();
+        a.dx = dx.data(), a.dweight = dw.data();
+    }
+
+    double length(int64_t i) const
+    {
+        double sum = 0;
+        for (int64_t j = 0; j < n; j++) sum += double(x[i * n + j]) * double(x[i * n + j]);
+        return a.normalize ? std::max(std::sqrt(sum), 1e-12) : 1;
+    }
+
+    void check() const
+    {
+        std::vector<double> edx(b * n), edw(rows * n);
+        double top = 1, topx = 1e-3, topw = 1e-3;
+        for (int64_t i = 0; i < b; i++) {
+            const double r = 1 / length(i);
+            for (int64_t q = 0; q < c; q++) {
+                std::vector<double> z;
+                double sum = 0;
+                for (int64_t row = start[q]; row < start[q + 1]; row++) {
+                    double dot = 0;
+                    for (int64_t j = 0; j < n; j++) dot += double(w[row * n + j]) * double(x[i * n + j]) * r;
+                    z.push_back(dot), sum += dot * dot;
+                }
+                const double norm = std::sqrt(sum);
+                ASSERT_NEAR(a.gamma * norm, double(y[i * c + q]), tolerance<T>() * std::max(top, a.gamma * norm));
+                for (int64_t row = start[q]; row < start[q + 1]; row++) {
+                    const double dz = a.gamma * double(g[i * c + q]) * z[row - start[q]] / norm;
+                    for (int64_t j = 0; j < n; j++) {
+                        edw[row * n + j] += dz * double(x[i * n + j]) * r;
+                        edx[i * n + j] += dz * double(w[row * n + j]);
+                    }
+                }
+            }
+            double dot = 0;
+            for (int64_t j = 0; j < n; j++) dot += edx[i * n + j] * double(x[i * n + j]) * r;
+            for (int64_t j = 0; j < n; j++)
+                if (a.normalize) edx[i * n + j] = (edx[i * n + j] - dot * double(x[i * n + j]) * r) * r;
+        }
+        for (double v : edx) topx = std::max(topx, std::fabs(v));
+        for (double v : edw) topw = std::max(topw, std::fabs(v));
+        for (size_t i = 0; i < edx.size(); i++) ASSERT_NEAR(edx[i], double(dx[i]), tolerance<T>() * topx) << i;
+        for (size_t i = 0; i < edw.size(); i++) ASSERT_NEAR(edw[i], double(dw[i]), tolerance<T>() * topw) << i;
+    }
+};
+
+std::vector<Shape> shapes()
+{
+    return {{1, 1, uniform(1, 1), false},        {3, 7, uniform(5, 2), false},    {70, 40, uniform(30, 8), false},
+            {270, 9, uniform(9, 3), false},      {2, 16, uniform(600, 1), false}, {4, 70, uniform(3, 64), false},
+            {5, 20, {0, 1, 4, 5, 11, 13}, true}, {33, 12, {0, 12, 13}, true}};
+}
+
+template <typename T> void run_all(int threads)
+{
+    for (const Shape &s : shapes())
+        for (const bool normalize : {true, false})
+            for (const bool keep : {true, false}) {
+                SCOPED_TRACE("b=" + std::to_string(s.b) + " n=" + std::to_string(s.n) +
+                             " rows=" + std::to_string(s.start.back()) + (keep ? " kept" : " recomputed"));
+                Problem<T> p(s, normalize);
+                if (keep) p.a.proj = p.proj.data();
+                Context ctx(threads);
+                ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
+                ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &p.a)) << ctx.message;
+                ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a)) << ctx.message;
+                p.check();
+            }
+}
+
+TEST(Logits, MatchesTheDefinitionInFloat64)
+{
+    run_all<double>(1);
+}
+TEST(Logits, MatchesTheDefinitionInFloat32)
+{
+    run_all<float>(1);
+}
+TEST(Logits, MatchesTheDefinitionOnThreeThreads)
+{
+    run_all<float>(3);
+}
+
+TEST(Logits, SkipsWhatIsNotAskedFor)
+{
+    Problem<double> p({8, 12, uniform(5, 3), false}, true);
+    p.a.dx = nullptr;
+    Context ctx;
+    ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
+    ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a));
+    for (double v : p.dx) ASSERT_EQ(0, v);
+}
+
+TEST(Logits, NothingToDo)
+{
+    for (const Shape &s : {Shape{0, 5, uniform(3, 2), false}, Shape{4, 5, uniform(0, 1), false}}) {
+        Problem<float> p(s, true);
+        Context ctx(3);
+        p.dw.assign(p.dw.size(), 1), p.dx.assign(p.dx.size(), 1);
+        ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
+        ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &p.a));
+        ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a));
+        for (float v : p.dx) ASSERT_EQ(0, v);
+        for (float v : p.dw) ASSERT_EQ(0, v);
+    }
+}
+
+TEST(Logits, HalfTypesAreWidened)
+{
+    // bfloat16 is the upper half of a float32: 1, 2 and 3 are exact, and so is the projection onto an axis.
+    const uint16_t x[4] = {0x3f80, 0x4000, 0x4040, 0}, w[4] = {0, 0x3f80, 0, 0}, g[1] = {0x3f80};
+    uint16_t y[1], dx[4], dw[4];
+    subspace_logits_args a{};
+    a.dtype = SUBSPACE_BF16, a.b = 1, a.c = 1, a.k = 1, a.n = 4, a.rows = 1, a.gamma = 1;
+    a.x = x, a.weight = w, a.logits = y, a.dlogits = g, a.dx = dx, a.dweight = dw;
+    Context ctx;
+    ctx.size(subspace_logits_workspace_cpu(&ctx, &a));
+    ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &a));
+    ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &a));
+    EXPECT_EQ(0x4000, y[0]);
+    for (int i = 0; i < 4; i++) {
+        EXPECT_EQ(x[i], dw[i]);
+        EXPECT_EQ(w[i], dx[i]);
+    }
+}
+
+TEST(Logits, BadArgumentsAreNamed)
+{
+    Problem<double> p({2, 3, uniform(2, 2), false}, true);
+    Context ctx;
+    ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a) - 1);
+    EXPECT_EQ(SUBSPACE_WORKSPACE_TOO_SMALL, subspace_logits_cpu(&ctx, &p.a));
+    EXPECT_NE(nullptr, std::strstr(ctx.message, "workspace"));
+    p.a.k = 5, p.a.rows = 10;
+    EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_logits_cpu(&ctx, &p.a));
+    EXPECT_STREQ("logits: need 0 < k <= n, got k=5, n=3", ctx.message);
+}
+
+} // namespace
