@@ -22,6 +22,15 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define CEIL_DIV(a, b) (((a) + (b)-1) / (b))
 
+/* Bytes in a vector register of this level; the kernels are written in GCC's vector types. */
+#if defined(__AVX512F__)
+enum { VECTOR = 64 };
+#elif defined(__AVX2__)
+enum { VECTOR = 32 };
+#else
+enum { VECTOR = 16 };
+#endif
+
 /* Call fn for the type we compute in: float32 for everything but float64. */
 #define DISPATCH(dtype, fn, ...)                                                                                       \
     return (dtype) == SUBSPACE_F64 ? LEVEL(fn##_f64)(__VA_ARGS__) : LEVEL(fn##_f32)(__VA_ARGS__)

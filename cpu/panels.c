@@ -8,6 +8,8 @@
  */
 #ifdef T /* ------------------------------------------------- read twice: T float, T double */
 
+#include "multiply.h"
+
 static void FN(widen)(subspace_dtype dtype, const void *src, int64_t at, int64_t count, T *restrict dst)
 {
     const uint16_t *h = (const uint16_t *)src + at;
@@ -74,11 +76,41 @@ static void FN(normalise_rows)(int64_t begin, int64_t end, void *arg)
     }
 }
 
-static const T *FN(rows_of_x)(const panels *p)
+typedef struct {
+    const panels *p;
+    const T *x, *proj;
+    T *out; /* forward: proj to keep */
+    panels_epilogue *epilogue;
+    void *arg;
+    int64_t first, last, block; /* backward: the panels and the block of this round */
+    T *dx;                      /* backward: [nb, n] of the block */
+    T *dweight;
+} FN(sweep);
+
+/* xt[j, i] = xhat[i, j] for 16 rows of the batch at a time */
+static void FN(transpose_rows)(int64_t begin, int64_t end, void *arg)
 {
-    if (!p->xhat) return p->a->x;
-    p->ctx->parallel_for(p->a->b, MAX(1, 32768 / MAX(p->a->n, 1)), FN(normalise_rows), (void *)p);
-    return p->xhat;
+    const FN(sweep) *s = arg;
+    const int64_t n = s->p->a->n, b = s->p->a->b;
+    T *xt = s->p->xt;
+    for (int64_t i0 = begin * 16; i0 < MIN(end * 16, b); i0 += 16)
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = i0; i < MIN(i0 + 16, b); i++) xt[j * b + i] = s->x[i * n + j];
+}
+
+/* The normalised, widened rows of x, and beside them their transpose where z is to be computed. */
+static void FN(prepare_x)(FN(sweep) *s, bool transposed)
+{
+    const panels *p = s->p;
+    const int64_t b = p->a->b, grain = MAX(1, 32768 / MAX(p->a->n, 1));
+    s->x = p->xhat ? p->xhat : p->a->x;
+    if (p->xhat) p->ctx->parallel_for(b, grain, FN(normalise_rows), (void *)p);
+    if (transposed) p->ctx->parallel_for(CEIL_DIV(b, 16), CEIL_DIV(grain, 16), FN(transpose_rows), s);
+}
+
+static T *FN(packed)(const panels *p, int64_t slot)
+{
+    return (T *)p->packed + slot * DEPTH * STRIPS * FN(STRIP);
 }
 
 /* Rows r0..r1 and columns j0..j0+m of the weight, widened into the slot's scratch if need be. */
@@ -121,17 +153,6 @@ void FN(panels_scale)(const panels *p, const tile *t, const T *restrict factor, 
         }
 }
 
-typedef struct {
-    const panels *p;
-    const T *x, *proj;
-    T *out; /* forward: proj to keep */
-    panels_epilogue *epilogue;
-    void *arg;
-    int64_t first, last, block; /* backward: the panels and the block of this round */
-    T *dx;                      /* backward: [nb, n] of the block */
-    T *dweight;
-} FN(sweep);
-
 /* ------------------------------------------------------------------------------- forward */
 
 static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
@@ -148,7 +169,8 @@ static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
             T *z = s->out ? s->out + t.r0 * ld + t.b0 : (T *)p->tiles + slot * p->rows * p->block;
             T *norms = (T *)p->norms + slot * p->classes * p->block;
             const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, 0, n, &ldw);
-            GEMM(false, true, t.r1 - t.r0, t.nb, n, 1, w, ldw, s->x + t.b0 * n, n, 0, z, ld);
+            FN(multiply)(t.r1 - t.r0, t.nb, n, w, ldw, 1, (const T *)p->xt + t.b0, p->a->b, false, z, ld,
+                         FN(packed)(p, slot));
             FN(class_norms)(p, &t, z, ld, norms);
             s->epilogue(s->arg, p, &t, z, ld, norms);
         }
@@ -157,7 +179,8 @@ static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
 
 void FN(panels_forward)(const panels *p, T *proj, panels_epilogue *epilogue, void *arg)
 {
-    FN(sweep) s = {.p = p, .x = FN(rows_of_x)(p), .out = proj, .epilogue = epilogue, .arg = arg};
+    FN(sweep) s = {.p = p, .out = proj, .epilogue = epilogue, .arg = arg};
+    FN(prepare_x)(&s, true);
     p->ctx->parallel_for(p->slots, 1, FN(forward_slots), &s);
 }
 
@@ -176,19 +199,19 @@ static void FN(backward_panels)(int64_t begin, int64_t end, void *arg)
             const tile t = panels_tile(p, s->first + i, s->block, slot);
             const int64_t rows = t.r1 - t.r0;
             const T *x = s->x + t.b0 * n;
-            T *z = (T *)p->tiles + i * p->rows * p->block;
+            T *packed = FN(packed)(p, slot), *z = (T *)p->tiles + i * p->rows * p->block;
             T *norms = (T *)p->norms + slot * p->classes * p->block;
             if (s->proj) {
                 for (int64_t r = 0; r < rows; r++)
                     memcpy(z + r * t.nb, s->proj + (t.r0 + r) * p->a->b + t.b0, (size_t)t.nb * sizeof(T));
             } else {
                 const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, 0, n, &ldw);
-                GEMM(false, true, rows, t.nb, n, 1, w, ldw, x, n, 0, z, t.nb);
+                FN(multiply)(rows, t.nb, n, w, ldw, 1, (const T *)p->xt + t.b0, p->a->b, false, z, t.nb, packed);
             }
             FN(class_norms)(p, &t, z, t.nb, norms);
             s->epilogue(s->arg, p, &t, z, t.nb, norms);
             if (s->dweight)
-                GEMM(false, false, rows, n, t.nb, 1, z, t.nb, x, n, s->block ? 1 : 0, s->dweight + t.r0 * n, n);
+                FN(multiply)(rows, n, t.nb, z, t.nb, 1, x, n, s->block > 0, s->dweight + t.r0 * n, n, packed);
         }
     }
 }
@@ -211,7 +234,8 @@ static void FN(backward_dx)(int64_t begin, int64_t end, void *arg)
                 const tile t = panels_tile(p, panel, s->block, slot);
                 const T *z = (const T *)p->tiles + (panel - s->first) * p->rows * p->block;
                 const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, j0, m, &ldw);
-                GEMM(true, false, h, m, t.r1 - t.r0, 1, z + i0, nb, w, ldw, panel ? 1 : 0, s->dx + i0 * n + j0, n);
+                FN(multiply)(h, m, t.r1 - t.r0, z + i0, 1, nb, w, ldw, panel > 0, s->dx + i0 * n + j0, n,
+                             FN(packed)(p, slot));
             }
         }
     }
@@ -256,7 +280,7 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
         if (a->dweight) memset(a->dweight, 0, (size_t)(a->rows * n) * item);
         return;
     }
-    s.x = FN(rows_of_x)(p);
+    FN(prepare_x)(&s, proj == NULL);
     s.dweight = p->dweight ? p->dweight : a->dweight;
     for (s.block = 0; s.block < p->blocks; s.block++) {
         s.dx = p->dx ? p->dx : a->dx ? (T *)a->dx + s.block * p->block * n : NULL;
@@ -277,9 +301,16 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
 #include "convert.h"
 
 enum {
-    PANEL_ROWS = 512, /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
-    BLOCK = 256,      /* batch rows in a block */
-    SWEEP_ROWS = 8192 /* rows of dz alive together in the backward */
+    PANEL_ROWS = 512,  /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
+    BLOCK = 256,       /* batch rows in a block */
+    SWEEP_ROWS = 8192, /* rows of dz alive together in the backward */
+#if defined(__AVX512F__) || defined(__aarch64__)
+    ROWS = 8,          /* 24 accumulators of 32 registers */
+#else
+    ROWS = 4, /* 12 of 16 */
+#endif
+    DEPTH = 512,
+    STRIPS = 11 /* a packed block takes about 1 MiB: it stays in L2 */
 };
 #define NORM_EPS 1e-12 /* as torch.nn.functional.normalize */
 
@@ -308,6 +339,8 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     p->sweep = MIN(MAX(slots, SWEEP_ROWS / MAX(p->rows, 1)), p->count);
 
     if (a->normalize || half) p->xhat = carve(base, bytes, a->b * a->n, item);
+    p->xt = carve(base, bytes, a->b * a->n, item);
+    p->packed = carve(base, bytes, slots * DEPTH * STRIPS * 3 * VECTOR, 1);
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, item);
     p->tiles = carve(base, bytes, (backward ? p->sweep : slots) * p->rows * p->block, item);
     p->norms = carve(base, bytes, slots * p->classes * p->block, item);

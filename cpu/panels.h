@@ -19,6 +19,8 @@ typedef struct panels {
     int64_t sweep;         /* backward: panels whose dz tiles are alive together */
     int64_t slots;         /* threads; slot s always does the same part of the work */
     void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised; [b] 1/|x_b| */
+    void *xt;              /* [n, b] their transpose */
+    void *packed;          /* [slots][...] scratch of multiply.h */
     void *tiles;           /* [slots or sweep][rows * block] */
     void *norms, *spare;   /* [slots][classes * block] each; spare is the epilogue's */
     void *wide;            /* [slots][...] half types: weights, or a block of dx, in float32 */

@@ -41,7 +41,7 @@ static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool with_w, boo
             for (int64_t j = 0; j < m; j++) pd[j] += mw * w[j];
         if (write) memcpy(buffer, pd, (size_t)m * sizeof(T));
         if (s->blocks == 3) memcpy(pm, pd, (size_t)m * sizeof(T));
-        if (dm != 1) { /* Nesterov: dir = dm M' + dg g + dw w */
+        if (dg != 0) { /* Nesterov: dir = dm M' + dg g + dw w */
             for (int64_t j = 0; j < m; j++) pd[j] = dm * pd[j] + dg * g[j];
             if (dw != 0)
                 for (int64_t j = 0; j < m; j++) pd[j] += dw * w[j];
@@ -247,14 +247,6 @@ static bool FN(step_class)(rsgd_slot *s)
 #else /* --------------------------------------------------------------------- read once */
 
 #include "retraction.h"
-
-#if defined(__AVX512F__)
-enum { VECTOR = 64 };
-#elif defined(__AVX2__)
-enum { VECTOR = 32 };
-#else
-enum { VECTOR = 16 };
-#endif
 
 enum {
     SMALL_K = 16, /* up to here our own register blocks, above GEMM */

@@ -59,7 +59,8 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         _check_class_weight(class_weight, classes, x.device)
 
     if not labels and torch.is_grad_enabled() and target.requires_grad:  # rare: a teacher that learns too
-        return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing, reduction)
+        return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing,
+                                     reduction)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     flat_target = target.reshape(-1) if labels else target.detach().to(x.dtype).reshape(-1, classes)
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None

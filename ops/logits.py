@@ -7,6 +7,8 @@ leave the cache; see cpu/logits.c.
 """
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -58,10 +60,19 @@ def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:
     """First row of each class and one past the last, as the kernels want it; empty for uniform frames."""
     if dims is None:
         return torch.empty(0, dtype=torch.int64, device=device)
-    first = [0]
-    for k in dims:
-        first.append(first[-1] + int(k))
-    return torch.tensor(first, dtype=torch.int64, device=device)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(_first_rows(dims), dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # it may be saved for a backward later
+        return _starts(tuple(dims), device)
+
+
+def _first_rows(dims: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(int(k) for k in dims)]
+
+
+@functools.lru_cache(maxsize=64)  # a copy to the GPU would stall the stream at every call
+def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(_first_rows(dims), dtype=torch.int64, device=device)
 
 
 def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize: bool = True,

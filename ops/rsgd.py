@@ -82,7 +82,7 @@ def _as_lists(weight, grad, buffer):
         raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences")
     weight, grad, buffer = list(weight), list(grad), list(buffer or ())
     if len(grad) != len(weight) or len(buffer) not in (0, len(weight)):
-        raise ValueError(f"{_NAME}: got {len(weight)} weights, {len(grad)} gradients and {len(buffer)} momentum buffers")
+        raise ValueError(f"{_NAME}: got {len(weight)} weights, {len(grad)} gradients, {len(buffer)} momentum buffers")
     return weight, grad, buffer
 
 

@@ -31,9 +31,11 @@ void shim_cross_entropy(StableIValue *stack, uint64_t args, uint64_t results)
                                      .ignore_index = as_int(stack[7]),
                                      .label_smoothing = as_double(stack[8])};
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &x) & tensor_in(&c, stack[1], &weight) &
-                       tensor_in(&c, stack[2], &start) & tensor_in(&c, stack[3], &target) &
-                       tensor_in(&c, stack[4], &class_weight);
+    bool taken = tensor_in(&c, stack[0], &x);
+    taken &= tensor_in(&c, stack[1], &weight);
+    taken &= tensor_in(&c, stack[2], &start);
+    taken &= tensor_in(&c, stack[3], &target);
+    taken &= tensor_in(&c, stack[4], &class_weight);
     DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &loss, 1, &a.f.b, wide_dtype(&x), &x));
@@ -58,10 +60,13 @@ void shim_cross_entropy_backward(StableIValue *stack, uint64_t args, uint64_t re
                                      .label_smoothing = as_double(stack[10])};
     const bool need_dx = as_bool(stack[11]), need_dweight = as_bool(stack[12]);
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &dloss) & tensor_in(&c, stack[1], &x) &
-                       tensor_in(&c, stack[2], &weight) & tensor_in(&c, stack[3], &start) &
-                       tensor_in(&c, stack[4], &target) & tensor_in(&c, stack[5], &class_weight) &
-                       tensor_in(&c, stack[6], &stats);
+    bool taken = tensor_in(&c, stack[0], &dloss);
+    taken &= tensor_in(&c, stack[1], &x);
+    taken &= tensor_in(&c, stack[2], &weight);
+    taken &= tensor_in(&c, stack[3], &start);
+    taken &= tensor_in(&c, stack[4], &target);
+    taken &= tensor_in(&c, stack[5], &class_weight);
+    taken &= tensor_in(&c, stack[6], &stats);
     DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
     DO(require(&c,
                dloss.numel == a.f.b && dloss.dtype == wide_dtype(&x) && stats.numel == 2 * a.f.b &&

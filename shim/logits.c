@@ -42,7 +42,9 @@ void shim_logits(StableIValue *stack, uint64_t args, uint64_t results)
     subspace_logits_args a = {.gamma = as_double(stack[3]), .normalize = as_bool(stack[4])};
     const bool keep = as_bool(stack[5]);
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &x) & tensor_in(&c, stack[1], &weight) & tensor_in(&c, stack[2], &start);
+    bool taken = tensor_in(&c, stack[0], &x);
+    taken &= tensor_in(&c, stack[1], &weight);
+    taken &= tensor_in(&c, stack[2], &start);
     DO(taken && logits_args(&c, &x, &weight, &start, &a));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &logits, 2, (int64_t[]){a.b, a.c}, x.dtype, &x));
@@ -63,9 +65,11 @@ void shim_logits_backward(StableIValue *stack, uint64_t args, uint64_t results)
     subspace_logits_args a = {.gamma = as_double(stack[5]), .normalize = as_bool(stack[6])};
     const bool need_dx = as_bool(stack[7]), need_dweight = as_bool(stack[8]);
     (void)args, (void)results;
-    const bool taken = tensor_in(&c, stack[0], &dlogits) & tensor_in(&c, stack[1], &x) &
-                       tensor_in(&c, stack[2], &weight) & tensor_in(&c, stack[3], &start) &
-                       tensor_in(&c, stack[4], &proj);
+    bool taken = tensor_in(&c, stack[0], &dlogits);
+    taken &= tensor_in(&c, stack[1], &x);
+    taken &= tensor_in(&c, stack[2], &weight);
+    taken &= tensor_in(&c, stack[3], &start);
+    taken &= tensor_in(&c, stack[4], &proj);
     DO(taken && logits_args(&c, &x, &weight, &start, &a));
     DO(require(&c, dlogits.numel == a.b * a.c && dlogits.dtype == x.dtype, "dlogits does not have the logits' shape"));
     DO(require(&c, proj.numel == 0 || (proj.numel == a.rows * a.b && proj.dtype == wide_dtype(&x)),

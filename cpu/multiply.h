@@ -1,0 +1,117 @@
+/* multiply.h - the matrix product of the panels: C (+)= A B on one thread, A read where it lies.
+ *
+ *     C[m, n]  row-major      A(i, l) = a[i ai + l al]      B[k, n] row-major, packed strip by strip
+ *
+ * Our panels are short (a few hundred rows or columns) and their A is already in an order that
+ * broadcasts well, so packing B alone is enough; a general GEMM packs both and loses up to a third
+ * of its speed at small n. A block of B is [DEPTH, STRIPS strips] and stays in L2, a kernel holds
+ * up to ROWS x 3 vectors of C in registers. Included by panels.c, once per precision.
+ */
+#ifdef T
+
+typedef T FN(vec) __attribute__((vector_size(VECTOR)));
+typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
+enum { FN(LANES) = VECTOR / sizeof(T), FN(STRIP) = 3 * FN(LANES) };
+
+/* C of `rows` rows and `vecs` vectors, of which `cols` columns count; b is a packed strip [k, vecs vectors]. */
+static inline
+    __attribute__((always_inline)) void FN(kernel)(const int rows, const int vecs, int64_t k, const T *a, int64_t ai,
+                                                   int64_t al, const T *b, T *c, int64_t ldc, int64_t cols, bool add)
+{
+    enum { L = FN(LANES) };
+    FN(vec) acc[8][3];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) acc[i][v] = (FN(vec)){0};
+    for (int64_t l = 0; l < k; l++, b += vecs * L) {
+        FN(vec) x[3];
+        for (int v = 0; v < vecs; v++) x[v] = *(const FN(vecu) *)(b + v * L);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < vecs; v++) acc[i][v] += a[i * ai + l * al] * x[v];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        T *to = c + i * ldc;
+        if (cols == vecs * L) {
+            for (int v = 0; v < vecs; v++) {
+                if (add) acc[i][v] += *(const FN(vecu) *)(to + v * L);
+                *(FN(vecu) *)(to + v * L) = acc[i][v];
+            }
+        } else {
+            T part[3 * L] = {0};
+            for (int v = 0; v < vecs; v++) memcpy(part + v * L, &acc[i][v], sizeof acc[i][v]);
+            for (int64_t j = 0; j < cols; j++) to[j] = add ? to[j] + part[j] : part[j];
+        }
+    }
+}
+
+#define KERNELS(rows)                                                                                                  \
+    static                                                                                                             \
+        __attribute__((noinline)) void FN(kernel_##rows)(int64_t vecs, int64_t k, const T *a, int64_t ai, int64_t al,  \
+                                                         const T *b, T *c, int64_t ldc, int64_t cols, bool add)        \
+    {                                                                                                                  \
+        if (vecs == 3) FN(kernel)(rows, 3, k, a, ai, al, b, c, ldc, cols, add);                                        \
+        else if (vecs == 2) FN(kernel)(rows, 2, k, a, ai, al, b, c, ldc, cols, add);                                   \
+        else FN(kernel)(rows, 1, k, a, ai, al, b, c, ldc, cols, add);                                                  \
+    }
+KERNELS(8)
+KERNELS(4)
+KERNELS(1)
+#undef KERNELS
+
+/* The columns j0 .. j0+cols of `depth` rows of b, strip by strip; the last strip has as many vectors as it needs. */
+static void FN(pack)(const T *b, int64_t ldb, int64_t depth, int64_t cols, T *restrict out)
+{
+    for (int64_t j = 0; j < cols; j += FN(STRIP)) {
+        const int64_t here = MIN(FN(STRIP), cols - j), width = CEIL_DIV(here, FN(LANES)) * FN(LANES);
+        for (int64_t l = 0; l < depth; l++, out += width) {
+            const T *restrict row = b + l * ldb + j;
+            if (here == FN(STRIP))
+                for (int64_t q = 0; q < FN(STRIP); q++) out[q] = row[q];
+            else
+                for (int64_t q = 0; q < width; q++) out[q] = q < here ? row[q] : 0;
+        }
+    }
+}
+
+/* rows x depth of A as [depth, rows]: where A runs along its columns, a line of cache holds many rows of few columns.
+ */
+static void FN(gather)(int64_t rows, int64_t depth, const T *a, int64_t ai, int64_t al, T *restrict out)
+{
+    for (int64_t l = 0; l < depth; l++)
+        for (int64_t i = 0; i < rows; i++) out[l * rows + i] = a[i * ai + l * al];
+}
+
+/* `packed` has room for DEPTH rows of STRIPS strips. */
+static void FN(multiply)(int64_t m, int64_t n, int64_t k, const T *a, int64_t ai, int64_t al, const T *b, int64_t ldb,
+                         bool add, T *c, int64_t ldc, T *packed)
+{
+    const int64_t width = STRIPS * FN(STRIP);
+    T gathered[DEPTH * ROWS];
+    for (int64_t j0 = 0; j0 < n; j0 += width)
+        for (int64_t l0 = 0; l0 < k; l0 += DEPTH) {
+            const int64_t depth = MIN(DEPTH, k - l0), cols = MIN(width, n - j0);
+            const bool plus = add || l0 > 0;
+            FN(pack)(b + l0 * ldb + j0, ldb, depth, cols, packed);
+            for (int64_t i = 0, rows; i < m; i += rows) {
+                const T *ablock = a + i * ai + l0 * al;
+                int64_t si = ai, sl = al;
+                rows = m - i >= ROWS ? ROWS : m - i >= 4 ? 4 : 1;
+                if (al != 1 && cols > FN(STRIP)) {
+                    FN(gather)(rows, depth, ablock, ai, al, gathered);
+                    ablock = gathered, si = 1, sl = rows;
+                }
+                for (int64_t j = 0; j < cols; j += FN(STRIP)) {
+                    const int64_t here = MIN(FN(STRIP), cols - j), vecs = CEIL_DIV(here, FN(LANES));
+                    const T *strip = packed + j * depth;
+                    T *to = c + i * ldc + j0 + j;
+                    if (rows == 8) FN(kernel_8)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                    else if (rows == 4) FN(kernel_4)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                    else FN(kernel_1)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                }
+            }
+        }
+}
+
+#endif
