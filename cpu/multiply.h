@@ -60,18 +60,17 @@ KERNELS(4)
 KERNELS(1)
 #undef KERNELS
 
-/* The columns j0 .. j0+cols of `depth` rows of b, strip by strip; the last strip has as many vectors as it needs. */
+/* `cols` columns of `depth` rows of b as strips [depth, STRIP]; the last strip has as many vectors as it needs.
+ * Row by row: whole rows are read in order, as memory likes it. */
 static void FN(pack)(const T *b, int64_t ldb, int64_t depth, int64_t cols, T *restrict out)
 {
-    for (int64_t j = 0; j < cols; j += FN(STRIP)) {
-        const int64_t here = MIN(FN(STRIP), cols - j), width = CEIL_DIV(here, FN(LANES)) * FN(LANES);
-        for (int64_t l = 0; l < depth; l++, out += width) {
-            const T *restrict row = b + l * ldb + j;
-            if (here == FN(STRIP))
-                for (int64_t q = 0; q < FN(STRIP); q++) out[q] = row[q];
-            else
-                for (int64_t q = 0; q < width; q++) out[q] = q < here ? row[q] : 0;
-        }
+    const int64_t whole = cols - cols % FN(STRIP), rest = cols - whole;
+    const int64_t width = CEIL_DIV(rest, FN(LANES)) * FN(LANES);
+    for (int64_t l = 0; l < depth; l++) {
+        const T *restrict row = b + l * ldb;
+        for (int64_t j = 0; j < whole; j += FN(STRIP))
+            for (int64_t q = 0; q < FN(STRIP); q++) out[j * depth + l * FN(STRIP) + q] = row[j + q];
+        for (int64_t q = 0; q < width; q++) out[whole * depth + l * width + q] = q < rest ? row[whole + q] : 0;
     }
 }
 
@@ -79,8 +78,11 @@ static void FN(pack)(const T *b, int64_t ldb, int64_t depth, int64_t cols, T *re
  */
 static void FN(gather)(int64_t rows, int64_t depth, const T *a, int64_t ai, int64_t al, T *restrict out)
 {
-    for (int64_t l = 0; l < depth; l++)
-        for (int64_t i = 0; i < rows; i++) out[l * rows + i] = a[i * ai + l * al];
+    if (rows == ROWS && ai == 1)
+        for (int64_t l = 0; l < depth; l++) memcpy(out + l * ROWS, a + l * al, ROWS * sizeof(T));
+    else
+        for (int64_t l = 0; l < depth; l++)
+            for (int64_t i = 0; i < rows; i++) out[l * rows + i] = a[i * ai + l * al];
 }
 
 /* `packed` has room for DEPTH rows of STRIPS strips. */

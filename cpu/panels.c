@@ -102,7 +102,7 @@ static void FN(transpose_rows)(int64_t begin, int64_t end, void *arg)
 static void FN(prepare_x)(FN(sweep) *s, bool transposed)
 {
     const panels *p = s->p;
-    const int64_t b = p->a->b, grain = MAX(1, 32768 / MAX(p->a->n, 1));
+    const int64_t b = p->a->b, grain = MAX(1, WORTH_COPYING / MAX(p->a->n, 1));
     s->x = p->xhat ? p->xhat : p->a->x;
     if (p->xhat) p->ctx->parallel_for(b, grain, FN(normalise_rows), (void *)p);
     if (transposed) p->ctx->parallel_for(CEIL_DIV(b, 16), CEIL_DIV(grain, 16), FN(transpose_rows), s);
@@ -143,13 +143,14 @@ static void FN(class_norms)(const panels *p, const tile *t, const T *z, int64_t 
     }
 }
 
-/* z[row, i] *= factor[class of row, i] */
-void FN(panels_scale)(const panels *p, const tile *t, const T *restrict factor, T *restrict z, int64_t ld)
+/* z[row, i] = from[row, i] factor[class of row, i], from being the projections */
+void FN(panels_scale)(const panels *p, const tile *t, const T *restrict factor, T *z, int64_t ld)
 {
     for (int64_t c = t->c0; c < t->c1; c++, factor += t->nb)
-        for (int64_t r = panels_row(p, c); r < panels_row(p, c + 1); r++) {
-            T *restrict row = z + (r - t->r0) * ld;
-            for (int64_t i = 0; i < t->nb; i++) row[i] *= factor[i];
+        for (int64_t r = panels_row(p, c) - t->r0; r < panels_row(p, c + 1) - t->r0; r++) {
+            const T *from = (const T *)t->from + r * t->from_ld;
+#pragma omp simd
+            for (int64_t i = 0; i < t->nb; i++) z[r * ld + i] = from[i] * factor[i];
         }
 }
 
@@ -196,19 +197,19 @@ static void FN(backward_panels)(int64_t begin, int64_t end, void *arg)
         int64_t first, last, ldw;
         share(s->last - s->first, slot, p->slots, &first, &last);
         for (int64_t i = first; i < last; i++) {
-            const tile t = panels_tile(p, s->first + i, s->block, slot);
+            tile t = panels_tile(p, s->first + i, s->block, slot);
             const int64_t rows = t.r1 - t.r0;
             const T *x = s->x + t.b0 * n;
             T *packed = FN(packed)(p, slot), *z = (T *)p->tiles + i * p->rows * p->block;
             T *norms = (T *)p->norms + slot * p->classes * p->block;
+            t.from = z, t.from_ld = t.nb;
             if (s->proj) {
-                for (int64_t r = 0; r < rows; r++)
-                    memcpy(z + r * t.nb, s->proj + (t.r0 + r) * p->a->b + t.b0, (size_t)t.nb * sizeof(T));
+                t.from = s->proj + t.r0 * p->a->b + t.b0, t.from_ld = p->a->b;
             } else {
                 const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, 0, n, &ldw);
                 FN(multiply)(rows, t.nb, n, w, ldw, 1, (const T *)p->xt + t.b0, p->a->b, false, z, t.nb, packed);
             }
-            FN(class_norms)(p, &t, z, t.nb, norms);
+            FN(class_norms)(p, &t, t.from, t.from_ld, norms);
             s->epilogue(s->arg, p, &t, z, t.nb, norms);
             if (s->dweight)
                 FN(multiply)(rows, n, t.nb, z, t.nb, 1, x, n, s->block > 0, s->dweight + t.r0 * n, n, packed);
@@ -272,7 +273,7 @@ static void FN(narrow_dweight)(int64_t begin, int64_t end, void *arg)
 void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilogue, void *arg)
 {
     const subspace_logits_args *a = p->a;
-    const int64_t n = a->n, grain = MAX(1, 32768 / MAX(n, 1));
+    const int64_t n = a->n, grain = MAX(1, WORTH_COPYING / MAX(n, 1));
     FN(sweep) s = {.p = p, .proj = proj, .epilogue = epilogue, .arg = arg};
     if (a->b == 0 || a->c == 0) { /* nothing flows back */
         const size_t item = a->dtype == SUBSPACE_F64 ? 8 : a->dtype == SUBSPACE_F32 ? 4 : 2;
@@ -304,8 +305,10 @@ enum {
     PANEL_ROWS = 512,  /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
     BLOCK = 256,       /* batch rows in a block */
     SWEEP_ROWS = 8192, /* rows of dz alive together in the backward */
+    WORTH_A_THREAD = 1 << 20,
+    WORTH_COPYING = 1 << 16,
 #if defined(__AVX512F__) || defined(__aarch64__)
-    ROWS = 8,          /* 24 accumulators of 32 registers */
+    ROWS = 8, /* 24 accumulators of 32 registers */
 #else
     ROWS = 4, /* 12 of 16 */
 #endif
@@ -322,7 +325,9 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
 {
     const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
     const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const int64_t slots = MAX(ctx->threads, 1), mean = MAX(1, a->rows / MAX(a->c, 1));
+    /* a thread is worth waking for a million multiplications or so */
+    const int64_t worth = CEIL_DIV(a->b * a->rows, MAX(1, WORTH_A_THREAD / MAX(a->n, 1)));
+    const int64_t slots = MAX(1, MIN(ctx->threads, worth)), mean = MAX(1, a->rows / MAX(a->c, 1));
     *p = (panels){.ctx = ctx, .a = a, .slots = slots};
 
     /* enough panels for every thread, none larger than the cache likes */

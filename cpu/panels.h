@@ -4,7 +4,7 @@
  *     z = W_panel xhat_block'            [panel rows, block]      one GEMM
  * keeps the batch in the fast index, so that the k rows of a class are summed lane by lane for any
  * k and for ragged dims alike. An epilogue consumes the tile while it is in cache; in the
- * backward it turns z into dz in place. Nothing larger than tiles is ever stored. */
+ * backward it makes dz of it. Nothing larger than tiles is ever stored. */
 #ifndef SUBSPACE_PANELS_H
 #define SUBSPACE_PANELS_H
 #include "cpu.h"
@@ -32,6 +32,8 @@ typedef struct tile {
     int64_t c0, c1, r0, r1; /* classes and rows of the panel */
     int64_t b0, nb;         /* the batch block */
     int64_t slot;
+    const void *from; /* backward: the projections [r1 - r0, from_ld], kept ones or z itself */
+    int64_t from_ld;
 } tile;
 
 /* Plan the sweep and lay out its scratch from `base`; with a NULL base only *bytes is of use. */

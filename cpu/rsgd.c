@@ -251,7 +251,8 @@ static bool FN(step_class)(rsgd_slot *s)
 enum {
     SMALL_K = 16, /* up to here our own register blocks, above GEMM */
     FLUSH = 2048, /* columns summed in working precision before they are added up in double */
-    MATRICES = 10
+    MATRICES = 10,
+    WORTH_A_THREAD = 1 << 15 /* elements: about 15 microseconds */
 };
 
 /* M' = mm M + mg grad + mw W,   dir = dm M' + dg grad + dw W */
@@ -327,6 +328,8 @@ static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char 
         r.k = MAX(r.k, a->frames[i].k), r.n = MAX(r.n, a->frames[i].n);
     }
     r.kp = rounded(MAX(r.k, 1));
+    const int64_t worth = CEIL_DIV(r.classes * r.k * (r.n + 32 * r.k), WORTH_A_THREAD); /* the 32 for the k x k part */
+    r.slots = MAX(1, MIN(r.slots, worth));
     r.slot_bytes = lay_out(&r, NULL, &unused);
     r.base = carve(base, bytes, r.slots, r.slot_bytes);
     r.skipped = carve(base, bytes, r.slots, sizeof(int64_t));

@@ -36,8 +36,8 @@ def bench_table():
                 row = rows[case, peer]
                 if "missing" in row:
                     continue
-                lines.append(f"| `{op}` {case.replace(' float32', '')} | {mine['p50_ms']:.3g} ms | {peer} | "
-                             f"{row['p50_ms']:.3g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")  # fmt: skip
+                lines.append(f"| `{op}` {case.replace(' float32', '')} | {mine['p50_ms']:.4g} ms | {peer} | "
+                             f"{row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")  # fmt: skip
                 if "peak_mib" in row:
                     less, more = mine["beyond_results_mib"], row["beyond_results_mib"]
                     lines.append(f"| … peak memory beyond the gradients | {less:.3g} MiB | {peer} | {more:.3g} MiB | "
