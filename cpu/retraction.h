@@ -51,11 +51,17 @@ static void product_t(const kxk *s, const double *a, const double *b, double *c)
     else gemm_f64(false, true, s->ld, s->ld, s->ld, 1, a, s->ld, b, s->ld, 0, c, s->ld);
 }
 
+/* b = alpha a + beta I */
+static inline void affine_of(const kxk *s, double alpha, const double *a, double beta, double *b)
+{
+    for (int64_t i = 0; i < s->ld * s->ld; i++) b[i] = alpha * a[i];
+    for (int64_t i = 0; i < s->k; i++) b[i * s->ld + i] += beta;
+}
+
 /* a = alpha a + beta I */
 static inline void affine(const kxk *s, double alpha, double beta, double *a)
 {
-    for (int64_t i = 0; i < s->ld * s->ld; i++) a[i] *= alpha;
-    for (int64_t i = 0; i < s->k; i++) a[i * s->ld + i] += beta;
+    affine_of(s, alpha, a, beta, a);
 }
 
 static inline void identity(const kxk *s, double *a)
@@ -93,15 +99,16 @@ static void geodesic_series(const kxk *s, double *x, double tolerance, double *f
     for (int64_t i = 0; i < size; i++) x[i] *= scale;
     int terms = 1;
     for (double next = norm / 2; next > tolerance; terms++) next *= norm / ((2. * terms + 1) * (2. * terms + 2));
-    identity(s, f), identity(s, g);
-    for (int j = terms; j > 0; j--) {
-        product(s, x, f, s->t0), copy(s, s->t0, f), affine(s, -1 / ((2. * j - 1) * (2. * j)), 1, f);
-        product(s, x, g, s->t0), copy(s, s->t0, g), affine(s, -1 / ((2. * j) * (2. * j + 1)), 1, g);
+    affine_of(s, -1 / ((2. * terms - 1) * (2. * terms)), x, 1, f);
+    affine_of(s, -1 / ((2. * terms) * (2. * terms + 1)), x, 1, g);
+    for (int j = terms - 1; j > 0; j--) {
+        product(s, x, f, s->t0), affine_of(s, -1 / ((2. * j - 1) * (2. * j)), s->t0, 1, f);
+        product(s, x, g, s->t0), affine_of(s, -1 / ((2. * j) * (2. * j + 1)), s->t0, 1, g);
     }
     for (; doublings > 0; doublings--) {
         if (h && doublings == 1) product(s, g, g, h), affine(s, -0.5, 0, h);
         product(s, g, f, s->t0), copy(s, s->t0, g);
-        product(s, f, f, s->t0), copy(s, s->t0, f), affine(s, 2, -1, f);
+        product(s, f, f, s->t0), affine_of(s, 2, s->t0, -1, f);
     }
 }
 

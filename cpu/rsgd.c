@@ -55,18 +55,27 @@ static void FN(load)(const rsgd_slot *s, int64_t j0, int64_t m, bool with_w, boo
     }
 }
 
-/* acc[4][4] += rows a .. a+3 times rows b .. b+3, lane by lane. */
-static inline void FN(dots)(const T *a, int64_t lda, const T *b, int64_t ldb, int64_t m, FN(vec) *acc)
+/* acc[4][4] += rows a .. a+3 times rows b .. b+3, lane by lane; of a block on the diagonal the lower half. */
+static inline __attribute__((always_inline)) void FN(dots_of)(const bool diagonal, const T *a, int64_t lda, const T *b,
+                                                              int64_t ldb, int64_t m, FN(vec) *acc)
 {
     FN(vec) c[16];
     for (int i = 0; i < 16; i++) c[i] = acc[i];
     for (int64_t j = 0; j < m; j += FN(LANES)) {
         FN(vec) x[4], y[4];
         for (int i = 0; i < 4; i++) x[i] = *(const FN(vecu) *)(a + i * lda + j);
-        for (int i = 0; i < 4; i++) y[i] = *(const FN(vecu) *)(b + i * ldb + j);
-        for (int i = 0; i < 16; i++) c[i] += x[i / 4] * y[i % 4];
+        for (int i = 0; i < 4 && !diagonal; i++) y[i] = *(const FN(vecu) *)(b + i * ldb + j);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            if (!diagonal || i / 4 >= i % 4) c[i] += x[i / 4] * (diagonal ? x : y)[i % 4];
     }
     for (int i = 0; i < 16; i++) acc[i] = c[i];
+}
+
+static void FN(dots)(const T *a, int64_t lda, const T *b, int64_t ldb, int64_t m, FN(vec) *acc)
+{
+    if (a == b) FN(dots_of)(true, a, lda, b, ldb, m, acc);
+    else FN(dots_of)(false, a, lda, b, ldb, m, acc);
 }
 
 /* gram += the lanes of the accumulators, which start again from zero. */
@@ -212,7 +221,7 @@ static bool FN(step_class)(rsgd_slot *s)
     product(q, E, R, P);
     product_t(q, P, P, X);
     for (int64_t i = 0; i < kp * kp; i++) S[i] -= X[i], X[i] = a * a * S[i];
-    retraction(q, st->kind, false, IS_F32 ? 1e-11 : 1e-19, X, f, g, st->parallel ? h : NULL);
+    retraction(q, st->kind, false, IS_F32 ? 1e-10 : 1e-19, X, f, g, st->parallel ? h : NULL);
 
     T *coef = s->coef;
     product(q, g, P, X);
