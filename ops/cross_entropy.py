@@ -13,7 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .logits import _autocast, _wide, check_frames, check_gamma, fake_gradients, starts, subspace_logits
+from .logits import (
+    _autocast,
+    _wide,
+    check_frames,
+    check_gamma,
+    fake_gradients,
+    starts,
+    subspace_logits,
+    transformed,
+)
 
 _op = torch.ops.torch_subspace
 _NAME = "subspace_cross_entropy"
@@ -65,8 +74,15 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
     flat_target = target.reshape(-1) if labels else target.detach().to(x.dtype).reshape(-1, classes)
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
-    loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
-                                bool(normalize), int(ignore_index), float(label_smoothing))
+    if transformed():
+        logits = subspace_logits(flat, weight, gamma=gamma, normalize=normalize, dims=dims).to(_wide(x.dtype))
+        loss = torch.nn.functional.cross_entropy(
+            logits, flat_target if labels else flat_target.to(logits.dtype), reduction="none",
+            weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
+            ignore_index=ignore_index if labels else -100, label_smoothing=label_smoothing)
+    else:
+        loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
+                                    bool(normalize), int(ignore_index), float(label_smoothing))
     if reduction == "none":
         return loss.view(x.shape[:-1])
     total = loss.sum()
@@ -98,7 +114,7 @@ def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) ->
         raise TypeError(f"{_NAME}: labels must be int64, got {target.dtype}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"{_NAME}: labels must be {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+    if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and target.numel():
         wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
         if wrong.any():
             raise ValueError(f"{_NAME}: labels must be in [0, {classes}), got {target[wrong][0].item()}")

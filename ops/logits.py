@@ -89,8 +89,9 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     Returns:
         logits, (..., C), of x's dtype. float16 and bfloat16 are stored as such and computed in float32.
 
-    Differentiable in ``x`` and ``weight``, twice; where a projection is 0 its gradient is 0. Under
-    autocast both are cast to the autocast dtype, as for a linear layer.
+    Differentiable in ``x`` and ``weight``, twice; in forward mode and under torch.func by the plain
+    formula. Where a projection is 0 its gradient is 0. Under autocast both are cast to the autocast
+    dtype, as for a linear layer.
 
     Raises:
         TypeError: x or weight is not floating point, or their dtypes differ.
@@ -102,11 +103,22 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     check_frames("subspace_logits", x, weight, dims)
     check_gamma("subspace_logits", gamma)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if transformed():
+        logits = _eager(flat, weight, starts(dims, weight.device), gamma, normalize)
+        return logits.view(*x.shape[:-1], logits.shape[1])
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     rows = weight.shape[0] if dims is not None else weight.shape[0] * weight.shape[1]
     keep = grad and flat.shape[0] * rows <= KEEP_PROJECTIONS
     logits, _ = _op.logits(flat, weight, starts(dims, weight.device), float(gamma), bool(normalize), keep)
     return logits if x.dim() == 2 else logits.view(*x.shape[:-1], logits.shape[1])
+
+
+def transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode AD, which an op registered from outside torch cannot take
+    part in: its tangent would silently be zero. The plain formula serves there."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def check_gamma(name: str, gamma: float) -> None:
@@ -164,7 +176,7 @@ def _backward(ctx, dlogits, _dproj):
 torch.library.register_autograd("torch_subspace::logits", _backward, setup_context=_setup)
 
 
-# The second derivative, for gradient penalties: the same formula in plain torch operations.
+# The same formula in plain torch operations: for the second derivative (gradient penalties) and for `transformed()`.
 def _eager(x: Tensor, weight: Tensor, start: Tensor, gamma: float, normalize: bool) -> Tensor:
     if normalize:
         x = torch.nn.functional.normalize(x, dim=-1)

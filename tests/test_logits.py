@@ -257,7 +257,26 @@ def test_autocast_is_what_it_is_for_a_linear_layer(dtype):
     assert torch.allclose(y.float(), ref.logits(x, w), atol=0.2)
 
 
-def test_vmap_and_meta():
+def test_torch_func_and_forward_mode():
+    """An outside op cannot take part in these; the plain formula steps in, so that no tangent is silently zero."""
+    x, v, w = features(6, 20), features(6, 20, seed=3), frames(5, 3, 20)
+    y, tangent = torch.func.jvp(lambda x: ts.subspace_logits(x, w), (x,), (v,))
+    expected = torch.func.jvp(lambda x: ref.logits(x, w), (x,), (v,))
+    assert torch.allclose(y, expected[0]) and torch.allclose(tangent, expected[1]) and tangent.any()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(ts.subspace_logits(dual, w)).tangent, expected[1])
+    assert torch.allclose(torch.func.grad(lambda w: ts.subspace_logits(x, w).sum())(w),
+                          torch.func.grad(lambda w: ref.logits(x, w).sum())(w))
+    t = torch.arange(6) % 5
+    rows = torch.vmap(torch.func.grad(lambda w, x, t: ts.subspace_cross_entropy(x[None], w, t[None])),
+                      (None, 0, 0))(w, x, t)
+    leaf = w.clone().requires_grad_()
+    ts.subspace_cross_entropy(x, leaf, t, reduction="sum").backward()
+    assert torch.allclose(rows.sum(0), leaf.grad)
+
+
+def test_meta():
     w = frames(5, 3, 20, torch.float32)
     assert ts.subspace_logits(torch.empty(4, 20, device="meta"), w.to("meta")).shape == (4, 5)
 
