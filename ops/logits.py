@@ -39,12 +39,17 @@ def check_frames(name: str, x: Tensor, weight: Tensor, dims: Sequence[int] | Non
         raise ValueError(f"{name}: x and weight must be on one device, got {x.device} and {weight.device}")
     if x.dim() < 1:
         raise ValueError(f"{name}: x must be (..., n), got a scalar")
+    check_dims(name, weight, dims)
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{name}: x has {x.shape[-1]} features but weight has {weight.shape[-1]}")
+
+
+def check_dims(name: str, weight: Tensor, dims: Sequence[int] | None) -> None:
+    """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims."""
     if weight.dim() != (3 if dims is None else 2):
         want = "(C, k, n)" if dims is None else "(sum of dims, n) with dims"
         raise ValueError(f"{name}: weight must be {want}, got shape {tuple(weight.shape)}")
     n = weight.shape[-1]
-    if x.shape[-1] != n:
-        raise ValueError(f"{name}: x has {x.shape[-1]} features but weight has {n}")
     if dims is None:
         if weight.shape[0] > 0 and not 0 < weight.shape[1] <= n:
             raise ValueError(f"{name}: need 0 < k <= n, got k={weight.shape[1]}, n={n}")

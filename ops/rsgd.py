@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .logits import starts
+from .logits import check_dims, starts
 
 _op = torch.ops.torch_subspace
 _NAME = "grassmann_step_"
@@ -120,19 +120,7 @@ def _check_tensors(w: Tensor, g: Tensor, m: Tensor | None, first: Tensor, dims: 
             raise ValueError(f"{_NAME}: {what} has shape {tuple(t.shape)}, its weight {tuple(w.shape)}")
         if what != "grad" and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
             raise ValueError(f"{_NAME}: {what} of strides {t.stride()} has elements that share memory")
-    if w.dim() != (3 if dims is None else 2):
-        want = "(C, k, n)" if dims is None else "(sum of dims, n) with dims"
-        raise ValueError(f"{_NAME}: weight must be {want}, got shape {tuple(w.shape)}")
-    n = w.shape[-1]
-    if dims is None:
-        if w.shape[0] > 0 and not 0 < w.shape[1] <= n:
-            raise ValueError(f"{_NAME}: need 0 < k <= n, got k={w.shape[1]}, n={n}")
-        return
-    for c, k in enumerate(dims):
-        if not 0 < k <= n:
-            raise ValueError(f"{_NAME}: need 0 < k <= n, got dims[{c}]={k}, n={n}")
-    if sum(dims) != w.shape[0]:
-        raise ValueError(f"{_NAME}: dims sum to {sum(dims)} but weight has {w.shape[0]} rows")
+    check_dims(_NAME, w, dims)
 
 
 def _step_length(lr: float | Tensor, weights: list[Tensor], dims: Sequence[int] | None) -> Tensor:
