@@ -61,6 +61,17 @@ typedef struct subspace_kernels {
     subspace_status (*cross_entropy_backward)(subspace_ctx *, const subspace_cross_entropy_args *);
     size_t (*rsgd_workspace)(const subspace_ctx *, const subspace_rsgd_args *);
     subspace_status (*rsgd)(subspace_ctx *, const subspace_rsgd_args *);
+    size_t (*tucker_workspace)(const subspace_ctx *, const subspace_tucker_args *);
+    subspace_status (*tucker)(subspace_ctx *, const subspace_tucker_args *);
+    subspace_status (*tucker_backward)(subspace_ctx *, const subspace_tucker_args *);
+    size_t (*tucker_linear_workspace)(const subspace_ctx *, const subspace_tucker_linear_args *);
+    subspace_status (*tucker_linear)(subspace_ctx *, const subspace_tucker_linear_args *);
+    subspace_status (*tucker_linear_backward)(subspace_ctx *, const subspace_tucker_linear_args *);
+    size_t (*tucker_conv_workspace)(const subspace_ctx *, const subspace_tucker_conv_args *);
+    subspace_status (*tucker_conv_project)(subspace_ctx *, const subspace_tucker_conv_args *);
+    subspace_status (*tucker_conv_expand)(subspace_ctx *, const subspace_tucker_conv_args *);
+    size_t (*depthwise_workspace)(const subspace_ctx *, const subspace_depthwise_args *);
+    subspace_status (*depthwise)(subspace_ctx *, const subspace_depthwise_args *);
 } subspace_kernels;
 
 #endif

@@ -91,3 +91,58 @@ subspace_status subspace_rsgd_cpu(subspace_ctx *ctx, const subspace_rsgd_args *a
 {
     return kernels->rsgd(ctx, a);
 }
+
+size_t subspace_tucker_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_args *a)
+{
+    return kernels->tucker_workspace(ctx, a);
+}
+
+subspace_status subspace_tucker_cpu(subspace_ctx *ctx, const subspace_tucker_args *a)
+{
+    return kernels->tucker(ctx, a);
+}
+
+subspace_status subspace_tucker_backward_cpu(subspace_ctx *ctx, const subspace_tucker_args *a)
+{
+    return kernels->tucker_backward(ctx, a);
+}
+
+size_t subspace_tucker_linear_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    return kernels->tucker_linear_workspace(ctx, a);
+}
+
+subspace_status subspace_tucker_linear_cpu(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    return kernels->tucker_linear(ctx, a);
+}
+
+subspace_status subspace_tucker_linear_backward_cpu(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    return kernels->tucker_linear_backward(ctx, a);
+}
+
+size_t subspace_tucker_conv_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_conv_args *a)
+{
+    return kernels->tucker_conv_workspace(ctx, a);
+}
+
+subspace_status subspace_tucker_conv_project_cpu(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
+{
+    return kernels->tucker_conv_project(ctx, a);
+}
+
+subspace_status subspace_tucker_conv_expand_cpu(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
+{
+    return kernels->tucker_conv_expand(ctx, a);
+}
+
+size_t subspace_depthwise_workspace_cpu(const subspace_ctx *ctx, const subspace_depthwise_args *a)
+{
+    return kernels->depthwise_workspace(ctx, a);
+}
+
+subspace_status subspace_depthwise_cpu(subspace_ctx *ctx, const subspace_depthwise_args *a)
+{
+    return kernels->depthwise(ctx, a);
+}

@@ -12,6 +12,17 @@ subspace_status LEVEL(subspace_cross_entropy)(subspace_ctx *, const subspace_cro
 subspace_status LEVEL(subspace_cross_entropy_backward)(subspace_ctx *, const subspace_cross_entropy_args *);
 size_t LEVEL(subspace_rsgd_workspace)(const subspace_ctx *, const subspace_rsgd_args *);
 subspace_status LEVEL(subspace_rsgd)(subspace_ctx *, const subspace_rsgd_args *);
+size_t LEVEL(subspace_tucker_workspace)(const subspace_ctx *, const subspace_tucker_args *);
+subspace_status LEVEL(subspace_tucker)(subspace_ctx *, const subspace_tucker_args *);
+subspace_status LEVEL(subspace_tucker_backward)(subspace_ctx *, const subspace_tucker_args *);
+size_t LEVEL(subspace_tucker_linear_workspace)(const subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status LEVEL(subspace_tucker_linear)(subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status LEVEL(subspace_tucker_linear_backward)(subspace_ctx *, const subspace_tucker_linear_args *);
+size_t LEVEL(subspace_tucker_conv_workspace)(const subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status LEVEL(subspace_tucker_conv_project)(subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status LEVEL(subspace_tucker_conv_expand)(subspace_ctx *, const subspace_tucker_conv_args *);
+size_t LEVEL(subspace_depthwise_workspace)(const subspace_ctx *, const subspace_depthwise_args *);
+subspace_status LEVEL(subspace_depthwise)(subspace_ctx *, const subspace_depthwise_args *);
 
 extern const subspace_kernels LEVEL(subspace_kernels);
 const subspace_kernels LEVEL(subspace_kernels) = {
@@ -24,4 +35,15 @@ const subspace_kernels LEVEL(subspace_kernels) = {
     .cross_entropy_backward = LEVEL(subspace_cross_entropy_backward),
     .rsgd_workspace = LEVEL(subspace_rsgd_workspace),
     .rsgd = LEVEL(subspace_rsgd),
+    .tucker_workspace = LEVEL(subspace_tucker_workspace),
+    .tucker = LEVEL(subspace_tucker),
+    .tucker_backward = LEVEL(subspace_tucker_backward),
+    .tucker_linear_workspace = LEVEL(subspace_tucker_linear_workspace),
+    .tucker_linear = LEVEL(subspace_tucker_linear),
+    .tucker_linear_backward = LEVEL(subspace_tucker_linear_backward),
+    .tucker_conv_workspace = LEVEL(subspace_tucker_conv_workspace),
+    .tucker_conv_project = LEVEL(subspace_tucker_conv_project),
+    .tucker_conv_expand = LEVEL(subspace_tucker_conv_expand),
+    .depthwise_workspace = LEVEL(subspace_depthwise_workspace),
+    .depthwise = LEVEL(subspace_depthwise),
 };

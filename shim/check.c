@@ -49,3 +49,60 @@ subspace_status subspace_rsgd_check(subspace_ctx *ctx, const subspace_rsgd_args 
     }
     return SUBSPACE_OK;
 }
+
+subspace_status subspace_tucker_check(subspace_ctx *ctx, const subspace_tucker_args *a)
+{
+    double most = 1; /* no partial product is larger */
+    CHECK(ctx, a->modes >= 2 && a->modes <= SUBSPACE_MODES, INVALID, "tucker: need 2 to %d modes, got %lld",
+          (int)SUBSPACE_MODES, LL(a->modes));
+    for (int64_t i = 0; i < a->modes; i++) {
+        CHECK(ctx, a->d[i] > 0 && a->r[i] > 0, INVALID, "tucker: mode %lld: need sizes above 0, got d=%lld, r=%lld",
+              LL(i), LL(a->d[i]), LL(a->r[i]));
+        CHECK(ctx, a->factor[i] || a->d[i] == a->r[i], INVALID,
+              "tucker: mode %lld without a factor keeps its size, got d=%lld, r=%lld", LL(i), LL(a->d[i]), LL(a->r[i]));
+        most *= (double)(a->d[i] > a->r[i] ? a->d[i] : a->r[i]);
+    }
+    CHECK(ctx, most <= 0x1p48, INVALID, "tucker: sizes of %g entries do not fit", most);
+    return SUBSPACE_OK;
+}
+
+subspace_status subspace_tucker_linear_check(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    CHECK(ctx, a->t >= 0 && a->n > 0 && a->m > 0 && a->rn > 0 && a->rm > 0, INVALID,
+          "tucker_linear: need sizes above 0, got %lld rows, %lld inputs, %lld outputs, ranks %lld and %lld", LL(a->t),
+          LL(a->n), LL(a->m), LL(a->rm), LL(a->rn));
+    CHECK(ctx, a->dropout >= 0 && a->dropout < 1, INVALID, "tucker_linear: dropout must be in [0, 1), got %g",
+          a->dropout);
+    CHECK(ctx, a->dropout == 0 || a->seed, INVALID, "tucker_linear: dropout %g needs a seed", a->dropout);
+    return SUBSPACE_OK;
+}
+
+subspace_status subspace_tucker_conv_check(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
+{
+    CHECK(ctx, a->b >= 0 && a->p >= 0, INVALID, "tucker_conv: negative size: batch %lld, positions %lld", LL(a->b),
+          LL(a->p));
+    CHECK(ctx, a->n > 0 && a->r > 0, INVALID, "tucker_conv: need channels and rank above 0, got n=%lld, r=%lld",
+          LL(a->n), LL(a->r));
+    CHECK(ctx, a->dropout >= 0 && a->dropout < 1, INVALID, "tucker_conv: dropout must be in [0, 1), got %g",
+          a->dropout);
+    CHECK(ctx, a->dropout == 0 || a->seed, INVALID, "tucker_conv: dropout %g needs a seed", a->dropout);
+    CHECK(ctx, !a->df || a->w || a->b * a->p == 0, INVALID, "tucker_conv: df needs w");
+    return SUBSPACE_OK;
+}
+
+subspace_status subspace_depthwise_check(subspace_ctx *ctx, const subspace_depthwise_args *a)
+{
+    CHECK(ctx, a->b >= 0 && a->c >= 0 && a->m >= 0, INVALID,
+          "depthwise: negative size: batch %lld, %lld x %lld outputs", LL(a->b), LL(a->c), LL(a->m));
+    for (int i = 0; i < 3; i++) {
+        const int64_t limit = INT32_MAX, k = a->kernel[i], s = a->stride[i], p = a->padding[i], d = a->dilation[i];
+        CHECK(ctx, k > 0 && s > 0 && d > 0 && p >= 0 && k <= limit && s <= limit && d <= limit && p <= limit, INVALID,
+              "depthwise: need kernel, stride, dilation > 0 and padding >= 0, got %lld, %lld, %lld, %lld", LL(k), LL(s),
+              LL(d), LL(p));
+        const int64_t rest = a->in[i] + 2 * p - d * (k - 1) - 1, out = rest < 0 ? 0 : rest / s + 1;
+        CHECK(ctx, a->in[i] >= 0 && a->in[i] <= limit && a->out[i] == out, INVALID,
+              "depthwise: dimension %d of %lld entries has %lld windows, got dy of %lld", i, LL(a->in[i]), LL(out),
+              LL(a->out[i]));
+    }
+    return SUBSPACE_OK;
+}

@@ -39,6 +39,30 @@ static const op ops[] = {
      "rsgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tensor start, Tensor lr, float momentum,"
      " float dampening, float weight_decay, bool nesterov, bool maximize, int retraction, bool parallel) -> Tensor",
      shim_rsgd},
+    {"tucker_compose", "tucker_compose(Tensor core, Tensor[] factors, Tensor[] base, float scale) -> Tensor",
+     shim_tucker_compose},
+    {"tucker_compose_out",
+     "tucker_compose_out(Tensor core, Tensor[] factors, Tensor[] base, float scale, Tensor(a!) out) -> ()",
+     shim_tucker_compose_out},
+    {"tucker_compose_backward",
+     "tucker_compose_backward(Tensor dout, Tensor core, Tensor[] factors, float scale, int need) -> Tensor",
+     shim_tucker_compose_backward},
+    {"tucker_linear_",
+     "tucker_linear_(Tensor(a!) y, Tensor x, Tensor core, Tensor u, Tensor v, Tensor seed, float scale, float dropout)"
+     " -> ()",
+     shim_tucker_linear},
+    {"tucker_linear_backward",
+     "tucker_linear_backward(Tensor(a!) dx, Tensor dy, Tensor x, Tensor core, Tensor u, Tensor v, Tensor seed,"
+     " float scale, float dropout, int need) -> Tensor",
+     shim_tucker_linear_backward},
+    {"tucker_project",
+     "tucker_project(Tensor x, Tensor f, Tensor w, Tensor seed, float dropout, bool last, bool need_z, bool need_df)"
+     " -> (Tensor z, Tensor df)",
+     shim_tucker_project},
+    {"tucker_expand_", "tucker_expand_(Tensor(a!) x, Tensor z, Tensor f, Tensor seed, float dropout, bool last) -> ()",
+     shim_tucker_expand},
+    {"depthwise", "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
+     shim_depthwise},
 };
 
 enum { OPS = sizeof ops / sizeof *ops };

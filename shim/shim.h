@@ -93,5 +93,7 @@ int32_t wide_dtype(const tensor *t);
 bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *start, subspace_logits_args *a);
 
 kernel shim_logits, shim_logits_backward, shim_cross_entropy, shim_cross_entropy_backward, shim_rsgd;
+kernel shim_tucker_compose, shim_tucker_compose_out, shim_tucker_compose_backward, shim_tucker_linear,
+    shim_tucker_linear_backward, shim_tucker_project, shim_tucker_expand, shim_depthwise;
 
 #endif

@@ -136,6 +136,103 @@ subspace_status subspace_rsgd_cpu(subspace_ctx *, const subspace_rsgd_args *);
 size_t subspace_rsgd_workspace_cuda(const subspace_ctx *, const subspace_rsgd_args *);
 subspace_status subspace_rsgd_cuda(subspace_ctx *, const subspace_rsgd_args *);
 
+/* ------------------------------------------------------------------ tucker
+ *     out = base + scale core x_0 factor_0 x_1 ... x_{N-1} factor_{N-1}                          */
+enum { SUBSPACE_MODES = 6 };
+
+typedef struct subspace_tucker_args {
+    subspace_dtype dtype;      /* of base, out and dout; the rest is float32 for half types */
+    int64_t modes;             /* N, 2 to 6 */
+    int64_t d[SUBSPACE_MODES]; /* sizes of out */
+    int64_t r[SUBSPACE_MODES]; /* sizes of core */
+    double scale;
+    const void *core;                   /* [r_0, ..., r_{N-1}] in */
+    const void *factor[SUBSPACE_MODES]; /* [d_i, r_i] in, or NULL: the identity, d_i = r_i */
+    const void *base;                   /* [d_0, ..., d_{N-1}] in, or NULL: zero; may be out itself */
+    void *out;                          /* [d_0, ..., d_{N-1}] forward out */
+    const void *dout;                   /* [d_0, ..., d_{N-1}] backward in */
+    void *dcore;                        /* [r_0, ..., r_{N-1}] backward out, or NULL */
+    void *dfactor[SUBSPACE_MODES];      /* [d_i, r_i] backward out, each or NULL */
+} subspace_tucker_args;
+
+subspace_status subspace_tucker_check(subspace_ctx *, const subspace_tucker_args *);
+size_t subspace_tucker_workspace_cpu(const subspace_ctx *, const subspace_tucker_args *);
+subspace_status subspace_tucker_cpu(subspace_ctx *, const subspace_tucker_args *);
+subspace_status subspace_tucker_backward_cpu(subspace_ctx *, const subspace_tucker_args *);
+size_t subspace_tucker_workspace_cuda(const subspace_ctx *, const subspace_tucker_args *);
+subspace_status subspace_tucker_cuda(subspace_ctx *, const subspace_tucker_args *);
+subspace_status subspace_tucker_backward_cuda(subspace_ctx *, const subspace_tucker_args *);
+
+/* ----------------------------------------------------------- tucker_linear
+ *     y[t] += scale u core v drop(x[t])
+ * drop zeroes an entry with probability `dropout` and divides the others by 1 - dropout; which ones is a
+ * function of the seed and the entry's place alone (dropout.h), so that nothing is kept for the backward.  */
+typedef struct subspace_tucker_linear_args {
+    subspace_dtype dtype;    /* of x, y, dy and dx; the rest is float32 for half types */
+    int64_t t, n, m, rn, rm; /* rows, inputs, outputs, ranks of both */
+    double scale, dropout;   /* 0 <= dropout < 1 */
+    const int64_t *seed;     /* [1]      in, on the op's device, or NULL when dropout is 0 */
+    const void *x;           /* [t, n]   in */
+    const void *core;        /* [rm, rn] in */
+    const void *u;           /* [m, rm]  in */
+    const void *v;           /* [rn, n]  in */
+    void *y;                 /* [t, m]   forward in, out */
+    const void *dy;          /* [t, m]   backward in */
+    void *dx;                /* [t, n]   backward in, out: the gradient is added; or NULL */
+    void *dcore, *du, *dv;   /* like core, u and v; backward out, each or NULL */
+} subspace_tucker_linear_args;
+
+subspace_status subspace_tucker_linear_check(subspace_ctx *, const subspace_tucker_linear_args *);
+size_t subspace_tucker_linear_workspace_cpu(const subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status subspace_tucker_linear_cpu(subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status subspace_tucker_linear_backward_cpu(subspace_ctx *, const subspace_tucker_linear_args *);
+size_t subspace_tucker_linear_workspace_cuda(const subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status subspace_tucker_linear_cuda(subspace_ctx *, const subspace_tucker_linear_args *);
+subspace_status subspace_tucker_linear_backward_cuda(subspace_ctx *, const subspace_tucker_linear_args *);
+
+/* ------------------------------------------------------------- tucker_conv
+ * The pointwise ends of a convolution's adapter, x and z with channels first or last:
+ *     project    z[b,:,p]  = f' drop(x[b,:,p])         df = sum_{b,p} drop(x[b,:,p]) w[b,:,p]'
+ *     expand     x[b,:,p] += drop(f z[b,:,p])          drop as above, by the entry's place in x          */
+typedef struct subspace_tucker_conv_args {
+    subspace_dtype dtype; /* of x; the rest is float32 for half types */
+    int64_t b, n, p, r;   /* batch, channels, positions, rank */
+    int last;             /* channels last: x is [b, p, n], z and w are [b, p, r] */
+    double dropout;
+    const int64_t *seed; /* [1]       in, on the op's device, or NULL when dropout is 0 */
+    void *x;             /* [b, n, p] project: in; expand: in, out */
+    const void *f;       /* [n, r]    in */
+    void *z;             /* [b, r, p] project: out, or NULL; expand: in */
+    const void *w;       /* [b, r, p] project: in, with df */
+    void *df;            /* [n, r]    project: out, or NULL */
+} subspace_tucker_conv_args;
+
+subspace_status subspace_tucker_conv_check(subspace_ctx *, const subspace_tucker_conv_args *);
+size_t subspace_tucker_conv_workspace_cpu(const subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status subspace_tucker_conv_project_cpu(subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status subspace_tucker_conv_expand_cpu(subspace_ctx *, const subspace_tucker_conv_args *);
+size_t subspace_tucker_conv_workspace_cuda(const subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status subspace_tucker_conv_project_cuda(subspace_ctx *, const subspace_tucker_conv_args *);
+subspace_status subspace_tucker_conv_expand_cuda(subspace_ctx *, const subspace_tucker_conv_args *);
+
+/* --------------------------------------------------------------- depthwise
+ * Gradient of a depthwise convolution's weight; with fewer than three spatial dimensions the first are 1.
+ *     dweight[c m + q, k] = sum_{b,o} dy[b, c m + q, o] x[b, c, o stride + k dilation - padding]          */
+typedef struct subspace_depthwise_args {
+    subspace_dtype dtype; /* of x and dy */
+    int64_t b, c, m;      /* batch, channels, outputs per channel */
+    int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+    const void *x;  /* [b, c, in...]    in */
+    const void *dy; /* [b, c m, out...] in */
+    void *dweight;  /* [c m, kernel...] out, float32 for half types */
+} subspace_depthwise_args;
+
+subspace_status subspace_depthwise_check(subspace_ctx *, const subspace_depthwise_args *);
+size_t subspace_depthwise_workspace_cpu(const subspace_ctx *, const subspace_depthwise_args *);
+subspace_status subspace_depthwise_cpu(subspace_ctx *, const subspace_depthwise_args *);
+size_t subspace_depthwise_workspace_cuda(const subspace_ctx *, const subspace_depthwise_args *);
+subspace_status subspace_depthwise_cuda(subspace_ctx *, const subspace_depthwise_args *);
+
 #ifdef __cplusplus
 }
 #endif

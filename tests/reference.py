@@ -125,3 +125,25 @@ def cross_entropy(y, target, *, class_weight=None, ignore_index=-100, label_smoo
     tau = weight * ((1 - label_smoothing) * hot + label_smoothing * even)
     loss = -(tau * torch.log_softmax(y, -1)).sum(-1)
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(mass, 1e-300)}[reduction]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tucker: a weight's change is a small core with a factor on every mode
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tucker(core, factors, *, scale=1.0, base=None):
+    """scale * core x_0 factor_0 x_1 ... + base, one mode after the other; a factor of None is the identity."""
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            core = torch.tensordot(factor.to(core.dtype), core, dims=([1], [mode])).movedim(0, mode)
+    return scale * core if base is None else base.to(core.dtype) + scale * core
+
+
+def depthwise_weight_gradient(x, dy, kernel, stride, padding, dilation):
+    """d<dy, conv(x, w)>/dw of a depthwise convolution, by autograd through torch's own."""
+    spatial = x.dim() - 2
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
+    weight = torch.zeros(dy.shape[1], 1, *kernel, dtype=x.dtype, requires_grad=True)
+    y = conv(x, weight, None, stride, padding, dilation, x.shape[1])
+    return torch.autograd.grad(y, weight, dy)[0]
