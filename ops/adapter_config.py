@@ -1,0 +1,189 @@
+"""What an adapter is to be: which layers, which ranks, which scale, how the factors start."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+WORDS = ("all-linear", "all-conv")
+SCALINGS = ("constant", "lora", "rslora")
+INITS = ("lecun", "kaiming", "svd")
+
+
+@dataclasses.dataclass
+class TuckerConfig:
+    """A Tucker adapter: ΔW = scale · core ×₀ U₀ ×₁ U₁ …, the modes in the order of the weight's dimensions.
+
+    Args:
+        rank: rank of both channel modes; (out, in) in the order of the weight's dimensions; or one rank for every
+            dimension of the weight. A rank above the size of its mode is clamped.
+        kernel_rank: of a convolution's kernel modes. "full" keeps them whole: no factor, the core is as large as the
+            kernel. An int, or one per mode, makes a factor for each.
+        alpha: numerator of the scale; None for scale 1.
+        target_modules: layers to adapt, as one string or several: a module's name or the end of it in whole dotted
+            parts ("fc", "attn.qkv"); a regular expression for the whole name (r"stages.*conv.*"); "all-linear" or
+            "all-conv", which leave alone layers whose weight is tied, and heads in `save_modules`.
+        exclude_modules: layers to leave alone, in the same language.
+        rank_pattern: rank by module, {name or regular expression: as `rank`}; the first that matches counts.
+        alpha_pattern: alpha by module, likewise.
+        init: of the factors; the core starts at zero. "lecun": N(0, 1/size) for the input mode, N(0, 1/rank) for the
+            others. "kaiming": kaiming_normal with a = √3, as FLoRA's code does. "svd": the leading left singular
+            vectors of the base weight's unfoldings, the directions that SVFit trains.
+        scaling: "constant": scale = alpha, as FLoRA's s. "lora": alpha / r. "rslora": alpha / √r. r is the smaller of
+            the two channel ranks asked for.
+        dropout: probability of zeroing an entry of a layer's input on the adapter's way. It acts on linear and
+            convolutional layers with torch's own forward.
+        save_modules: modules to train whole and to keep with the adapter, such as a new head, in the same language.
+
+    Raises:
+        ValueError, TypeError: a value is out of range or of a wrong kind.
+
+    Source: FLoRA, arXiv 2405.14739; the scalings are LoRA's (arXiv 2106.09685) and rsLoRA's (arXiv 2312.03732).
+    """
+
+    rank: int | Sequence[int] = 16
+    kernel_rank: int | str | Sequence[int] = "full"
+    alpha: float | None = None
+    target_modules: str | Sequence[str] = WORDS
+    rank_pattern: Mapping[str, int | Sequence[int]] = dataclasses.field(default_factory=dict)
+    init: str = "lecun"
+    scaling: str = "constant"
+    dropout: float = 0.0
+    save_modules: str | Sequence[str] = ()
+    exclude_modules: str | Sequence[str] = ()
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self.rank = _rank("rank", self.rank)
+        if not isinstance(self.kernel_rank, str) or self.kernel_rank != "full":
+            self.kernel_rank = _rank("kernel_rank", self.kernel_rank)
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, key), Mapping):
+                raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
+            setattr(self, key, dict(getattr(self, key)))
+            check_patterns("TuckerConfig", key, getattr(self, key))
+        self.rank_pattern = {k: _rank(f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items()}
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
+        for key, alpha in alphas.items():
+            if alpha is not None and (not isinstance(alpha, numbers.Real) or not math.isfinite(alpha)):
+                raise ValueError(f"TuckerConfig: {key} must be a finite number, got {alpha!r}")
+        self.alpha = None if self.alpha is None else float(self.alpha)
+        self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
+        for key in ("target_modules", "exclude_modules", "save_modules"):
+            value = getattr(self, key)
+            value = (value,) if isinstance(value, str) else tuple(value or ())
+            setattr(self, key, value)
+            check_patterns("TuckerConfig", key, value)
+        if not self.target_modules:
+            raise ValueError("TuckerConfig: target_modules is empty")
+        for key, known in (("init", INITS), ("scaling", SCALINGS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"TuckerConfig: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            raise ValueError(f"TuckerConfig: dropout must be in [0, 1), got {self.dropout!r}")
+        self.dropout = float(self.dropout)
+
+    def ranks(self, name: str, shape: Sequence[int]) -> list[int | None]:
+        """Rank of every mode of the weight of module `name`; None where the mode has no factor."""
+        rank = _first(self.rank_pattern, name, self.rank)
+        kernels = len(shape) - 2
+        ranks = [rank, rank] if isinstance(rank, int) else list(rank)
+        if len(ranks) == 2 and kernels > 0:
+            kernel = self.kernel_rank
+            ranks += [kernel] * kernels if isinstance(kernel, (int, str)) else list(kernel)
+        if len(ranks) != len(shape):
+            raise ValueError(f"adapt: {name!r} has a weight of {len(shape)} dimensions {tuple(shape)}, but "
+                             f"{len(ranks)} ranks are given: rank={rank}, kernel_rank={self.kernel_rank}")
+        return [None if r == "full" else min(r, d) for r, d in zip(ranks, shape, strict=True)]
+
+    def scale(self, name: str) -> float:
+        """Factor of the change of module `name`."""
+        alpha, rank = _first(self.alpha_pattern, name, self.alpha), _first(self.rank_pattern, name, self.rank)
+        if alpha is None:
+            return 1.0
+        r = rank if isinstance(rank, int) else min(rank[:2])
+        return float(alpha) / {"constant": 1, "lora": r, "rslora": math.sqrt(r)}[self.scaling]
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def _rank(key, rank):
+    """The rank as an int or a tuple of ints, once it is sure that it is one."""
+    several = isinstance(rank, (list, tuple))
+    for r in rank if several else [rank]:
+        if not isinstance(r, numbers.Integral) or isinstance(r, bool):
+            raise TypeError(f"TuckerConfig: {key} must be an int or a sequence of ints, got {rank!r}")
+        if r < 1:
+            raise ValueError(f"TuckerConfig: {key} must be positive, got {rank!r}")
+    if several and not rank:
+        raise ValueError(f"TuckerConfig: {key} is empty")
+    return tuple(int(r) for r in rank) if several else int(rank)
+
+
+def _first(patterns: Mapping, name: str, otherwise):
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)
+
+
+def check_patterns(function: str, key: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{function}: {key} must hold strings, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{function}: {key} {pattern!r} is not a regular expression: {error}") from None
+
+
+def is_bare(pattern: str) -> bool:
+    """A plain (dotted) name, not a regular expression."""
+    return re.fullmatch(r"[\w.]+", pattern) is not None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Does the pattern name the module? A bare name stands for the whole last parts of a dotted name."""
+    if is_bare(pattern):
+        return name == pattern or name.endswith("." + pattern)
+    return re.fullmatch(pattern, name) is not None
+
+
+def close_names(patterns: Iterable[str], names: Iterable[str]) -> str:
+    """`; close candidates: ...`, for an error message."""
+    ends = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            ends.setdefault(".".join(parts[i:]), name)
+    found = [ends[e] for p in patterns for e in difflib.get_close_matches(p, ends, n=4, cutoff=0.5)]
+    found = list(dict.fromkeys(found))[:5] or list(dict.fromkeys(ends.values()))[:5]
+    return f"; candidates: {', '.join(map(repr, found))}" if found else ""
+
+
+@torch.no_grad()
+def init_factors(factors: Sequence[Tensor | None], init: str, base: Tensor, input_mode: int | None) -> None:
+    """Fill the factors; `input_mode` is the weight's dimension that the layer's input meets."""
+    for mode, factor in enumerate(factors):
+        if factor is None or factor.is_meta:
+            continue
+        if init == "kaiming":
+            nn.init.kaiming_normal_(factor, a=math.sqrt(3))
+        elif init == "lecun":
+            nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0 if mode == input_mode else 1]))
+        else:
+            factor.copy_(_leading_vectors(base.movedim(mode, 0).flatten(1).to(factor.dtype), factor.shape[1]))
+
+
+def _leading_vectors(unfolding: Tensor, count: int) -> Tensor:
+    """Orthonormal columns: the leading left singular vectors, filled up at random where the matrix has fewer."""
+    q = min(count + 8, *unfolding.shape)
+    vectors = torch.svd_lowrank(unfolding, q=q, niter=4)[0][:, :count]
+    if vectors.shape[1] < count:
+        more = torch.randn(unfolding.shape[0], count - vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        vectors = torch.linalg.qr(torch.cat([vectors, more], 1))[0]
+    return vectors

@@ -1,0 +1,156 @@
+"""What the adapters of a model keep on it, and the modules that are trained whole beside them.
+
+An adapter hangs on its layers (adapted.py). A saved module has a copy of its tensors per adapter, and one of before;
+the module itself holds the live ones. The module that `adapt` was given also notes the configs and what was trainable.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapted
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers by name."""
+    return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
+
+
+def known_layers(function: str, model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers; raises in `function`'s voice when there are none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    found = layers(model)
+    if not found:
+        raise ValueError(f"{function}: the model has no adapter; `adapt` puts one on")
+    return found
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the model's adapters, the oldest first."""
+    return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.tucker))
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters whose changes are seen, with their weights."""
+    return next((dict(layer.tucker_active) for layer in layers(model).values()), {})
+
+
+def check_known(function: str, model: nn.Module, name) -> None:
+    if name not in adapter_names(model):
+        raise ValueError(f"{function}: no adapter {name!r}; there are {adapter_names(model)}")
+
+
+def check_new_name(function: str, name) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{function}: an adapter's name is an identifier other than nn.ModuleDict's own, got {name!r}")
+
+
+def refuse_merged(function: str, model: nn.Module) -> None:
+    if any(layer.tucker_merged is not None for layer in layers(model).values()):
+        raise ValueError(f"{function}: the adapters are merged; `unmerge` first")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The notes on the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _noted(model) -> list[nn.Module]:
+    return [m for m in unwrapped(model).modules() if "tucker_configs" in m.__dict__]
+
+
+def note(model: nn.Module, name: str, config: dict) -> None:
+    if "tucker_configs" not in model.__dict__:
+        model.__dict__["tucker_configs"] = {}
+        model.__dict__["tucker_trainable"] = [n for n, p in model.named_parameters() if p.requires_grad]
+    model.__dict__["tucker_configs"][name] = config
+
+
+def noted_config(model: nn.Module, name: str) -> dict:
+    """What adapter `name` was made of."""
+    return next((m.__dict__["tucker_configs"][name] for m in _noted(model) if name in m.__dict__["tucker_configs"]), {})
+
+
+def forget(model: nn.Module, name: str | None = None) -> None:
+    """Forget an adapter (None: all); with the last one gone, what was trainable before is so again."""
+    for m in _noted(model):
+        m.__dict__["tucker_configs"].pop(name, None)
+        if name is None or not layers(m):
+            trainable = set(m.__dict__["tucker_trainable"])
+            del m.__dict__["tucker_configs"], m.__dict__["tucker_trainable"]
+            for n, p in m.named_parameters():
+                if not isinstance(p, nn.parameter.UninitializedTensorMixin):
+                    p.requires_grad_(n in trainable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules that are trained whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in unwrapped(model).named_modules() if "tucker_saved" in m.__dict__}
+
+
+def keep_saved(module: nn.Module, name: str) -> None:
+    """Give the adapter `name` a copy of the module's tensors as they were before any adapter."""
+    copies = module.__dict__.setdefault("tucker_saved", {"": tensors_of(module)})
+    before = tensors_of(module) if not module.__dict__.get("tucker_live") else copies[""]
+    copies[name] = {key: t.clone() for key, t in before.items()}
+    module.__dict__.setdefault("tucker_live", "")
+
+
+def drop_saved(model: nn.Module, name: str | None = None) -> None:
+    """Forget an adapter's copies; None: all but what is live."""
+    for module in saved_modules(model).values():
+        module.tucker_saved.pop(name, None)
+        if name is None or len(module.tucker_saved) == 1:
+            del module.__dict__["tucker_saved"], module.__dict__["tucker_live"]
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: t.detach().clone() for key, t in module.state_dict().items() if isinstance(t, Tensor)}
+
+
+def saved_tensors(model: nn.Module, name: str) -> dict[str, Mapping[str, Tensor]]:
+    """Tensors of the modules that adapter `name` keeps, by module."""
+    return {n: tensors_of(m) if m.tucker_live == name else m.tucker_saved[name]
+            for n, m in saved_modules(model).items() if name in m.tucker_saved}
+
+
+def live_name(model: nn.Module) -> str:
+    """The adapter whose saved modules are in place; "" for those of before."""
+    return next((m.tucker_live for m in saved_modules(model).values() if m.tucker_live), "")
+
+
+@torch.no_grad()
+def put_live(model: nn.Module, name: str) -> None:
+    """Put the saved modules of adapter `name` in place, and those of before where it has none."""
+    for module in saved_modules(model).values():
+        target = name if name in module.tucker_saved else ""
+        if target == module.tucker_live:
+            continue
+        module.tucker_saved[module.tucker_live] = tensors_of(module)
+        fill(module, module.tucker_saved[target])
+        module.__dict__["tucker_live"] = target
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            tensor.copy_(tensors[key])
