@@ -31,8 +31,9 @@ build: $(VENV)/.ready ## compile what has changed, into ops/lib
 	$(dev) $(py) setup.py -q build_ext --inplace
 
 # -------------------------------------------------------------- daily work
-demo: build     ## train a model with a linear and a Grassmann head on real images
+demo: build     ## train with a linear and a Grassmann head, then fine-tune with adapters, on real images
 	$(py) examples/swap_head.py
+	$(py) examples/finetune.py
 
 test: native-release pytest ## GoogleTest at every instruction set, ABI checks, pytest
 
