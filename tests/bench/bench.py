@@ -63,7 +63,7 @@ def show(case, rows, verdicts):
     print(f"\n{case.name}")
     width = max(len(row["contender"]) for row in rows)
     print(f"  {'':<{width}}  {'p20':>9} {'p50':>9} {'p80':>9} ms  {'bound':>6} {'error':>8} "
-          f"{'peak':>9} {'extra':>9} MiB")  # fmt: skip
+          f"{'peak':>9} {'extra':>9} {'saved':>9} MiB")  # fmt: skip
     for row in rows:
         name = f"  {row['contender']:<{width}}"
         if "missing" in row:
@@ -72,8 +72,9 @@ def show(case, rows, verdicts):
         times = " ".join(f"{row[key]:9.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))
         bound = f"{row['of_bound']:.0%}" if "of_bound" in row else ""
         error = f"{row['error']:.0e}" if "error" in row else ""
-        peak = [f"{row[key]:9.1f}" if key in row else " " * 9 for key in ("peak_mib", "beyond_results_mib")]
-        print(f"{name}  {times}     {bound:>6} {error:>8} {' '.join(peak)}  {row.get('note', '')}".rstrip())
+        keys = ("peak_mib", "beyond_results_mib", "saved_mib")
+        memory = [f"{row[key]:9.1f}" if key in row else " " * 9 for key in keys]
+        print(f"{name}  {times}     {bound:>6} {error:>8} {' '.join(memory)}  {row.get('note', '')}".rstrip())
     for v in verdicts:
         if v["ratio"] is None:
             print(f"  not comparable: {v['ours']} against {v['against']}")

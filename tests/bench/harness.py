@@ -31,6 +31,7 @@ class Contender:
     steps: units of work in one call of the function.
     missing: why it can't take part.
     peak: also measure the memory its function takes, less the `kept` bytes of results.
+    saved: returns the bytes that a forward keeps for its backward, beside the input and the parameters.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contender:
     missing: str = ""
     peak: bool = False
     kept: int = 0
+    saved: Callable[[], int] | None = None
 
 
 @dataclasses.dataclass
@@ -196,6 +198,8 @@ def run(case, device, scale, peak_of):
             if error is not None and not error <= TOLERANCE[case.dtype]:
                 row["missing"] = f"wrong: off by {error:.1e} of the reference"
                 continue
+            if c.saved:
+                row["saved_mib"] = c.saved() / 2**20
             functions[c.name] = c.build()
         except Exception as problem:  # a peer that breaks is a result as well
             row["missing"] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
