@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies
 
 import torch_subspace as ts
+from torch_subspace import tucker_conv_forms as forms
 
 module = importlib.import_module("torch_subspace.tucker_conv")  # the function has the module's name
 
@@ -271,7 +272,7 @@ def test_dropout(form, last):
     y = ts.tucker_conv(x, w, b, core, factors, form=form, dropout=0.3, padding=1)
     grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
     torch.manual_seed(3)
-    mask = module._mask(x, module._seed(x, 0.3), 0.3)
+    mask = forms.mask(x, module._seed(x, 0.3), 0.3)
     assert (mask[mask != 0] - 1 / 0.7).abs().max() < 1e-12 and 0.2 < (mask == 0).double().mean() < 0.4
     truth = base(x, w, b, padding=1) + base(x * mask, ref.tucker(core, factors), None, padding=1)
     close((y, *grads), (truth, *torch.autograd.grad(truth, leaves, torch.ones_like(y))), 1e-12)
@@ -288,9 +289,9 @@ def test_the_mask_is_splitmix():
         h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB % (1 << 64)
         expected.append(0.0 if ((h ^ (h >> 31)) >> 40) / (1 << 24) < 0.3 else 1 / 0.7)
-    first = module._mask(x, seed, 0.3)
+    first = forms.mask(x, seed, 0.3)
     assert torch.allclose(first.flatten(), torch.tensor(expected, dtype=torch.float64))
-    last = module._mask(x.contiguous(memory_format=torch.channels_last), seed, 0.3)
+    last = forms.mask(x.contiguous(memory_format=torch.channels_last), seed, 0.3)
     assert torch.equal(last.movedim(1, -1).flatten(), first.flatten())
 
 

@@ -16,6 +16,15 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                ("B=256 n=128 C=100 k=8 float32, forward", "ours",
                 ("floor: matrix products alone", "eager formula", "torch.compile of the formula"))],
     "cross_entropy": [("B=256 n=512 C=21841 k=8 float32", "ours: fused", ("eager", "torch.compile"))],
+    "tucker": [("linear 4096 to 4096, T=512 float32", "ours",
+                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
+               ("conv 3x3, 256 to 256, 56x56, B=8 float32", "ours",
+                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
+               ("depthwise 7x7 (ConvNeXt), C=96, 56x56, B=8 float32", "ours",
+                ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula")),
+               ("compose 256x256x3x3 float32", "ours",
+                ("floor: a copy of base", "einsum", "by hand: matmul and addmm"))],
+    "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
 }  # fmt: skip
 
 
