@@ -37,8 +37,8 @@ demo: build     ## train with a linear and a Grassmann head, then fine-tune with
 
 test: native-release pytest ## GoogleTest at every instruction set, ABI checks, pytest
 
-pytest: build   ## pytest alone; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
-	$(py) -m pytest $(PYTEST_ARGS)
+pytest: build   ## pytest alone, in JOBS=2 processes; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
+	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
 
 native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug, clang, asan
 	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py))

@@ -54,12 +54,9 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     core, u, v = (t if t.dtype == wide else t.to(wide) for t in (core, u, v))
     dropout = float(dropout) if training else 0.0
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if transformed():
-        y = _eager(flat, weight, bias, core, u, v, F.dropout(torch.ones_like(flat), dropout), float(scale))
-    else:
-        y = _TuckerLinear.apply(flat, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return _eager(x, weight, bias, core, u, v, F.dropout(torch.ones_like(x), dropout), float(scale))
+    return _TuckerLinear.apply(x, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
 
 
 def draw_seed(dropout: float, device: torch.device) -> Tensor:
@@ -130,15 +127,22 @@ def _check(x, weight, bias, core, u, v, scale, dropout) -> None:
     check_number(_NAME, scale, dropout)
 
 
+def _rows(t):
+    return t.reshape(-1, t.shape[-1])
+
+
 class _TuckerLinear(torch.autograd.Function):
-    """x (t, n). The change is added to torch's product in place, here and in the backward."""
+    """x (..., n). The change is added to torch's product in place, here and in the backward. Torch gets x as it is: its
+    strides decide which product torch takes, and so the last bit."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, core, u, v, seed, scale, dropout):
         ctx.scale, ctx.dropout, ctx.bias = scale, dropout, bias is not None
         ctx.save_for_backward(x, weight, core, u, v, seed)
-        y = x.new_zeros(x.shape[0], u.shape[0]) if weight is None else F.linear(x, weight, bias)
-        _op.tucker_linear_(y, x, core, u, v, seed, scale, dropout)
+        y = x.new_zeros(*x.shape[:-1], u.shape[0]) if weight is None else F.linear(x, weight, bias)
+        if not y.is_contiguous():
+            y = y.contiguous()
+        _op.tucker_linear_(y.view(-1, y.shape[-1]), _rows(x), core, u, v, seed, scale, dropout)
         return y
 
     @staticmethod
@@ -147,6 +151,7 @@ class _TuckerLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable(ctx, dy), None, None, None
         x, weight, core, u, v, seed = ctx.saved_tensors
+        shape, x, dy = x.shape, _rows(x), _rows(dy)
         dx = x.new_empty(0)
         if need_x:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else dy @ weight
@@ -157,7 +162,8 @@ class _TuckerLinear(torch.autograd.Function):
             parts = iter(flat.split([t.numel() for t, needed in zip((core, u, v), needs) if needed]))
             grads = [next(parts).view(t.shape) if needed else None for t, needed in zip((core, u, v), needs)]
         dweight = dy.mT @ x if need_weight else None
-        return dx if need_x else None, dweight, dy.sum(0) if need_bias else None, *grads, None, None, None
+        dbias = dy.sum(0) if need_bias else None
+        return dx.view(shape) if need_x else None, dweight, dbias, *grads, None, None, None
 
 
 def _differentiable(ctx, dy) -> list[Tensor | None]:

@@ -220,8 +220,8 @@ def build(key):
     return model.eval(), inputs, ts.TuckerConfig(rank=3, **config), set(unused), set(plain)
 
 
-def outputs(model, inputs):
-    """All that the model gives, flat."""
+def flat(y):
+    """All floating tensors in y, flat and in one."""
 
     def tensors(y):
         if isinstance(y, torch.Tensor):
@@ -229,13 +229,38 @@ def outputs(model, inputs):
         parts = y.values() if isinstance(y, dict) else y if isinstance(y, (list, tuple)) else ()
         return [t for part in parts for t in tensors(part)]
 
+    return torch.cat(tensors(y))
+
+
+def outputs(model, inputs):
+    """All that the model gives, flat."""
     args = inputs.values() if set(inputs) <= {"x", "src", "tgt"} else ()
-    return torch.cat(tensors(model(*args, **({} if args else inputs))))
+    return flat(model(*args, **({} if args else inputs)))
 
 
 def see(model, inputs):
     with torch.no_grad():
         return outputs(model, inputs)
+
+
+def layers_agree(model, fresh, inputs):
+    """Gives each adapted layer what the layer of `fresh` gives for the same input, bit for bit?
+
+    Torch takes other products for weights that are frozen than for those that are trained, and on some processors these
+    differ in the last bit; so a model with both kinds may agree with neither of the two whole models.
+    """
+    agree, own = [], dict(fresh.named_modules())
+
+    def compare(name, args, kwargs, y):
+        layers = [copy.deepcopy(own[name]).requires_grad_(trained) for trained in (True, False)]
+        agree.append(any(torch.equal(flat(y), flat(layer(*args, **kwargs))) for layer in layers))
+
+    hooks = [m.register_forward_hook(lambda m, args, kwargs, y, name=name: compare(name, args, kwargs, y),
+                                     with_kwargs=True) for name, m in adapted(model).items()]  # fmt: skip
+    y = outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return y.isfinite().all() and len(agree) > 0 and all(agree)
 
 
 def adapted(model):
@@ -274,17 +299,21 @@ def test_adapt_train_save_load_merge(key, tmp_path):
     model, inputs, config, unused, plain = build(key)
     fresh, before, kinds = copy.deepcopy(model), bases(model), classes(model)
     start = outputs(model, inputs).detach()
-    fast = see(model, inputs)  # some layers have another path without gradients
+    fast = [see(model, inputs)]  # some layers have another path without gradients
     frozen = outputs(copy.deepcopy(model).requires_grad_(False), inputs)  # and choose another kernel for frozen parts
+    fast.append(see(copy.deepcopy(model).requires_grad_(False), inputs))
     assert start.isfinite().all() and start.std() > 0
 
     assert ts.adapt(model, config) is model
     found = adapted(model)
     if config.target_modules == ("all-linear", "all-conv"):
         assert {n for n, m in model.named_modules() if isinstance(m, KINDS)} - set(found) == plain
-    assert torch.equal(see(model, inputs), fast), "an adapter that starts at zero changed the output"
+    with torch.no_grad():
+        same = any(torch.equal(outputs(model, inputs), y) for y in fast) or layers_agree(model, fresh, inputs)
+    assert same, "an adapter that starts at zero changed the output"
     y = outputs(model, inputs).detach()
-    assert torch.equal(y, start) or torch.equal(y, frozen), "an adapter that starts at zero changed the output"
+    same = torch.equal(y, start) or torch.equal(y, frozen) or layers_agree(model, fresh, inputs)
+    assert same, "an adapter that starts at zero changed the output"
     assert equal(bases(model), before)
 
     optimizer = torch.optim.SGD(ts.adapter_parameters(model), lr=1.0)
@@ -317,7 +346,7 @@ def test_adapt_train_save_load_merge(key, tmp_path):
     if MODELS[key][0] not in (transformers, clip):  # whose hooks don't go into a pickle
         assert torch.equal(outputs(pickle.loads(pickle.dumps(model)), inputs).detach(), y)
     with ts.disabled(model):
-        assert torch.equal(see(model, inputs), fast)
+        assert any(torch.equal(see(model, inputs), y) for y in fast)
         assert torch.equal(outputs(model, inputs), frozen)
 
     ts.merge(model)

@@ -84,15 +84,16 @@ def finetune_table(name):
     """Methods of one task of examples/finetune.py."""
     found = json.loads((ROOT / f"examples/{name}.json").read_text())
     setting = found["setting"]
-    lines = ["| method | accuracy | trained parameters | ms per step | peak beyond the model |", "|---|---|---|---|---|"]
+    lines = ["| method | accuracy | trained parameters | ms per step | peak beyond the model |",
+             "|---|---|---|---|---|"]  # fmt: skip
     for method, row in found["rows"].items():
         spread = "" if row["spread"] is None else f" ± {row['spread']:.2%}"
         lines.append(f"| {method} | {row['accuracy']:.2%}{spread} | {row['trained_parameters']:,} | "
                      f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")  # fmt: skip
     seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
-    lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, CPU, threads: "
-              f"{setting['threads']}, torch {setting['torch']}; numbers in [{name}.json](examples/{name}.json). "
-              + " ".join(found["notes"])]  # fmt: skip
+    lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, CPU, "
+              f"threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+              f"[{name}.json](examples/{name}.json). " + " ".join(found["notes"])]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -100,8 +101,8 @@ def main():
     """Replace what stands between the markers."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    tables = {"demo": demo_table(), "finetune": finetune_table("finetune"), "finetune_text": finetune_table("finetune_text"),
-              "bench": bench_table()}  # fmt: skip
+    tables = {"demo": demo_table(), "bench": bench_table()}
+    tables |= {name: finetune_table(name) for name in ("finetune", "finetune_text")}
     for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->(.*<!-- /{name} -->)?", lambda _, block=block: block, text, flags=re.S)
