@@ -91,8 +91,8 @@ def finetune_table(name):
         lines.append(f"| {method} | {row['accuracy']:.2%}{spread} | {row['trained_parameters']:,} | "
                      f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")  # fmt: skip
     seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
-    lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, CPU, "
-              f"threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+    lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, "
+              f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
               f"[{name}.json](examples/{name}.json). " + " ".join(found["notes"])]  # fmt: skip
     return "\n".join(lines)
 
