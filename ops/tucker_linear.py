@@ -56,7 +56,9 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
     dropout = float(dropout) if training else 0.0
     if transformed():
         return _eager(x, weight, bias, core, u, v, F.dropout(torch.ones_like(x), dropout), float(scale))
-    return _TuckerLinear.apply(x, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
+    flat = x.view(-1, x.shape[-1]) if x.dim() > 2 and x.is_contiguous() else x  # as torch's own linear does
+    y = _TuckerLinear.apply(flat, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def draw_seed(dropout: float, device: torch.device) -> Tensor:
@@ -140,8 +142,8 @@ class _TuckerLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout, ctx.bias = scale, dropout, bias is not None
         ctx.save_for_backward(x, weight, core, u, v, seed)
         y = x.new_zeros(*x.shape[:-1], u.shape[0]) if weight is None else F.linear(x, weight, bias)
-        if not y.is_contiguous():
-            y = y.contiguous()
+        if x.dim() != 2:  # it may be a view, which a Function must not return if it is to be changed in place
+            y = y.clone(memory_format=torch.contiguous_format)
         _op.tucker_linear_(y.view(-1, y.shape[-1]), _rows(x), core, u, v, seed, scale, dropout)
         return y
 
