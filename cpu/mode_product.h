@@ -118,7 +118,8 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
                       n);
     }
     /* rows of one strip lie side by side: what a kernel writes beyond a row, it overwrites with the next */
-    const int64_t ld = n <= FN(STRIP) ? n : TILE;
+    const bool joined = n <= FN(STRIP);
+    const int64_t ld = joined ? n : TILE;
     for (; done < cols; done += TILE) {
         const int64_t wide = MIN(TILE, cols - done);
         for (int64_t j = 0; j < wide; j += FN(STRIP)) {
@@ -128,9 +129,9 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
             else if (rows == 4) FN(kernel_4)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
             else FN(kernel_1)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
         }
-        if (s->drop && ld == n) FN(apply)(s->drop, at + i * n, rows * n, tile);
-        if (ld == n) FN(add_base)(s->dtype, s->base, s->scale, tile, rows * n, s->out, at + i * n);
-        for (int64_t q = 0; ld != n && q < rows; q++) {
+        if (s->drop && joined) FN(apply)(s->drop, at + i * n, rows * n, tile);
+        if (joined) FN(add_base)(s->dtype, s->base, s->scale, tile, rows * n, s->out, at + i * n);
+        for (int64_t q = 0; !joined && q < rows; q++) {
             if (s->drop) FN(apply)(s->drop, at + (i + q) * n + done, wide, tile + q * TILE);
             FN(add_base)(s->dtype, s->base, s->scale, tile + q * TILE, wide, s->out, at + (i + q) * n + done);
         }

@@ -80,8 +80,19 @@ template <typename T> struct Problem {
     }
 };
 
-const Shape shapes[] = {{1, 1, 1, 1, 1},    {3, 5, 7, 2, 3},       {65, 130, 33, 16, 8},  {200, 64, 500, 5, 17},
-                        {7, 600, 9, 40, 2}, {300, 20, 20, 33, 33}, {129, 481, 97, 3, 16}, {0, 5, 6, 2, 2}};
+const Shape shapes[] = {{1, 1, 1, 1, 1},
+                        {3, 5, 7, 2, 3},
+                        {65, 130, 33, 16, 8},
+                        {200, 64, 500, 5, 17},
+                        {7, 600, 9, 40, 2},
+                        {300, 20, 20, 33, 33},
+                        {129, 481, 97, 3, 16},
+                        {0, 5, 6, 2, 2},
+                        // as wide as a tile of some level and precision, in two blocks of columns
+                        {117, 384, 384, 8, 8},
+                        {301, 192, 192, 8, 8},
+                        {605, 96, 96, 8, 8},
+                        {1205, 48, 48, 8, 8}};
 
 template <typename T> class TuckerLinear : public testing::Test
 {
@@ -93,7 +104,7 @@ TYPED_TEST(TuckerLinear, AgreesWithItsDefinition)
 {
     for (const Shape &shape : shapes)
         for (double dropout : {0.0, 0.3})
-            for (int threads : {1, 3}) {
+            for (int threads : {1, 2, 3}) {
                 Problem<TypeParam> p(shape, dropout);
                 Context ctx(threads);
                 ctx.size(subspace_tucker_linear_workspace_cpu(&ctx, &p.a));
