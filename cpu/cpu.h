@@ -72,6 +72,15 @@ typedef struct subspace_kernels {
     subspace_status (*tucker_conv_expand)(subspace_ctx *, const subspace_tucker_conv_args *);
     size_t (*depthwise_workspace)(const subspace_ctx *, const subspace_depthwise_args *);
     subspace_status (*depthwise)(subspace_ctx *, const subspace_depthwise_args *);
+    size_t (*coding_rate_workspace)(const subspace_ctx *, const subspace_coding_rate_args *);
+    subspace_status (*coding_rate)(subspace_ctx *, const subspace_coding_rate_args *);
+    subspace_status (*coding_rate_backward)(subspace_ctx *, const subspace_coding_rate_args *);
+    size_t (*coding_rate_soft_workspace)(const subspace_ctx *, const subspace_coding_rate_soft_args *);
+    subspace_status (*coding_rate_soft)(subspace_ctx *, const subspace_coding_rate_soft_args *);
+    subspace_status (*coding_rate_soft_backward)(subspace_ctx *, const subspace_coding_rate_soft_args *);
+    size_t (*sinkhorn_workspace)(const subspace_ctx *, const subspace_sinkhorn_args *);
+    subspace_status (*sinkhorn)(subspace_ctx *, const subspace_sinkhorn_args *);
+    subspace_status (*sinkhorn_backward)(subspace_ctx *, const subspace_sinkhorn_args *);
 } subspace_kernels;
 
 #endif

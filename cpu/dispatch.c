@@ -146,3 +146,48 @@ subspace_status subspace_depthwise_cpu(subspace_ctx *ctx, const subspace_depthwi
 {
     return kernels->depthwise(ctx, a);
 }
+
+size_t subspace_coding_rate_workspace_cpu(const subspace_ctx *ctx, const subspace_coding_rate_args *a)
+{
+    return kernels->coding_rate_workspace(ctx, a);
+}
+
+subspace_status subspace_coding_rate_cpu(subspace_ctx *ctx, const subspace_coding_rate_args *a)
+{
+    return kernels->coding_rate(ctx, a);
+}
+
+subspace_status subspace_coding_rate_backward_cpu(subspace_ctx *ctx, const subspace_coding_rate_args *a)
+{
+    return kernels->coding_rate_backward(ctx, a);
+}
+
+size_t subspace_coding_rate_soft_workspace_cpu(const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
+{
+    return kernels->coding_rate_soft_workspace(ctx, a);
+}
+
+subspace_status subspace_coding_rate_soft_cpu(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
+{
+    return kernels->coding_rate_soft(ctx, a);
+}
+
+subspace_status subspace_coding_rate_soft_backward_cpu(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
+{
+    return kernels->coding_rate_soft_backward(ctx, a);
+}
+
+size_t subspace_sinkhorn_workspace_cpu(const subspace_ctx *ctx, const subspace_sinkhorn_args *a)
+{
+    return kernels->sinkhorn_workspace(ctx, a);
+}
+
+subspace_status subspace_sinkhorn_cpu(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
+{
+    return kernels->sinkhorn(ctx, a);
+}
+
+subspace_status subspace_sinkhorn_backward_cpu(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
+{
+    return kernels->sinkhorn_backward(ctx, a);
+}

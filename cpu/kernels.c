@@ -23,6 +23,15 @@ subspace_status LEVEL(subspace_tucker_conv_project)(subspace_ctx *, const subspa
 subspace_status LEVEL(subspace_tucker_conv_expand)(subspace_ctx *, const subspace_tucker_conv_args *);
 size_t LEVEL(subspace_depthwise_workspace)(const subspace_ctx *, const subspace_depthwise_args *);
 subspace_status LEVEL(subspace_depthwise)(subspace_ctx *, const subspace_depthwise_args *);
+size_t LEVEL(subspace_coding_rate_workspace)(const subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status LEVEL(subspace_coding_rate)(subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status LEVEL(subspace_coding_rate_backward)(subspace_ctx *, const subspace_coding_rate_args *);
+size_t LEVEL(subspace_coding_rate_soft_workspace)(const subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status LEVEL(subspace_coding_rate_soft)(subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status LEVEL(subspace_coding_rate_soft_backward)(subspace_ctx *, const subspace_coding_rate_soft_args *);
+size_t LEVEL(subspace_sinkhorn_workspace)(const subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status LEVEL(subspace_sinkhorn)(subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status LEVEL(subspace_sinkhorn_backward)(subspace_ctx *, const subspace_sinkhorn_args *);
 
 extern const subspace_kernels LEVEL(subspace_kernels);
 const subspace_kernels LEVEL(subspace_kernels) = {
@@ -46,4 +55,13 @@ const subspace_kernels LEVEL(subspace_kernels) = {
     .tucker_conv_expand = LEVEL(subspace_tucker_conv_expand),
     .depthwise_workspace = LEVEL(subspace_depthwise_workspace),
     .depthwise = LEVEL(subspace_depthwise),
+    .coding_rate_workspace = LEVEL(subspace_coding_rate_workspace),
+    .coding_rate = LEVEL(subspace_coding_rate),
+    .coding_rate_backward = LEVEL(subspace_coding_rate_backward),
+    .coding_rate_soft_workspace = LEVEL(subspace_coding_rate_soft_workspace),
+    .coding_rate_soft = LEVEL(subspace_coding_rate_soft),
+    .coding_rate_soft_backward = LEVEL(subspace_coding_rate_soft_backward),
+    .sinkhorn_workspace = LEVEL(subspace_sinkhorn_workspace),
+    .sinkhorn = LEVEL(subspace_sinkhorn),
+    .sinkhorn_backward = LEVEL(subspace_sinkhorn_backward),
 };

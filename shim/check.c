@@ -106,3 +106,52 @@ subspace_status subspace_depthwise_check(subspace_ctx *ctx, const subspace_depth
     }
     return SUBSPACE_OK;
 }
+
+static subspace_status check_rate(subspace_ctx *ctx, const char *op, subspace_dtype dtype, int64_t n, int64_t d,
+                                  double eps)
+{
+    CHECK(ctx, dtype == SUBSPACE_F32 || dtype == SUBSPACE_F64, INVALID, "%s: float32 or float64, got dtype %d", op,
+          (int)dtype);
+    CHECK(ctx, n > 0 && d > 0 && n <= INT32_MAX && d <= INT32_MAX, INVALID,
+          "%s: need points and features, at most 2^31 - 1 of each, got n=%lld, d=%lld", op, LL(n), LL(d));
+    CHECK(ctx, eps > 0 && eps <= 1e300, INVALID, "%s: eps must be positive and finite, got %g", op, eps);
+    return SUBSPACE_OK;
+}
+
+int64_t subspace_coding_rate_factor(const subspace_coding_rate_args *a)
+{
+    const int64_t side = a->n < a->d ? a->n : a->d;
+    return a->order ? a->n * side : side * side; /* a group's smaller side squared is at most n_g * side */
+}
+
+subspace_status subspace_coding_rate_check(subspace_ctx *ctx, const subspace_coding_rate_args *a)
+{
+    CHECK(ctx, a->v >= 0, INVALID, "coding_rate: negative number of views: %lld", LL(a->v));
+    CHECK(ctx, !a->order == !a->start, INVALID, "coding_rate: order and start go together");
+    return check_rate(ctx, "coding_rate", a->dtype, a->n, a->d, a->eps);
+}
+
+subspace_status subspace_coding_rate_soft_check(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
+{
+    CHECK(ctx, a->v >= 0 && a->k >= 0 && a->k <= INT32_MAX, INVALID,
+          "coding_rate_soft: wrong size: %lld views, %lld classes", LL(a->v), LL(a->k));
+    return check_rate(ctx, "coding_rate_soft", a->dtype, a->n, a->d, a->eps);
+}
+
+subspace_status subspace_sinkhorn_check(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
+{
+    CHECK(ctx, a->dtype == SUBSPACE_F32 || a->dtype == SUBSPACE_F64, INVALID,
+          "sinkhorn: float32 or float64, got dtype %d", (int)a->dtype);
+    CHECK(ctx, a->v >= 0 && a->m > 0 && a->n > 0 && a->m <= INT32_MAX && a->n <= INT32_MAX, INVALID,
+          "sinkhorn: need rows and columns, at most 2^31 - 1 of each, got m=%lld, n=%lld", LL(a->m), LL(a->n));
+    CHECK(ctx, a->eta > 0 && a->eta <= 1e300, INVALID, "sinkhorn: eta must be positive and finite, got %g", a->eta);
+    CHECK(ctx, a->max_iter >= 0 && a->half_steps >= 0, INVALID, "sinkhorn: negative number of steps: %lld, %lld",
+          LL(a->max_iter), LL(a->half_steps));
+    CHECK(ctx, a->half_steps == 0 || a->half_steps % 2 == 1, INVALID,
+          "sinkhorn: half steps end with the rows, so their number is odd, got %lld", LL(a->half_steps));
+    CHECK(ctx, a->symmetric != SUBSPACE_SYMMETRIC || a->m == a->n, INVALID,
+          "sinkhorn: symmetric scores are square, got %lld x %lld", LL(a->m), LL(a->n));
+    CHECK(ctx, (a->row && (a->col || a->symmetric == SUBSPACE_SYMMETRIC)) || a->m == a->n, INVALID,
+          "sinkhorn: marginals of ones need a square plan, got %lld x %lld", LL(a->m), LL(a->n));
+    return SUBSPACE_OK;
+}

@@ -63,6 +63,27 @@ static const op ops[] = {
      shim_tucker_expand},
     {"depthwise", "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
      shim_depthwise},
+    {"coding_rate",
+     "coding_rate(Tensor z, Tensor order, Tensor start, float eps, bool keep) -> (Tensor rate, Tensor factor)",
+     shim_coding_rate},
+    {"coding_rate_backward",
+     "coding_rate_backward(Tensor drate, Tensor z, Tensor order, Tensor start, Tensor factor, float eps) -> Tensor",
+     shim_coding_rate_backward},
+    {"coding_rate_soft",
+     "coding_rate_soft(Tensor z, Tensor weights, float eps, bool keep) -> (Tensor rate, Tensor inverse, Tensor stats)",
+     shim_coding_rate_soft},
+    {"coding_rate_soft_backward",
+     "coding_rate_soft_backward(Tensor drate, Tensor z, Tensor weights, Tensor inverse, Tensor stats, float eps,"
+     " bool need_dz, bool need_dweights) -> (Tensor dz, Tensor dweights)",
+     shim_coding_rate_soft_backward},
+    {"sinkhorn",
+     "sinkhorn(Tensor scores, Tensor row, Tensor col, float eta, float tol, int max_iter, int symmetric,"
+     " int half_steps) -> (Tensor plan, Tensor error, Tensor sweeps)",
+     shim_sinkhorn},
+    {"sinkhorn_backward",
+     "sinkhorn_backward(Tensor dplan, Tensor plan, Tensor row, Tensor col, float eta, int symmetric, int half_steps,"
+     " bool need_dscores, bool need_drow, bool need_dcol) -> (Tensor dscores, Tensor drow, Tensor dcol)",
+     shim_sinkhorn_backward},
 };
 
 enum { OPS = sizeof ops / sizeof *ops };

@@ -95,5 +95,7 @@ bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *s
 kernel shim_logits, shim_logits_backward, shim_cross_entropy, shim_cross_entropy_backward, shim_rsgd;
 kernel shim_tucker_compose, shim_tucker_compose_out, shim_tucker_compose_backward, shim_tucker_linear,
     shim_tucker_linear_backward, shim_tucker_project, shim_tucker_expand, shim_depthwise;
+kernel shim_coding_rate, shim_coding_rate_backward, shim_coding_rate_soft, shim_coding_rate_soft_backward,
+    shim_sinkhorn, shim_sinkhorn_backward;
 
 #endif

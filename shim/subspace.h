@@ -233,6 +233,96 @@ subspace_status subspace_depthwise_cpu(subspace_ctx *, const subspace_depthwise_
 size_t subspace_depthwise_workspace_cuda(const subspace_ctx *, const subspace_depthwise_args *);
 subspace_status subspace_depthwise_cuda(subspace_ctx *, const subspace_depthwise_args *);
 
+/* ------------------------------------------------------------- coding_rate
+ *     rate[v] = sum_g n_g/(2n) logdet(I + d/(n_g eps) Z_g' Z_g)
+ * Group g of view v owns the rows order[v, start[v, g]] .. order[v, start[v, g+1] - 1] of z[v], n_g of them;
+ * without order and start all n rows are one group. Empty groups add nothing. A factor is its device's own matter, and
+ * has entries that are never written where groups are smaller than they might be.                              */
+typedef struct subspace_coding_rate_args {
+    subspace_dtype dtype; /* SUBSPACE_F32 or SUBSPACE_F64, of everything floating */
+    int64_t v, n, d;      /* views, points, features */
+    double eps;           /* the papers' eps^2 */
+    const int64_t *order; /* [v, n]    in: each row a permutation of 0..n-1, or NULL: one group */
+    const int64_t *start; /* [v, n+1]  in: rises from 0 to n, or NULL with order */
+    const void *z;        /* [v, n, d] in */
+    void *rate;           /* [v]       forward out */
+    void *factor;      /* [v, f]    forward out, backward in, f = subspace_coding_rate_factor(a); or NULL: recomputed */
+    const void *drate; /* [v]       backward in */
+    void *dz;          /* [v, n, d] backward out */
+} subspace_coding_rate_args;
+
+int64_t subspace_coding_rate_factor(const subspace_coding_rate_args *); /* entries of a view's factor */
+subspace_status subspace_coding_rate_check(subspace_ctx *, const subspace_coding_rate_args *);
+size_t subspace_coding_rate_workspace_cpu(const subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status subspace_coding_rate_cpu(subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status subspace_coding_rate_backward_cpu(subspace_ctx *, const subspace_coding_rate_args *);
+size_t subspace_coding_rate_workspace_cuda(const subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status subspace_coding_rate_cuda(subspace_ctx *, const subspace_coding_rate_args *);
+subspace_status subspace_coding_rate_backward_cuda(subspace_ctx *, const subspace_coding_rate_args *);
+
+/* -------------------------------------------------------- coding_rate_soft
+ *     rate[v] = sum_k t_k/(2n) logdet A_k,   A_k = I + d/(t_k eps) Z' diag(w_k) Z,   t_k = sum_i w_ik
+ * A column of weights that is all zero adds nothing and has no gradient.                                      */
+typedef struct subspace_coding_rate_soft_args {
+    subspace_dtype dtype; /* SUBSPACE_F32 or SUBSPACE_F64, of everything */
+    int64_t v, n, d, k;   /* views, points, features, classes */
+    double eps;           /* the papers' eps^2 */
+    const void *z;        /* [v, n, d] in */
+    const void *weights;  /* [v, n, k] in, >= 0 */
+    void *rate;           /* [v]       forward out */
+    void *inverse;        /* [v, k, d(d+1)/2] forward out, backward in: A_k^-1, upper half by rows; or NULL: not kept */
+    void *stats;          /* [v, 2, k] forward out, backward in: 1/2 logdet A_k and tr A_k^-1, or -1 for a view that
+                             float32 is too short for, whose inverses are 0; NULL with inverse */
+    const void *drate;    /* [v]       backward in */
+    void *dz;             /* [v, n, d] backward out, or NULL */
+    void *dweights;       /* [v, n, k] backward out, or NULL */
+} subspace_coding_rate_soft_args;
+
+subspace_status subspace_coding_rate_soft_check(subspace_ctx *, const subspace_coding_rate_soft_args *);
+size_t subspace_coding_rate_soft_workspace_cpu(const subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status subspace_coding_rate_soft_cpu(subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status subspace_coding_rate_soft_backward_cpu(subspace_ctx *, const subspace_coding_rate_soft_args *);
+size_t subspace_coding_rate_soft_workspace_cuda(const subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status subspace_coding_rate_soft_cuda(subspace_ctx *, const subspace_coding_rate_soft_args *);
+subspace_status subspace_coding_rate_soft_backward_cuda(subspace_ctx *, const subspace_coding_rate_soft_args *);
+
+/* ---------------------------------------------------------------- sinkhorn
+ *     plan_ij = f_i exp(scores_ij / eta) g_j      with row sums `row` and column sums `col`
+ * symmetric: scores = scores', row = col, one potential f = g by f <- sqrt(row f / (K f)). The backward is that of
+ * the exact plan (implicit differentiation, conjugate gradients); with half_steps > 0 exactly so many row and column
+ * normalisations are made in turn, rows first, and the backward takes the last column potential as a constant.
+ * A score of -inf is a zero of the plan.                                                                         */
+typedef enum subspace_symmetry {
+    SUBSPACE_GENERAL,
+    SUBSPACE_SYMMETRIC, /* promised: m = n, col is not read, the gradient is that of a symmetric scores */
+    SUBSPACE_LOOK       /* the CPU kernel looks, and solves the easier problem if so; the gradient is the general one */
+} subspace_symmetry;
+
+typedef struct subspace_sinkhorn_args {
+    subspace_dtype dtype; /* SUBSPACE_F32 or SUBSPACE_F64, of everything floating but tol, eta and error */
+    int64_t v, m, n;      /* batch, rows, columns */
+    double eta, tol;      /* tol: largest |row or column sum / its marginal - 1| to stop at */
+    int64_t max_iter;     /* sweeps at most */
+    subspace_symmetry symmetric;
+    int64_t half_steps;    /* 0: iterate to tol; else odd: rows come last */
+    const void *scores;    /* [v, m, n] in */
+    const void *row, *col; /* [v, m], [v, n] in, > 0 with the same sum, or NULL: ones (m = n) */
+    void *plan;            /* [v, m, n] forward out, backward in */
+    double *error;         /* [v] forward out: the largest |sum / marginal - 1| reached */
+    int64_t *sweeps;       /* [v] forward out: sweeps made */
+    const void *dplan;     /* [v, m, n] backward in */
+    void *dscores;         /* [v, m, n] backward out, or NULL */
+    void *drow, *dcol;     /* [v, m], [v, n] backward out, each or NULL; along directions that keep both sums equal */
+} subspace_sinkhorn_args;
+
+subspace_status subspace_sinkhorn_check(subspace_ctx *, const subspace_sinkhorn_args *);
+size_t subspace_sinkhorn_workspace_cpu(const subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status subspace_sinkhorn_cpu(subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status subspace_sinkhorn_backward_cpu(subspace_ctx *, const subspace_sinkhorn_args *);
+size_t subspace_sinkhorn_workspace_cuda(const subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status subspace_sinkhorn_cuda(subspace_ctx *, const subspace_sinkhorn_args *);
+subspace_status subspace_sinkhorn_backward_cuda(subspace_ctx *, const subspace_sinkhorn_args *);
+
 #ifdef __cplusplus
 }
 #endif

@@ -147,3 +147,90 @@ def depthwise_weight_gradient(x, dy, kernel, stride, padding, dilation):
     weight = torch.zeros(dy.shape[1], 1, *kernel, dtype=x.dtype, requires_grad=True)
     y = conv(x, weight, None, stride, padding, dilation, x.shape[1])
     return torch.autograd.grad(y, weight, dy)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# coding_rate: points z (n, d); eps is the papers' epsilon squared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def coding_rate(z, labels=None, *, eps=0.5):
+    """R(Z) from the singular values, or with labels (n,) the mean rate of the classes weighted by their sizes."""
+    n, d = z.shape
+    if labels is not None:
+        parts = [z[labels == label] for label in labels.unique()]
+        return sum(len(part) / n * coding_rate(part, eps=eps) for part in parts)
+    return 0.5 * torch.log1p(d / (n * eps) * torch.linalg.svdvals(z).square()).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# coding_rate_soft: z (V, n, d), weights (V, n, K)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def coding_rate_soft(z, weights, eps):
+    """sum_k t_k/(2n) logdet(I + d/(t_k eps) Z' diag(w_k) Z), class by class; empty classes are left out."""
+    n, d = z.shape[1:]
+    rates = []
+    for points, columns in zip(z, weights.mT):
+        rate = 0 * points.sum() + 0 * columns.sum()
+        for w in columns:
+            t = w.sum()
+            if t > 0:
+                a = torch.eye(d, dtype=z.dtype) + d / (t * eps) * (points.mT * w) @ points
+                rate = rate + t / n * torch.linalg.cholesky(a).diagonal().log().sum()
+        rates.append(rate)
+    return torch.stack(rates) if rates else z.new_zeros(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sinkhorn: plan = f exp(scores / eta) g with given row and column sums
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sinkhorn(scores, *, eta=0.1, row=None, col=None, sweeps=2000):
+    """Rows and columns normalised in turn in the log domain; autograd through all of it is the exact gradient too."""
+    s = scores / eta
+    log_row, log_col = (0.0 if t is None else t.log() for t in (row, col))
+    g = torch.zeros_like(s[..., 0, :])
+    for _ in range(sweeps):
+        f = log_row - torch.logsumexp(s + g[..., None, :], -1)
+        g = log_col - torch.logsumexp(s + f[..., :, None], -2)
+    return torch.exp(s + f[..., :, None] + g[..., None, :])
+
+
+def sinkhorn_symmetric(scores, *, eta=0.1, row=None, sweeps=200):
+    """The same of symmetric scores by one potential, half way to its row normalisation each time."""
+    s, f = scores / eta, torch.zeros_like(scores[..., 0])
+    log_row = 0.0 if row is None else row.log()
+    for _ in range(sweeps):
+        f = (f + log_row - torch.logsumexp(s + f[..., None, :], -1)) / 2
+    return torch.exp(s + f[..., :, None] + f[..., None, :])
+
+
+def sinkhorn_gradient(plan, dplan, *, eta=0.1):
+    """(dscores, drow, dcol) of <plan, dplan> by dense least squares on the equations of the potentials.
+
+    d plan = plan o (d scores / eta + da 1' + 1 db'), with da, db such that the sums stay at row and col.
+    """
+    m, weighted = plan.shape[0], plan * dplan
+    top = torch.cat([torch.diag(plan.sum(1)), plan], 1)
+    system = torch.cat([top, torch.cat([plan.mT, torch.diag(plan.sum(0))], 1)])
+    value, vector = torch.linalg.eigh(system)
+    known = value > 1e-10 * value.max()
+    inverse = torch.where(known, 1 / value.where(known, torch.ones_like(value)), 0)
+    solution = vector @ (inverse * (vector.mT @ torch.cat([weighted.sum(1), weighted.sum(0)])))
+    x, y = solution[:m], solution[m:]
+    return (weighted - plan * (x[:, None] + y)) / eta, x, y
+
+
+def sinkhorn_half_steps(scores, *, eta=0.1, half_steps=5):
+    """Doubly stochastic as the public code of MLC and CPP has it: so many half steps, column potentials detached."""
+    s = scores / eta
+    f, g = torch.zeros_like(s[..., 0]), torch.zeros_like(s[..., 0, :])
+    for step in range(half_steps):
+        if step % 2 == 0:
+            f = -torch.logsumexp(s + g[..., None, :], -1)
+        else:
+            g = -torch.logsumexp(s + f[..., :, None], -2).detach()
+    return torch.exp(s + f[..., :, None] + g[..., None, :])

@@ -1,0 +1,234 @@
+// coding_rate: rates and gradients against their definition, in memory no larger than promised.
+#include "native.h"
+#include <numeric>
+
+namespace
+{
+
+using Groups = std::vector<std::vector<int64_t>>; // rows of each group of a view
+
+// logdet(I + a Y Y') and X = (I + a Y Y')^-1 Y in place of Y [s, w] by Gauss-Jordan, in long double
+long double solve(std::vector<long double> &y, size_t s, size_t w, long double a)
+{
+    std::vector<long double> x(s * s);
+    for (size_t i = 0; i < s; i++)
+        for (size_t j = 0; j <= i; j++) {
+            long double sum = i == j;
+            for (size_t l = 0; l < w; l++) sum += a * y[i * w + l] * y[j * w + l];
+            x[i * s + j] = x[j * s + i] = sum;
+        }
+    long double logdet = 0;
+    for (size_t k = 0; k < s; k++) {
+        const long double pivot = x[k * s + k];
+        logdet += std::log(pivot);
+        for (size_t j = k; j < s; j++) x[k * s + j] /= pivot;
+        for (size_t j = 0; j < w; j++) y[k * w + j] /= pivot;
+        for (size_t i = 0; i < s; i++) {
+            const long double f = x[i * s + k];
+            if (i == k) continue;
+            for (size_t j = k; j < s; j++) x[i * s + j] -= f * x[k * s + j];
+            for (size_t j = 0; j < w; j++) y[i * w + j] -= f * y[k * w + j];
+        }
+    }
+    return logdet;
+}
+
+template <typename T> struct Problem {
+    std::vector<T> z, rate, factor, drate, dz;
+    std::vector<int64_t> order, start;
+    std::vector<Groups> views;
+    subspace_coding_rate_args a{};
+
+    Problem(int64_t n, int64_t d, std::vector<Groups> views_, double size = 1, double eps = 0.5) : views(views_)
+    {
+        const auto v = int64_t(views.size());
+        z = randoms<T>(v * n * d, unsigned(n + d)), drate = randoms<T>(v, 3);
+        for (auto &x : z) x *= T(size / std::sqrt(double(d)));
+        rate.assign(v, T(7)), dz.assign(v * n * d, T(7));
+        a.dtype = dtype_of<T>;
+        a.v = v, a.n = n, a.d = d, a.eps = eps;
+        for (const auto &groups : views) {
+            int64_t at = 0;
+            for (size_t g = 0; g <= size_t(n); g++) {
+                start.push_back(at);
+                if (g >= groups.size()) continue;
+                order.insert(order.end(), groups[g].begin(), groups[g].end());
+                at += int64_t(groups[g].size());
+            }
+        }
+        if (views[0].size()) a.order = order.data(), a.start = start.data();
+        factor.assign(v * subspace_coding_rate_factor(&a), T(7));
+        a.z = z.data(), a.rate = rate.data(), a.factor = factor.data(), a.drate = drate.data(), a.dz = dz.data();
+    }
+
+    void run(int threads, bool keep)
+    {
+        Context ctx(threads);
+        a.factor = keep ? factor.data() : nullptr;
+        ctx.size(subspace_coding_rate_workspace_cpu(&ctx, &a));
+        ASSERT_EQ(SUBSPACE_OK, subspace_coding_rate_cpu(&ctx, &a)) << ctx.message;
+        ctx.size(subspace_coding_rate_workspace_cpu(&ctx, &a));
+        ASSERT_EQ(SUBSPACE_OK, subspace_coding_rate_backward_cpu(&ctx, &a)) << ctx.message;
+    }
+
+    void check()
+    {
+        const auto n = size_t(a.n), d = size_t(a.d);
+        double worst = 0, largest = 0;
+        for (size_t v = 0; v < views.size(); v++) {
+            Groups groups = views[v];
+            if (groups.empty()) {
+                groups.resize(1);
+                for (size_t i = 0; i < n; i++) groups[0].push_back(int64_t(i));
+            }
+            long double total = 0;
+            for (const auto &rows : groups) {
+                const size_t m = rows.size();
+                if (m == 0) continue;
+                const bool points = m < d; // the smaller side, as a matter of time
+                std::vector<long double> y(m * d);
+                const auto at = [&](size_t l, size_t j) { return points ? l * d + j : j * m + l; };
+                for (size_t l = 0; l < m; l++)
+                    for (size_t j = 0; j < d; j++) y[at(l, j)] = z[(v * n + size_t(rows[l])) * d + j];
+                const long double alpha = (long double)d / ((long double)m * a.eps), share = (long double)m / n;
+                total += share / 2 * solve(y, std::min(m, d), std::max(m, d), alpha);
+                for (size_t l = 0; l < m; l++)
+                    for (size_t j = 0; j < d; j++) {
+                        const double expected = double(drate[v] * share * alpha * y[at(l, j)]);
+                        largest = std::max(largest, std::fabs(expected));
+                        worst = std::max(worst, std::fabs(expected - dz[(v * n + size_t(rows[l])) * d + j]));
+                    }
+            }
+            EXPECT_NEAR(double(total), double(rate[v]), tolerance<T>(1e-5) * double(total));
+        }
+        EXPECT_LE(worst, tolerance<T>(1e-5) * largest);
+    }
+};
+
+// n rows dealt to `groups` groups of uneven sizes, some of them empty, in an order of their own for each view
+std::vector<Groups> dealt(int64_t n, size_t groups, size_t views = 1)
+{
+    std::vector<Groups> all;
+    std::mt19937 engine(5);
+    for (size_t v = 0; v < views; v++) {
+        std::vector<int64_t> rows(n);
+        std::iota(rows.begin(), rows.end(), 0);
+        std::shuffle(rows.begin(), rows.end(), engine);
+        Groups dealt_to(groups);
+        for (size_t i = 0; i < size_t(n); i++)
+            if (groups) dealt_to[size_t(double(groups) * std::pow(double(i) / double(n), 2))].push_back(rows[i]);
+        all.push_back(dealt_to);
+    }
+    return all;
+}
+
+template <typename T> class CodingRate : public testing::Test
+{
+};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(CodingRate, Types);
+
+TYPED_TEST(CodingRate, EverySmallSide)
+{
+    for (int64_t n = 1; n <= 36; n += 1 + n / 9)
+        for (int64_t d = 1; d <= 36; d += 1 + d / 9)
+            for (size_t groups : {0, 1, 3}) {
+                Problem<TypeParam> p(n, d, dealt(n, groups));
+                p.run(1, groups != 1);
+                p.check();
+                ASSERT_FALSE(testing::Test::HasFailure()) << n << " x " << d << " in " << groups;
+            }
+}
+
+TYPED_TEST(CodingRate, LargeSidesAndThreads)
+{
+    const int64_t shapes[][3] = {{70, 66, 2},   {64, 130, 0},  {300, 20, 2},  {20, 700, 0},
+                                 {257, 258, 0}, {290, 260, 1}, {1400, 40, 0}, {40, 300, 40}};
+    for (const auto &s : shapes)
+        for (int threads : {1, 3}) {
+            Problem<TypeParam> p(s[0], s[1], dealt(s[0], size_t(s[2])));
+            p.run(threads, threads == 1);
+            p.check();
+            ASSERT_FALSE(testing::Test::HasFailure()) << s[0] << " x " << s[1] << " in " << s[2];
+        }
+}
+
+TYPED_TEST(CodingRate, Views)
+{
+    for (size_t groups : {0, 5}) {
+        Problem<TypeParam> p(50, 17, dealt(50, groups, 4));
+        p.run(3, true);
+        p.check();
+    }
+}
+
+TYPED_TEST(CodingRate, SameBitsForAnyNumberOfThreads)
+{
+    const int64_t shapes[][3] = {{900, 30, 12}, {1400, 40, 0}, {280, 270, 0}, {600, 270, 2}};
+    for (const auto &s : shapes) {
+        Problem<TypeParam> one(s[0], s[1], dealt(s[0], size_t(s[2])));
+        one.run(1, true);
+        for (int threads : {2, 3, 7}) {
+            Problem<TypeParam> other(s[0], s[1], dealt(s[0], size_t(s[2])));
+            other.run(threads, threads != 2);
+            EXPECT_EQ(one.rate, other.rate);
+            EXPECT_EQ(one.dz, other.dz);
+        }
+    }
+}
+
+// Points so alike, or so long, that float32 alone would lose what is left of the digits.
+TYPED_TEST(CodingRate, HardForFloat)
+{
+    const int64_t shapes[][3] = {{30, 12, 0}, {12, 30, 2}, {70, 20, 4}, {262, 330, 0}};
+    for (const auto &s : shapes)
+        for (double size : {1e-3, 1., 1e3})
+            for (bool keep : {false, true}) {
+                Problem<TypeParam> p(s[0], s[1], dealt(s[0], size_t(s[2])), size, 1e-4);
+                for (size_t i = 0; i < p.z.size(); i++)
+                    p.z[i] = TypeParam(size * std::sin(double(i % size_t(s[1]))) + 0.01 * p.z[i]);
+                p.run(2, keep);
+                if (sizeof(TypeParam) == 4) p.check(); // float64 has no wider type to turn to
+            }
+}
+
+TYPED_TEST(CodingRate, ReportsValuesThatAreNotFinite)
+{
+    for (auto shape : {std::pair<int64_t, int64_t>{12, 5}, {5, 12}, {270, 280}}) {
+        Problem<TypeParam> p(shape.first, shape.second, dealt(shape.first, 1, 2));
+        p.z.back() = TypeParam(NAN);
+        Context ctx;
+        ctx.size(subspace_coding_rate_workspace_cpu(&ctx, &p.a));
+        EXPECT_EQ(SUBSPACE_NUMERICAL, subspace_coding_rate_cpu(&ctx, &p.a));
+        EXPECT_NE(nullptr, std::strstr(ctx.message, "coding_rate: view 1, group 0: the factorisation failed"))
+            << ctx.message;
+    }
+}
+
+TYPED_TEST(CodingRate, RefusesWhatItCannotDo)
+{
+    Context ctx;
+    const auto message_of = [&](auto change) {
+        Problem<TypeParam> p(6, 4, dealt(6, 2));
+        ctx.size(subspace_coding_rate_workspace_cpu(&ctx, &p.a));
+        change(p);
+        ctx.message[0] = 0;
+        EXPECT_NE(SUBSPACE_OK, subspace_coding_rate_cpu(&ctx, &p.a));
+        return std::string(ctx.message);
+    };
+    typedef Problem<TypeParam> P;
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.n = 0; }).find("need points and features"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.d = 0; }).find("need points and features"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.v = -1; }).find("negative number of views"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.eps = 0; }).find("eps must be positive"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.eps = NAN; }).find("eps must be positive"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.dtype = SUBSPACE_F16; }).find("float32 or float64"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.a.start = nullptr; }).find("go together"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.order[3] = 6; }).find("are not groups of 6 rows"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.order[0] = -1; }).find("are not groups of 6 rows"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.start[1] = 7; }).find("are not groups of 6 rows"));
+    EXPECT_NE(std::string::npos, message_of([](P &p) { p.start[6] = 5; }).find("are not groups of 6 rows"));
+    EXPECT_NE(std::string::npos, message_of([&](P &) { ctx.workspace_bytes -= 64; }).find("workspace of"));
+}
+
+} // namespace
