@@ -1,7 +1,8 @@
 """torch-subspace: subspace methods for PyTorch.
 
-Grassmann class representation (subspace logits, fused cross-entropy, Riemannian optimisers) as torch
-ops with pure-C kernels, and the layers that let a standard model pick them up.
+Grassmann class representation (subspace logits, fused cross-entropy, Riemannian optimisers), Tucker adapters (FLoRA)
+and coding rates (MCR², MLC) as torch ops with pure-C kernels, and the layers, adapters, losses and the clusterer that
+let standard models pick them up.
 """
 from . import library
 from .adapter_config import TuckerConfig
@@ -9,13 +10,16 @@ from .adapter_files import load_adapter, save_adapter
 from .adapter_merge import merge, merge_and_unload, unmerge
 from .adapter_state import active_adapters, adapter_names
 from .adapters import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
+from .coding_rate import coding_rate, rate_reduction
 from .cross_entropy import subspace_cross_entropy
 from .head import swap_head
 from .layers import GrassmannLinear
 from .library import show_config
 from .logits import subspace_logits
+from .losses import CodingRateLoss, MCR2Loss, MLCLoss
 from .optim import RiemannianAdamW, RiemannianSGD, param_groups
 from .rsgd import grassmann_step_
+from .sinkhorn import sinkhorn
 from .tucker import tucker_compose
 from .tucker_conv import tucker_conv
 from .tucker_linear import tucker_linear
@@ -23,7 +27,10 @@ from .tucker_linear import tucker_linear
 __version__ = library.__version__
 
 __all__ = [
+    "CodingRateLoss",
     "GrassmannLinear",
+    "MCR2Loss",
+    "MLCLoss",
     "RiemannianAdamW",
     "RiemannianSGD",
     "TuckerConfig",
@@ -32,6 +39,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "adapter_summary",
+    "coding_rate",
     "delete_adapter",
     "disabled",
     "grassmann_step_",
@@ -39,9 +47,11 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "param_groups",
+    "rate_reduction",
     "save_adapter",
     "set_adapter",
     "show_config",
+    "sinkhorn",
     "subspace_cross_entropy",
     "subspace_logits",
     "swap_head",
@@ -50,3 +60,15 @@ __all__ = [
     "tucker_linear",
     "unmerge",
 ]
+
+
+def __getattr__(name):
+    if name == "ManifoldClustering":  # needs scikit-learn, which nothing else here does
+        from .clustering import ManifoldClustering
+
+        return ManifoldClustering
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), "ManifoldClustering"])
