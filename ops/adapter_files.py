@@ -46,8 +46,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
         ValueError: there is no such adapter.
         OSError: the file can't be written.
     """
-    from safetensors.torch import save_file
-
     found = known_layers("save_adapter", model)
     check_known("save_adapter", model, name)
     tensors, described = {}, {}
@@ -61,6 +59,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
         tensors |= {f"{key}.{n}": t for n, t in state.items()}
     config = {"config": noted_config(model, name), "layers": described, "saved": {k: list(s) for k, s in saved.items()}}
     metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
+    write_whole(path, tensors, metadata)
+
+
+def write_whole(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears whole or not at all."""
+    from safetensors.torch import save_file
+
     tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=path.name[:100], suffix=".part", dir=path.parent)
