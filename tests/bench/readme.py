@@ -24,6 +24,16 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                 ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula")),
                ("compose 256x256x3x3 float32", "ours",
                 ("floor: a copy of base", "einsum", "by hand: matmul and addmm"))],
+    "coding_rate": [("n=2048 d=512 100 classes float32", "ours",
+                     ("loop over classes", "eager, sorted and padded", "torch.compile of it")),
+                    ("n=1024 d=128 R float32", "ours", ("eager, smaller side", "torch.compile of it"))],
+    "coding_rate_soft": [("MLC n=1024 d=128 K=1024 float32", "ours",
+                          ("official form", "eager, chunks of classes", "eager, face-splitting product")),
+                         ("soft classes n=2048 d=512 K=10 float32", "ours",
+                          ("official form", "eager, chunks of classes"))],
+    "sinkhorn": [("n=1024 eta=0.1 float32", "ours",
+                  ("five half steps", "five half steps, compiled", "twenty unrolled sweeps",
+                   "eager implicit gradient"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
 }  # fmt: skip
 
@@ -97,11 +107,44 @@ def finetune_table(name):
     return "\n".join(lines)
 
 
+def cluster_table():
+    """Algorithms of examples/cluster.py."""
+    found = json.loads((ROOT / "examples/cluster.json").read_text())
+    setting = found["setting"]
+    lines = ["| algorithm | accuracy | NMI | ARI | held-out accuracy | seconds |", "|---|---|---|---|---|---|"]
+    for name, row in found["rows"].items():
+        train, other = row["train"], row.get("held-out")
+        held_out = f"{other['acc']:.1%} ({other['lowest']:.1%} to {other['highest']:.1%})" if other else "–"
+        lines.append(f"| {name} | {train['acc']:.1%} ({train['lowest']:.1%} to {train['highest']:.1%}) | "
+                     f"{train['nmi']:.3f} | {train['ari']:.3f} | {held_out} | {row['seconds']:.2g} |")  # fmt: skip
+    lines += ["", f"{setting['images']} images, {setting['held_out']} held out; medians and ranges over "
+              f"{setting['seeds']} seeds; clusters are matched to digits by the Hungarian method. The others get raw "
+              "pixels, ManifoldClustering augments them. CPU, threads: "
+              f"{setting['threads']}, torch {setting['torch']}; numbers in "
+              "[cluster.json](examples/cluster.json)."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def represent_table():
+    """Methods of examples/represent.py by the share of wrong labels."""
+    found = json.loads((ROOT / "examples/represent.json").read_text())
+    setting, rows = found["setting"], found["accuracy"]
+    shares = list(next(iter(rows.values())))
+    lines = ["| wrong labels | " + " | ".join(f"{float(s):.0%}" for s in shares) + " |", "|---|" + "---|" * len(shares)]
+    for method, row in rows.items():
+        lines.append(f"| {method} | " + " | ".join(f"{sum(row[s]) / len(row[s]):.1%}" for s in shares) + " |")
+    overlap = ", ".join(f"{name} {value:.2f}" for name, value in found["mean cosine between classes"].items())
+    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds. Mean |cosine| of two classes' features, "
+              f"labels right: {overlap}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+              "[represent.json](examples/represent.json)."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main():
     """Replace what stands between the markers."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    tables = {"demo": demo_table(), "bench": bench_table()}
+    tables = {"demo": demo_table(), "cluster": cluster_table(), "represent": represent_table(), "bench": bench_table()}
     tables |= {name: finetune_table(name) for name in ("finetune", "finetune_text")}
     for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
