@@ -57,7 +57,7 @@ def bench_table():
                     continue
                 lines.append(f"| `{op}` {case.replace(' float32', '')} | {mine['p50_ms']:.4g} ms | {peer} | "
                              f"{row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")  # fmt: skip
-                if "peak_mib" in row:
+                if "peak_mib" in row and mine["beyond_results_mib"] > 0:
                     less, more = mine["beyond_results_mib"], row["beyond_results_mib"]
                     lines.append(f"| … peak memory beyond the gradients | {less:.3g} MiB | {peer} | {more:.3g} MiB | "
                                  f"{more / less:.1f} |")  # fmt: skip
