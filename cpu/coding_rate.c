@@ -99,9 +99,11 @@ static inline int64_t parts_of(const rate_job *job)
     return job->s > SMALL ? 1 : MIN(PARTS, CEIL_DIV(job->len, panel_width(job->s)));
 }
 
+/* Parts end where vectors do: the kernels read whole ones, and what is beyond a part's end belongs to the next. */
 static inline void part_of(const rate_job *job, int64_t part, int64_t parts, int64_t *from, int64_t *to)
 {
-    share(job->len, part, parts, from, to);
+    share(CEIL_DIV(job->len, 16), part, parts, from, to);
+    *from *= 16, *to = MIN(*to * 16, job->len);
 }
 
 /* One thread's scratch; with a NULL base it only adds up the size. A matrix is never larger than SMALL here, for the

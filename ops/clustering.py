@@ -193,6 +193,9 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             total = 0.0
             for rows in torch.randperm(len(points)).tensor_split(batches):
                 x = torch.cat([view(rows) for _ in range(views)]) if view else points[rows]
+                if len(x) != views * len(rows):
+                    raise ValueError(f"augment must return as many points as it is given, {len(rows)}, "
+                                     f"got {len(x) / views:g}")  # fmt: skip
                 z, c = (t.unflatten(0, (views, -1)) for t in net(x))
                 loss = loss_of(z, c)
                 optimiser.zero_grad()

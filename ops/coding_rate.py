@@ -39,8 +39,8 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
         rates in nats, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast: the
         Gram matrix of halves need not be positive definite).
 
-    Differentiable in ``z``, and in a floating ``membership``. Second derivatives, forward mode and torch.func go by
-    the plain formula.
+    Differentiable in ``z``, and in a floating ``membership``; there once, else any number of times. Second derivatives,
+    forward mode and torch.func go by the plain formula.
 
     Raises:
         TypeError: z or membership is no tensor or of another dtype.
@@ -50,7 +50,7 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
 
     Source: arXiv 2006.08558, eq. 7 and 8; soft memberships as in arXiv 2301.01805.
     """
-    _check("coding_rate", z, membership, eps)
+    check("coding_rate", z, membership, eps)
     z = _widened(z)
     views, (n, d) = z.shape[:-2], z.shape[-2:]
     flat = z.reshape(math.prod(views), n, d)
@@ -77,11 +77,11 @@ def rate_reduction(z: Tensor, membership: Tensor, *, eps: float = 0.5) -> Tensor
     """
     if membership is None:
         raise TypeError("rate_reduction: membership must be a tensor, got None")
-    _check("rate_reduction", z, membership, eps)
+    check("rate_reduction", z, membership, eps)
     return coding_rate(z, eps=eps) - coding_rate(z, membership, eps=eps)
 
 
-def _check(name: str, z: Tensor, membership: Tensor | None, eps: float) -> None:
+def check(name: str, z: Tensor, membership: Tensor | None, eps: float) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: z must be a tensor, got {type(z).__name__}")
     if z.dtype not in _FLOATS:

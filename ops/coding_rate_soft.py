@@ -61,8 +61,9 @@ def _shorter(z: Tensor) -> Tensor:
     has none.) So n points in more than n dimensions cost what n dimensions cost.
     """
     with torch.autocast(z.device.type, enabled=False):
-        q = torch.linalg.qr(z.detach().mT).Q
-        return z @ q
+        wide = z.double()  # what L has beyond the rank of Z must be nothing, not the rounding of large rows
+        q = torch.linalg.qr(wide.detach().mT).Q
+        return (wide @ q).to(z.dtype)
 
 
 # The same formula in plain torch operations, for `transformed()`.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .coding_rate import coding_rate, rate_reduction
+from .coding_rate import check, coding_rate, rate_reduction
 from .sinkhorn import sinkhorn
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -82,6 +82,8 @@ class MCR2Loss(CodingRateLoss):
         if self.process_group is None:
             return _reduced(-rate_reduction(z, membership, eps=self.eps), self.reduction)
         group = self.process_group
+        if membership is None:
+            raise TypeError("MCR2Loss: membership must be a tensor, got None")
         return _reduced(_summed_rate(z, membership, self.eps, group) - _summed_rate(z, None, self.eps, group),
                         self.reduction)
 
@@ -154,7 +156,9 @@ class _AllReduce(torch.autograd.Function):
 
 def _summed_rate(z, membership, eps, group):
     """R or Rc of all processes' points; every process gets the same number, bit for bit."""
-    coding_rate(z[..., :1, :].detach(), eps=eps)  # its checks
+    check("coding_rate", z, membership, eps)
+    if membership is not None and membership.is_floating_point() and not (membership >= 0).all():
+        raise ValueError(f"coding_rate: weights must be 0 or more, got {membership.min().item():g}")
     wide = z.double()
     *views, n, d = z.shape
     if membership is None:
@@ -162,8 +166,6 @@ def _summed_rate(z, membership, eps, group):
     elif membership.is_floating_point():
         weights = membership.double()
     else:
-        if (membership < 0).any():
-            raise ValueError(f"coding_rate: labels must be 0 or more, got {membership.min().item()}")
         top = membership.max()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         weights = nn.functional.one_hot(membership, int(top) + 1).double()

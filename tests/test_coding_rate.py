@@ -412,3 +412,17 @@ def test_the_op_itself_checks_too():
                 (one, z, factor.double()), (one, z.half(), factor)):  # fmt: skip
         with pytest.raises(RuntimeError, match="coding_rate_backward: |coding_rate: "):
             BACKWARD(*bad[:2], order, start, bad[2], 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [40, 64, 193])
+@pytest.mark.parametrize("d", [520, 640, 736, 1000, 1008, 2000, 2064])
+def test_long_rows_are_summed_in_parts(dtype, n, d):
+    """Of which no column counts twice, wherever they end."""
+    z = torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(d + n)), dim=-1)
+    truth, ours = z.double().requires_grad_(), z.to(dtype).requires_grad_()
+    rate, expected = ts.coding_rate(ours, torch.zeros(n, dtype=torch.int64)), ref.coding_rate(truth)
+    rate.backward(), expected.backward()
+    bound = 1e-5 if dtype == torch.float32 else 1e-12
+    assert abs(rate.item() / expected.item() - 1) < bound
+    assert (ours.grad - truth.grad).norm() < bound * truth.grad.norm()

@@ -366,3 +366,18 @@ def test_the_op_itself_checks_too():
                 (rate, z, weights, inverse.float(), stats), (rate, z, weights[:, :5], inverse, stats)):  # fmt: skip
         with pytest.raises(RuntimeError, match="coding_rate_soft"):
             OP.coding_rate_soft_backward(*bad, 0.5, True, True)
+
+
+@pytest.mark.parametrize("length", [1.0, 30.0, 1000.0])
+def test_fewer_points_than_features_of_a_lower_rank(length):
+    """What the rows have beyond their rank is nothing, also where they are long."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 8, generator=g) @ torch.randn(8, 256, generator=g)
+    z = (length * torch.nn.functional.normalize(rows, dim=-1))[None].requires_grad_()
+    weights = torch.softmax(torch.randn(1, 64, 3, generator=g), -1)
+    truth = z.detach().double().requires_grad_()
+    expected = ref.coding_rate_soft(truth, weights.double(), 0.5)
+    rate = soft_rate(z, weights, 0.5)
+    rate.backward(), expected.backward()
+    assert abs(rate.item() / expected.item() - 1) < 1e-5
+    assert (z.grad - truth.grad).norm() < 1e-3 * truth.grad.norm()

@@ -180,3 +180,19 @@ def test_two_processes_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_pat
         for rank in range(2):
             assert torch.allclose(results[rank][i][0], loss, rtol=1e-9), (make, rank)
             assert torch.allclose(results[rank][i][1], net.weight.grad, rtol=1e-6, atol=1e-9), (make, rank)
+
+
+def test_a_group_checks_what_it_is_given(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        loss = ts.MCR2Loss(process_group=torch.distributed.group.WORLD)
+        with pytest.raises(TypeError, match="membership must be a tensor"):
+            loss(points(), None)
+        for wrong in (LABELS[:1], points(1, 3).abs(), LABELS - 1, -points(40, 3).abs()):
+            with pytest.raises(ValueError, match="coding_rate: "):
+                loss(points(), wrong)
+        with pytest.raises(TypeError, match="int64"):
+            loss(points(), LABELS.int())
+    finally:
+        torch.distributed.destroy_process_group()
