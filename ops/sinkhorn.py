@@ -28,16 +28,19 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
 
     Args:
         scores: (..., m, n), any number of leading batch dimensions. -inf forbids an entry: it is exactly 0 in the plan.
-        eta: temperature; the smaller, the closer to a permutation, and the more sweeps. Any range of scores / eta is
-            fine: what float32 cannot hold is done in the log domain.
+        eta: temperature; the smaller, the closer to a permutation, and the more sweeps. What float32's exponent cannot
+            hold is done in the log domain, up to scores / eta of about 1e8; scores keep their own rounding, so that
+            offsets of 1e4 eta and more cost float32 digits of the plan.
         tol: stop when no row or column sum is further than this from its marginal, relative to the marginal.
-        max_iter: sweeps at most, over rows and columns; 0 gives exp((scores - max) / eta) as it is.
+        max_iter: sweeps at most, over rows and columns; 0 gives exp((scores - max) / eta) as it is (whose gradient is
+            still taken as that of a plan).
         row, col: marginals, (m,) and (n,) or batched (..., m) and (..., n), positive, of equal sums; ones by default,
             then m = n.
         symmetric: True promises that scores equal their transpose (up to rounding: the upper half is taken) and that
             col = row. That halves the work, and the gradient is that of a symmetric argument, itself symmetric.
-            None: on a CPU it is found out, to a few units of rounding, and only the work changes; elsewhere None
-            means False.
+            None: on a CPU it is found out, to a few units of rounding, and the gradient stays the general one; the
+            symmetric sweeps suit scores like |cosines|, while indefinite ones can take many more than False does.
+            Elsewhere None means False.
         mode: "implicit", or "cpp" for what the public code of MLC and CPP computes: from potentials of 0 five half
             steps, rows, columns, rows, columns, rows, so that only the row sums are exact; each column potential is a
             constant to the gradient, which is that of the last row normalisation. ``tol``, ``max_iter`` and
