@@ -9,16 +9,7 @@
 #ifdef T /* ------------------------------------------------- read twice: T float, T double */
 
 #include "multiply.h"
-
-static void FN(widen)(subspace_dtype dtype, const void *src, int64_t at, int64_t count, T *restrict dst)
-{
-    const uint16_t *h = (const uint16_t *)src + at;
-    if (dtype == SUBSPACE_F16)
-        for (int64_t i = 0; i < count; i++) dst[i] = f16_to_f32(h[i]);
-    else if (dtype == SUBSPACE_BF16)
-        for (int64_t i = 0; i < count; i++) dst[i] = bf16_to_f32(h[i]);
-    else memcpy(dst, (const T *)src + at, (size_t)count * sizeof(T));
-}
+#include "widen.h"
 
 static void FN(narrow)(subspace_dtype dtype, const T *restrict src, int64_t count, void *dst, int64_t at)
 {
