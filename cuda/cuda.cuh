@@ -1,5 +1,5 @@
-/* cuda.cuh - what every CUDA file includes first. Compiled and linked; never run on a GPU so far.
- * (logits, cross_entropy and rsgd were checked by running their kernels on a CPU, one thread after the other.)
+/* cuda.cuh - what every CUDA file includes first. Never run on a GPU so far; the kernels run, and are tested, on a
+ * CPU under tests/native/cuda_on_cpu.
  *
  * A kernel here allocates nothing, copies nothing to or from the host and never waits: every call
  * can be captured in a CUDA graph. Sums have a fixed order; there are no floating-point atomics.
@@ -43,16 +43,116 @@ static inline bool is_half(subspace_dtype dtype)
         CHECK(ctx, e_ == cudaSuccess, SUBSPACE_CUDA, "%s:%d: %s", __FILE__, __LINE__, cudaGetErrorString(e_));         \
     } while (0)
 
-/* Every launch: LAUNCH(ctx, kernel, grid, block, bytes of dynamic shared memory, arguments...).
- * This and DYNAMIC_SHARED are all that another way of running the kernels has to replace. */
+/* ------------------------------------------------------------------------------- launches
+ * Every launch is one of these: (ctx, kernel, [cluster,] grid, block, bytes of dynamic shared memory, arguments...).
+ * They, DYNAMIC_SHARED and the three functions of clusters are all that another way of running the kernels has to
+ * replace: tests/native/cuda_on_cpu does, by defining LAUNCH and the rest before it comes here.
+ *
+ * LAUNCH_COOPERATIVE: all blocks run at once, at most resident_blocks() of them, and may meet in grid_sync().
+ * LAUNCH_CLUSTERS (sm_90 and later): each `cluster` neighbouring blocks run at once, may meet in cluster_sync() and
+ * read one another's shared memory. */
 #ifndef LAUNCH
 #define LAUNCH(ctx, kernel, grid, block, shared, ...)                                                                  \
     do {                                                                                                               \
-        kernel<<<(grid), (block), (shared), (cudaStream_t)(ctx)->stream>>>(__VA_ARGS__);                               \
+        const size_t shared_ = (shared);                                                                               \
+        if (shared_ > DEFAULT_SHARED)                                                                                  \
+            CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_));        \
+        kernel<<<(grid), (block), shared_, (cudaStream_t)(ctx)->stream>>>(__VA_ARGS__);                                \
         CUDA(ctx, cudaGetLastError());                                                                                 \
     } while (0)
-#define DYNAMIC_SHARED(name) extern __shared__ double name[]
+
+#define LAUNCH_WITH_(ctx, attribute_, kernel, grid, block, shared, ...)                                                \
+    do {                                                                                                               \
+        cudaLaunchConfig_t config_ = {};                                                                               \
+        config_.gridDim = (grid), config_.blockDim = (block), config_.dynamicSmemBytes = (shared);                     \
+        config_.stream = (cudaStream_t)(ctx)->stream, config_.attrs = &attribute_, config_.numAttrs = 1;               \
+        if (config_.dynamicSmemBytes > DEFAULT_SHARED)                                                                 \
+            CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,                        \
+                                           (int)config_.dynamicSmemBytes));                                            \
+        CUDA(ctx, cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__));                                                  \
+    } while (0)
+
+#define LAUNCH_COOPERATIVE(ctx, kernel, grid, block, shared, ...)                                                      \
+    do {                                                                                                               \
+        cudaLaunchAttribute attribute_ = {};                                                                           \
+        attribute_.id = cudaLaunchAttributeCooperative, attribute_.val.cooperative = 1;                                \
+        LAUNCH_WITH_(ctx, attribute_, kernel, grid, block, shared, __VA_ARGS__);                                       \
+    } while (0)
+
+#define LAUNCH_CLUSTERS(ctx, kernel, cluster, grid, block, shared, ...)                                                \
+    do {                                                                                                               \
+        cudaLaunchAttribute attribute_ = {};                                                                           \
+        attribute_.id = cudaLaunchAttributeClusterDimension;                                                           \
+        attribute_.val.clusterDim.x = (cluster), attribute_.val.clusterDim.y = attribute_.val.clusterDim.z = 1;        \
+        LAUNCH_WITH_(ctx, attribute_, kernel, grid, block, shared, __VA_ARGS__);                                       \
+    } while (0)
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) double name[]
+
+/* Which block of its cluster this is. */
+static __device__ inline unsigned cluster_rank()
+{
+    unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
+    return rank;
+}
+
+/* All threads of all blocks of a cluster meet; what they wrote to shared memory before is seen after. */
+static __device__ inline void cluster_sync()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/* Where block `rank` of the cluster has what lies at `mine` in this block's shared memory. */
+template <typename T> static __device__ inline T *cluster_at(T *mine, unsigned rank)
+{
+#if __CUDA_ARCH__ >= 900
+    uint64_t theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+    return (T *)theirs;
+#else
+    return rank ? NULL : mine;
+#endif
+}
+#endif
+
+/* ----------------------------------------------------------------------- the device, on the host */
+enum { DEFAULT_SHARED = 48 << 10 }; /* dynamic shared memory that needs no leave */
+
+typedef struct device_limits {
+    int major, minor; /* compute capability */
+    int multiprocessors;
+    size_t shared; /* bytes of shared memory a block may have */
+} device_limits;
+
+static inline subspace_status limits_of(subspace_ctx *ctx, device_limits *limits)
+{
+    int device = 0, shared = 0;
+    CUDA(ctx, cudaGetDevice(&device));
+    CUDA(ctx, cudaDeviceGetAttribute(&limits->major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA(ctx, cudaDeviceGetAttribute(&limits->minor, cudaDevAttrComputeCapabilityMinor, device));
+    CUDA(ctx, cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    CUDA(ctx, cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    limits->shared = (size_t)shared;
+    return SUBSPACE_OK;
+}
+
+/* How many blocks of a kernel are on the device at once. */
+template <typename K>
+static subspace_status resident_blocks(subspace_ctx *ctx, const device_limits *limits, K *kernel, int threads,
+                                       size_t shared, int64_t *blocks)
+{
+    int each = 0;
+    if (shared > DEFAULT_SHARED)
+        CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    CUDA(ctx, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
+    *blocks = (int64_t)each * limits->multiprocessors;
+    return SUBSPACE_OK;
+}
 
 /* Carve `count` items off a workspace; with a NULL base it only adds up the size. */
 static inline void *carve(char *base, size_t *at, int64_t count, size_t item)
@@ -62,19 +162,75 @@ static inline void *carve(char *base, size_t *at, int64_t count, size_t item)
     return here;
 }
 
-enum { ROW_THREADS = 256 }; /* kernels that give a block to a row, and block_sum's arrays */
+/* ------------------------------------------------------------------------------ threads together */
+enum { ROW_THREADS = 256, WARP = 32 }; /* kernels that give a block to a row */
+#define ALL_LANES 0xffffffffu
 
-/* The sum of every thread's value, for all of them, always added in the same order. */
+/* The sum of every lane's value, for all of them. The order is fixed. */
+template <typename V> static __device__ inline V warp_sum(V value)
+{
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
+    return value;
+}
+
+static __device__ inline double warp_max(double value) /* a NaN is passed on */
+{
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        const double other = __shfl_xor_sync(ALL_LANES, value, lanes);
+        value = value >= other || isnan(value) ? value : other;
+    }
+    return value;
+}
+
+static __device__ inline unsigned thread_in_block()
+{
+    return (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+}
+
+/* The sum of every thread's value, for all of them, always added in the same order. A whole number of warps. */
 static __device__ inline double block_sum(double value)
 {
-    __shared__ double part[ROW_THREADS];
-    part[threadIdx.x] = value;
-    for (unsigned half = ROW_THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+    __shared__ double part[WARP];
+    const unsigned thread = thread_in_block(), warps = blockDim.x * blockDim.y * blockDim.z / WARP;
+    value = warp_sum(value);
+    if (thread % WARP == 0) part[thread / WARP] = value;
+    __syncthreads();
+    value = warp_sum(thread % WARP < warps ? part[thread % WARP] : 0.);
+    __syncthreads(); /* `part` may be used again */
+    return value;
+}
+
+/* The largest of every thread's value; a NaN among them is the result. */
+static __device__ inline double block_max(double value)
+{
+    __shared__ double part[WARP];
+    const unsigned thread = thread_in_block(), warps = blockDim.x * blockDim.y * blockDim.z / WARP;
+    value = warp_max(value);
+    if (thread % WARP == 0) part[thread / WARP] = value;
+    __syncthreads();
+    value = warp_max(thread % WARP < warps ? part[thread % WARP] : part[0]);
+    __syncthreads();
+    return value;
+}
+
+/* All blocks of a cooperative launch meet; what they wrote to global memory before is seen after, by plain loads.
+ * `meeting` is two words in global memory, zero before the first launch that uses them; the second counts on. */
+static __device__ inline void grid_sync(unsigned *meeting)
+{
+    __syncthreads();
+    if (thread_in_block() == 0) {
+        const unsigned blocks = gridDim.x * gridDim.y * gridDim.z, round = *(volatile unsigned *)&meeting[1];
+        __threadfence();
+        if (atomicAdd(&meeting[0], 1u) == blocks - 1) {
+            meeting[0] = 0;
+            __threadfence();
+            atomicAdd(&meeting[1], 1u);
+        } else {
+            while (*(volatile unsigned *)&meeting[1] == round) __nanosleep(20);
+        }
+        __threadfence();
     }
     __syncthreads();
-    return part[0];
 }
 
 #endif

@@ -10,4 +10,18 @@ subspace_status gemm(subspace_ctx *ctx, bool transa, bool transb, int64_t m, int
                      const void *a, int64_t lda, const void *b, int64_t ldb, double beta, subspace_dtype cc, void *c,
                      int64_t ldc);
 
+/* `count` such products C = alpha op(A) op(B) + beta C at once, each matrix `stride` entries behind the one before;
+ * a stride of 0 for A or B is one matrix for all. `exact`: float32 in full, whatever torch's TF32 switch says. */
+typedef struct gemms {
+    int64_t m, n, k, count;
+    bool transa, transb, exact;
+    subspace_dtype ab, cc;
+    double alpha, beta;
+    const void *a, *b;
+    void *c;
+    int64_t lda, ldb, ldc, stride_a, stride_b, stride_c;
+} gemms;
+
+subspace_status gemm_all(subspace_ctx *ctx, const gemms *g);
+
 #endif

@@ -39,28 +39,6 @@ static __device__ inline double larger(double a, double b)
     return a != a || a >= b ? a : b;
 }
 
-/* The largest of every thread's value, for all of them; NaN if one is. */
-static __device__ inline double block_max(double value)
-{
-    __shared__ double part[ROW_THREADS];
-    part[threadIdx.x] = value;
-    for (unsigned half = ROW_THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) part[threadIdx.x] = larger(part[threadIdx.x], part[threadIdx.x + half]);
-    }
-    __syncthreads();
-    const double most = part[0];
-    __syncthreads();
-    return most;
-}
-
-static __device__ inline double block_total(double value)
-{
-    const double sum = block_sum(value);
-    __syncthreads(); /* part may be used again */
-    return sum;
-}
-
 template <typename T> static __device__ inline double marginal(const T *given, int64_t at)
 {
     return given ? (double)given[at] : 1;
@@ -188,7 +166,7 @@ __global__ void decide(sinkhorn_run r, const T *marginals, int last, int half_st
     for (int64_t i = threadIdx.x; i < r.m && !r.symmetric; i += blockDim.x)
         most = larger(most, r.row_error[v * r.m + i]);
     most = block_max(most);
-    squares = block_total(squares);
+    squares = block_sum(squares);
     state.error = most;
     state.done = last || (most <= r.tol && !half_steps);
     if (r.symmetric) state.sweeps += !state.done;
@@ -256,7 +234,7 @@ template <typename T> __global__ void row_sums(sinkhorn_run r, const T *plan, co
         if (r.symmetric) g = 0.5 * (g + (double)dplan[(v * r.n + j) * r.n + i]);
         sum += p, sum_g += p * g;
     }
-    sum = block_total(sum), sum_g = block_total(sum_g);
+    sum = block_sum(sum), sum_g = block_sum(sum_g);
     if (threadIdx.x > 0) return;
     r.diagonal[v * r.count + i] = sum, r.rhs[v * r.count + i] = sum_g;
 }
@@ -322,7 +300,7 @@ static __global__ void conjugate_gradients(sinkhorn_run r, int first, double eno
     double inner = 0, alpha = 0;
     if (!first) {
         for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) inner += r.p[base + i] * r.q[base + i];
-        inner = block_total(inner);
+        inner = block_sum(inner);
         state.done = !(inner > 0); /* nothing but the null space is left */
         alpha = state.done ? 0 : state.before / inner;
     }
@@ -332,7 +310,7 @@ static __global__ void conjugate_gradients(sinkhorn_run r, int first, double eno
         if (!first) r.rhs[base + i] -= alpha * r.q[base + i];
         inner += r.rhs[base + i] * r.rhs[base + i] / r.diagonal[base + i];
     }
-    inner = block_total(inner);
+    inner = block_sum(inner);
     if (first) state.first = inner, state.done = 0;
     state.done = state.done || !(inner > enough * enough * state.first);
     const double beta = first ? 0 : inner / state.before;
@@ -350,7 +328,7 @@ template <typename T> __global__ void finish(sinkhorn_run r, const T *row, int h
     double shift = 0;
     if (!half_steps && !r.symmetric) {
         for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) shift += i < r.m ? r.x[base + i] : -r.x[base + i];
-        shift = block_total(shift) / (double)r.count;
+        shift = block_sum(shift) / (double)r.count;
     }
     for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) {
         double x = r.x[base + i] + (i < r.m ? -shift : shift);
