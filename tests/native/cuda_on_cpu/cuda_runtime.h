@@ -1,0 +1,409 @@
+// cuda_runtime.h - CUDA's execution on a CPU, for tests alone: what the files of cuda/ need of the toolkit's header of
+// this name.
+//
+// The very same .cu files are compiled as C++ with this folder in front of the toolkit's:
+//   * a thread is a fiber; __syncthreads, the warp functions and __nanosleep are where it may hand over to another;
+//   * blocks run one after the other; those of a cluster, or of a cooperative launch, at once, on OS threads;
+//   * memory is the host's, so that the sanitizers see every access; shared memory is exactly as large as asked for,
+//     and is full of NaNs when a block begins;
+//   * which device is modelled (what it has of shared memory, and clusters or not), and in which order its threads and
+//     blocks run, is chosen with the instruction set's variable, SUBSPACE_ISA=sm_80|sm_86|sm_90: see model.cpp.
+// It stops the program where a kernel does what a GPU punishes with a hang or rubbish: threads at different barriers,
+// a warp function that not all named lanes reach, more shared memory or threads than there are.
+//
+// Not here: cooperative_groups, PTX, tensor cores, bulk copies, several streams; time.
+#ifndef SUBSPACE_CUDA_ON_CPU_H
+#define SUBSPACE_CUDA_ON_CPU_H
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <math.h>
+
+// ---------------------------------------------------------------------------------- the language
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __shared__ static thread_local /* a block is one OS thread's work */
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(n) __attribute__((aligned(n)))
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+#define VECTORS(type, name, align2, align4)                                                                            \
+    struct __attribute__((aligned(align2))) name##2                                                                    \
+    {                                                                                                                  \
+        type x, y;                                                                                                     \
+    };                                                                                                                 \
+    struct name##3                                                                                                     \
+    {                                                                                                                  \
+        type x, y, z;                                                                                                  \
+    };                                                                                                                 \
+    struct __attribute__((aligned(align4))) name##4                                                                    \
+    {                                                                                                                  \
+        type x, y, z, w;                                                                                               \
+    };                                                                                                                 \
+    static inline name##2 make_##name##2(type x, type y)                                                               \
+    {                                                                                                                  \
+        return {x, y};                                                                                                 \
+    }                                                                                                                  \
+    static inline name##4 make_##name##4(type x, type y, type z, type w)                                               \
+    {                                                                                                                  \
+        return {x, y, z, w};                                                                                           \
+    }
+VECTORS(float, float, 8, 16)
+VECTORS(int, int, 8, 16)
+VECTORS(double, double, 16, 16)
+VECTORS(unsigned short, ushort, 4, 8)
+#undef VECTORS
+struct __attribute__((aligned(8))) uint2 {
+    unsigned x, y;
+};
+struct __attribute__((aligned(16))) uint4 {
+    unsigned x, y, z, w;
+};
+static inline uint2 make_uint2(unsigned x, unsigned y)
+{
+    return {x, y};
+}
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
+{
+    return {x, y, z, w};
+}
+
+namespace cuda_on_cpu
+{
+struct place { // of the thread that runs
+    uint3 thread, block;
+    dim3 threads, blocks;
+};
+extern thread_local place *here;
+
+void barrier(int line);                   // __syncthreads
+int vote(int line, bool value, int kind); // __syncthreads_count (0), _and (1), _or (2)
+void lanes(int line, unsigned mask);      // __syncwarp
+unsigned ballot(int line, unsigned mask, bool value);
+void shuffle(int line, unsigned mask, void *value, size_t bytes, int lane); // value of `lane`
+void pause();
+void *dynamic_shared();
+void *shared_of(void *mine, unsigned rank);
+void cluster_barrier(int line);
+unsigned cluster_rank();
+
+enum kind { PLAIN, COOPERATIVE, CLUSTERS };
+void launch(kind, const char *name, unsigned cluster, dim3 grid, dim3 block, size_t shared,
+            const std::function<void()> &);
+
+template <typename T> T take(int line, unsigned mask, T value, int lane)
+{
+    shuffle(line, mask, &value, sizeof value, lane);
+    return value;
+}
+
+inline int lane()
+{
+    const place *p = here;
+    return static_cast<int>(((p->thread.z * p->threads.y + p->thread.y) * p->threads.x + p->thread.x) % 32);
+}
+
+// the lane a value is taken from, within groups of `width` lanes; out of the group: one's own
+inline int down(int by, int width)
+{
+    return lane() % width + by < width ? lane() + by : lane();
+}
+inline int up(int by, int width)
+{
+    return lane() % width - by >= 0 ? lane() - by : lane();
+}
+inline int across(int with, int width)
+{
+    const int other = lane() ^ with;
+    return other / width <= lane() / width ? other : lane();
+}
+inline int at(int source, int width)
+{
+    return lane() / width * width + ((source % width) + width) % width;
+}
+} // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::here->thread)
+#define blockIdx (cuda_on_cpu::here->block)
+#define blockDim (cuda_on_cpu::here->threads)
+#define gridDim (cuda_on_cpu::here->blocks)
+#define warpSize 32
+
+#define __syncthreads() cuda_on_cpu::barrier(__LINE__)
+#define __syncthreads_count(p) cuda_on_cpu::vote(__LINE__, (p), 0)
+#define __syncthreads_and(p) cuda_on_cpu::vote(__LINE__, (p), 1)
+#define __syncthreads_or(p) cuda_on_cpu::vote(__LINE__, (p), 2)
+#define __syncwarp(...) cuda_on_cpu::lanes(__LINE__, cuda_on_cpu::mask(__VA_ARGS__))
+#define __shfl_sync(mask, value, source, ...)                                                                          \
+    cuda_on_cpu::take(__LINE__, (mask), (value), cuda_on_cpu::at((source), cuda_on_cpu::width(__VA_ARGS__)))
+#define __shfl_xor_sync(mask, value, with, ...)                                                                        \
+    cuda_on_cpu::take(__LINE__, (mask), (value), cuda_on_cpu::across((with), cuda_on_cpu::width(__VA_ARGS__)))
+#define __shfl_down_sync(mask, value, by, ...)                                                                         \
+    cuda_on_cpu::take(__LINE__, (mask), (value),                                                                       \
+                      cuda_on_cpu::down(static_cast<int>(by), cuda_on_cpu::width(__VA_ARGS__)))
+#define __shfl_up_sync(mask, value, by, ...)                                                                           \
+    cuda_on_cpu::take(__LINE__, (mask), (value), cuda_on_cpu::up(static_cast<int>(by), cuda_on_cpu::width(__VA_ARGS__)))
+namespace cuda_on_cpu
+{
+inline int width(int w = 32)
+{
+    return w;
+}
+inline unsigned mask(unsigned m = 0xffffffffu)
+{
+    return m;
+}
+} // namespace cuda_on_cpu
+#define __ballot_sync(mask, p) cuda_on_cpu::ballot(__LINE__, (mask), (p))
+#define __any_sync(mask, p) (cuda_on_cpu::ballot(__LINE__, (mask), (p)) != 0)
+#define __all_sync(mask, p) (cuda_on_cpu::ballot(__LINE__, (mask), !(p)) == 0)
+
+// ------------------------------------------------------------------------- memory and arithmetic
+static inline void __threadfence()
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+static inline void __threadfence_block()
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+static inline void __nanosleep(unsigned)
+{
+    cuda_on_cpu::pause();
+}
+template <typename T> T __ldg(const T *p)
+{
+    return *p;
+}
+template <typename T> T __ldcs(const T *p)
+{
+    return *p;
+}
+template <typename T> T __ldcg(const T *p)
+{
+    return *p;
+}
+template <typename T> void __stcs(T *p, T value)
+{
+    *p = value;
+}
+template <typename T> void __stcg(T *p, T value)
+{
+    *p = value;
+}
+
+static inline int atomicAdd(int *p, int v)
+{
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+static inline unsigned atomicAdd(unsigned *p, unsigned v)
+{
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v)
+{
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+static inline int atomicOr(int *p, int v)
+{
+    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);
+}
+static inline unsigned atomicOr(unsigned *p, unsigned v)
+{
+    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);
+}
+template <typename T> T atomicExch(T *p, T v)
+{
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
+template <typename T> T atomicCAS(T *p, T compare, T value)
+{
+    __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    return compare;
+}
+template <typename T> T atomicMax(T *p, T v)
+{
+    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
+template <typename T> T atomicMin(T *p, T v)
+{
+    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
+
+using std::max;
+using std::min;
+static inline float rsqrtf(float x)
+{
+    return 1 / sqrtf(x);
+}
+static inline double rsqrt(double x)
+{
+    return 1 / sqrt(x);
+}
+static inline float rsqrt(float x)
+{
+    return 1 / sqrtf(x);
+}
+#define __expf expf /* the C library has taken these names */
+#define __logf logf
+static inline float __fdividef(float x, float y)
+{
+    return x / y;
+}
+static inline float __fmaf_rn(float a, float b, float c)
+{
+    return fmaf(a, b, c);
+}
+static inline float __frcp_rn(float x)
+{
+    return 1 / x;
+}
+static inline float __fsqrt_rn(float x)
+{
+    return sqrtf(x);
+}
+static inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
+}
+static inline int __clz(int x)
+{
+    return x ? __builtin_clz(static_cast<unsigned>(x)) : 32;
+}
+static inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+template <typename To, typename From> To bits_of(From from)
+{
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+static inline int __float_as_int(float x)
+{
+    return bits_of<int>(x);
+}
+static inline unsigned __float_as_uint(float x)
+{
+    return bits_of<unsigned>(x);
+}
+static inline float __int_as_float(int x)
+{
+    return bits_of<float>(x);
+}
+static inline float __uint_as_float(unsigned x)
+{
+    return bits_of<float>(x);
+}
+static inline long long __double_as_longlong(double x)
+{
+    return bits_of<long long>(x);
+}
+static inline double __longlong_as_double(long long x)
+{
+    return bits_of<double>(x);
+}
+
+// ------------------------------------------------------------------------------------ the runtime
+typedef enum cudaError {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorCooperativeLaunchTooLarge = 82
+} cudaError_t;
+typedef struct CUstream_st *cudaStream_t;
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+cudaError_t cudaGetLastError(); // of the last launch, and forgets it
+const char *cudaGetErrorString(cudaError_t);
+cudaError_t cudaGetDevice(int *);
+cudaError_t cudaDeviceGetAttribute(int *, cudaDeviceAttr, int device);
+cudaError_t cuda_on_cpu_resident(int *blocks, int threads, size_t shared);
+cudaError_t cuda_on_cpu_allow(int bytes);
+
+template <typename K> cudaError_t cudaFuncSetAttribute(K *, cudaFuncAttribute, int bytes)
+{
+    return cuda_on_cpu_allow(bytes);
+}
+template <typename K>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, K *, int threads, size_t shared)
+{
+    return cuda_on_cpu_resident(blocks, threads, shared);
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+{
+    if (bytes) std::memset(p, value, bytes);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t)
+{
+    if (bytes) std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemset2DAsync(void *p, size_t pitch, int value, size_t width, size_t height, cudaStream_t)
+{
+    for (size_t i = 0; i < height; i++) std::memset(static_cast<char *>(p) + i * pitch, value, width);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                                            size_t width, size_t height, cudaMemcpyKind, cudaStream_t)
+{
+    for (size_t i = 0; i < height; i++)
+        std::memcpy(static_cast<char *>(to) + i * to_pitch, static_cast<const char *>(from) + i * from_pitch, width);
+    return cudaSuccess;
+}
+
+// ------------------------------------------------------------- what cuda.cuh says of launches
+#define LAUNCH_ON_CPU_(ctx, how, cluster, kernel, grid, block, shared, ...)                                            \
+    do {                                                                                                               \
+        cuda_on_cpu::launch(how, #kernel, (cluster), (grid), (block), (shared), [&] { kernel(__VA_ARGS__); });         \
+        CUDA(ctx, cudaGetLastError());                                                                                 \
+    } while (0)
+#define LAUNCH(ctx, kernel, grid, block, shared, ...)                                                                  \
+    LAUNCH_ON_CPU_(ctx, cuda_on_cpu::PLAIN, 1, kernel, grid, block, shared, __VA_ARGS__)
+#define LAUNCH_COOPERATIVE(ctx, kernel, grid, block, shared, ...)                                                      \
+    LAUNCH_ON_CPU_(ctx, cuda_on_cpu::COOPERATIVE, 1, kernel, grid, block, shared, __VA_ARGS__)
+#define LAUNCH_CLUSTERS(ctx, kernel, cluster, grid, block, shared, ...)                                                \
+    LAUNCH_ON_CPU_(ctx, cuda_on_cpu::CLUSTERS, cluster, kernel, grid, block, shared, __VA_ARGS__)
+#define DYNAMIC_SHARED(name) double *const name = static_cast<double *>(cuda_on_cpu::dynamic_shared())
+
+static inline unsigned cluster_rank()
+{
+    return cuda_on_cpu::cluster_rank();
+}
+#define cluster_sync() cuda_on_cpu::cluster_barrier(__LINE__)
+template <typename T> T *cluster_at(T *mine, unsigned rank)
+{
+    return static_cast<T *>(cuda_on_cpu::shared_of((void *)mine, rank));
+}
+#endif

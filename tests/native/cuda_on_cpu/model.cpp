@@ -1,0 +1,545 @@
+// model.cpp - the blocks and threads of cuda_runtime.h, the devices, and the functions that stand for the CPU
+// library's.
+//
+// A block's fibers are run in turn, each until it must wait; a fiber that waits names a counter and the value it waits
+// to see change. An order of the threads other than the natural one shows a barrier that is missing between two of
+// them, so each device has its own: sm_80 forwards, sm_86 backwards, sm_90 shuffled anew for every block.
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <functional>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <sched.h>
+#include <string>
+#include <sys/mman.h>
+#include <thread>
+#include <vector>
+#include "cuda_runtime.h" // last: its words are used otherwise in the headers above
+
+extern "C" {
+#include "dispatch.h"
+#include "linalg.h"
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ASAN 1
+#endif
+#endif
+#ifdef ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// ------------------------------------------------------------------ switching between stacks
+// swap_stacks(save, load): push the registers that a call keeps, store the stack pointer in *save, go on at `load`.
+#ifdef __x86_64__
+extern "C" void swap_stacks(void **save, void *load);
+__asm__(".text\n.p2align 4\n.globl swap_stacks\n.type swap_stacks,@function\nswap_stacks:\n"
+        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+        "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
+        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
+        ".size swap_stacks,.-swap_stacks\n.section .note.GNU-stack,\"\",@progbits\n.text\n");
+
+static void *first_frame(char *top, void (*entry)())
+{
+    void **sp = reinterpret_cast<void **>(top) - 8; // six registers, the address to return to, an odd word
+    std::memset(sp, 0, 8 * sizeof *sp);
+    sp[6] = reinterpret_cast<void *>(entry);
+    return sp;
+}
+#else // slower: every switch is a system call
+#include <ucontext.h>
+static void swap_stacks(void **save, void *load)
+{
+    ucontext_t here, *there = static_cast<ucontext_t *>(load);
+    *save = &here;
+    swapcontext(&here, there);
+}
+
+static void *first_frame(char *top, void (*entry)())
+{
+    ucontext_t *c = new (top - sizeof(ucontext_t)) ucontext_t; // lies above the stack it describes
+    getcontext(c);
+    c->uc_stack.ss_sp = top - (128 << 10), c->uc_stack.ss_size = (128 << 10) - sizeof(ucontext_t) - 64;
+    makecontext(c, entry, 0);
+    return c;
+}
+#endif
+
+namespace cuda_on_cpu
+{
+namespace
+{
+constexpr size_t STACK = 128 << 10, GUARD = 4096;
+
+struct device {
+    const char *name;
+    int major, minor;
+    size_t block_shared, shared; // bytes a block may have, bytes of a multiprocessor
+    int order;
+};
+const device devices[] = {{"sm_80", 8, 0, 163 << 10, 164 << 10, 0},
+                          {"sm_86", 8, 6, 99 << 10, 100 << 10, 1},
+                          {"sm_90", 9, 0, 227 << 10, 228 << 10, 2}};
+const device *gpu = &devices[2];
+constexpr int MULTIPROCESSORS = 2, WARP = 32;
+thread_local cudaError_t last = cudaSuccess;
+
+[[noreturn]] void stop(const char *what, const char *kernel)
+{
+    std::fprintf(stderr, "cuda_on_cpu: %s: %s\n", kernel, what);
+    std::abort();
+}
+
+struct fiber {
+    void *sp = nullptr, *fake = nullptr;
+    char *stack = nullptr; // lowest address, above the guard
+    place p{};
+    const unsigned *gate = nullptr; // waits while *gate == key
+    unsigned key = 0;
+    int line = 0;
+    bool done = false;
+};
+
+struct warp {
+    unsigned asked[WARP], passed[WARP]; // the mask that a lane waits with; how often it has got through
+    int line[WARP], from[WARP];
+    unsigned char value[WARP][16], result[WARP][16];
+};
+
+// The blocks of a cluster meet here; one that has ended is not waited for.
+struct cluster {
+    std::mutex mutex;
+    std::condition_variable moved;
+    unsigned live, here = 0, round = 0;
+    std::vector<char *> shared;
+    explicit cluster(unsigned blocks) : live(blocks), shared(blocks) {}
+    void next()
+    {
+        here = 0, round++;
+        moved.notify_all();
+    }
+    void meet()
+    {
+        std::unique_lock<std::mutex> lock(mutex);
+        const unsigned now = round;
+        if (++here == live) next();
+        else moved.wait(lock, [&] { return round != now; });
+    }
+    void leave()
+    {
+        std::unique_lock<std::mutex> lock(mutex);
+        if (--live && here == live) next();
+    }
+};
+
+struct crew { // stacks, kept from block to block
+    std::vector<std::unique_ptr<fiber>> fibers;
+    std::vector<warp> warps;
+    fiber *get(size_t i)
+    {
+        while (fibers.size() <= i) {
+            void *memory = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+            if (memory == MAP_FAILED || mprotect(memory, GUARD, PROT_NONE)) stop("no memory for stacks", "launch");
+            fibers.push_back(std::make_unique<fiber>());
+            fibers.back()->stack = static_cast<char *>(memory) + GUARD;
+        }
+        return fibers[i].get();
+    }
+};
+
+struct block {
+    const char *kernel;
+    const std::function<void()> *body;
+    std::vector<fiber *> fibers;
+    std::vector<unsigned> order;
+    warp *warps;
+    char *shared;
+    size_t shared_bytes;
+    cluster *mates;
+    unsigned rank, live, arrived = 0, round = 0, line = 0;
+    int votes = 0, counted = 0;
+    bool paused = false;
+    fiber *now = nullptr;
+    void *scheduler = nullptr, *fake = nullptr;
+    const void *bottom = nullptr; // of the scheduler's stack
+    size_t bottom_size = 0;
+};
+thread_local block *current = nullptr;
+
+void release(block *b)
+{
+    b->counted = b->votes, b->votes = 0, b->arrived = 0, b->round++;
+}
+
+// Back to the scheduler, until the gate has moved.
+void wait(const unsigned *gate, unsigned key, int line)
+{
+    block *b = current;
+    fiber *f = b->now;
+    f->gate = gate, f->key = key, f->line = line;
+#ifdef ASAN
+    __sanitizer_start_switch_fiber(&f->fake, b->bottom, b->bottom_size);
+#endif
+    swap_stacks(&f->sp, b->scheduler);
+#ifdef ASAN
+    __sanitizer_finish_switch_fiber(f->fake, nullptr, nullptr);
+#endif
+    f->gate = nullptr;
+}
+
+void meet(int line, bool of_cluster)
+{
+    block *b = current;
+    if (b->arrived == 0) b->line = static_cast<unsigned>(line);
+    if (b->line != static_cast<unsigned>(line)) stop("threads of a block wait at different barriers", b->kernel);
+    const unsigned round = b->round;
+    if (++b->arrived < b->live) return wait(&b->round, round, line);
+    if (of_cluster && b->mates) b->mates->meet();
+    release(b);
+}
+
+void entry()
+{
+    block *b = current;
+#ifdef ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &b->bottom, &b->bottom_size);
+#endif
+    (*b->body)();
+    b = current;
+    b->now->done = true;
+    if (--b->live && b->arrived == b->live) release(b); // who has left is not waited for
+#ifdef ASAN
+    __sanitizer_start_switch_fiber(nullptr, b->bottom, b->bottom_size);
+#endif
+    void *nowhere;
+    swap_stacks(&nowhere, b->scheduler);
+}
+
+void enter(block *b, fiber *f)
+{
+    b->now = f, here = &f->p;
+#ifdef ASAN
+    __sanitizer_start_switch_fiber(&b->fake, f->stack, STACK);
+#endif
+    swap_stacks(&b->scheduler, f->sp);
+#ifdef ASAN
+    __sanitizer_finish_switch_fiber(b->fake, nullptr, nullptr);
+#endif
+}
+
+// Every fiber of a block to its end.
+void run(block *b)
+{
+    current = b;
+    while (b->live) {
+        bool moved = false;
+        for (unsigned i : b->order) {
+            fiber *f = b->fibers[i];
+            if (f->done || (f->gate && *f->gate == f->key)) continue;
+            moved = true;
+            enter(b, f);
+        }
+        if (!moved) {
+            for (fiber *f : b->fibers)
+                if (!f->done)
+                    std::fprintf(stderr, "thread %u,%u waits at line %d\n", f->p.thread.x, f->p.thread.y, f->line);
+            stop("threads wait for others that never come", b->kernel);
+        }
+        if (b->paused) sched_yield();
+        b->paused = false;
+    }
+    if (b->mates) b->mates->leave();
+    current = nullptr, here = nullptr;
+}
+
+std::mutex crews_mutex;
+std::vector<std::unique_ptr<crew>> crews;
+
+struct hired { // a crew for as long as this lives
+    std::unique_ptr<crew> c;
+    hired()
+    {
+        std::lock_guard<std::mutex> lock(crews_mutex);
+        if (crews.empty()) c = std::make_unique<crew>();
+        else c = std::move(crews.back()), crews.pop_back();
+    }
+    ~hired()
+    {
+        std::lock_guard<std::mutex> lock(crews_mutex);
+        crews.push_back(std::move(c));
+    }
+};
+
+template <typename I> void arrange(std::vector<I> &order, std::mt19937_64 &random)
+{
+    std::iota(order.begin(), order.end(), I(0));
+    if (gpu->order == 1) std::reverse(order.begin(), order.end());
+    if (gpu->order == 2) std::shuffle(order.begin(), order.end(), random);
+}
+
+struct grid {
+    const char *kernel;
+    dim3 blocks, threads;
+    size_t shared;
+    const std::function<void()> *body;
+};
+
+void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *mates, unsigned rank)
+{
+    const unsigned threads = g.threads.x * g.threads.y * g.threads.z;
+    std::mt19937_64 random(index + 1);
+    block b{};
+    b.kernel = g.kernel, b.body = g.body, b.shared = shared, b.shared_bytes = g.shared, b.mates = mates, b.rank = rank;
+    b.live = threads;
+    std::memset(shared, 0xff, g.shared); // NaNs
+    c->warps.assign((threads + WARP - 1) / WARP, warp{});
+    b.warps = c->warps.data();
+    for (unsigned i = 0; i < threads; i++) {
+        fiber *f = c->get(i);
+        f->p.thread = {i % g.threads.x, i / g.threads.x % g.threads.y, i / g.threads.x / g.threads.y};
+        f->p.block = {static_cast<unsigned>(index % g.blocks.x), static_cast<unsigned>(index / g.blocks.x % g.blocks.y),
+                      static_cast<unsigned>(index / g.blocks.x / g.blocks.y)};
+        f->p.threads = g.threads, f->p.blocks = g.blocks;
+        f->gate = nullptr, f->done = false;
+        f->sp = first_frame(f->stack + STACK, entry);
+        b.fibers.push_back(f);
+    }
+    b.order.resize(threads);
+    arrange(b.order, random);
+    run(&b);
+}
+
+std::unique_ptr<char[]> shared_memory(size_t bytes)
+{
+    return std::unique_ptr<char[]>(new char[bytes]); // aligned for any type; ASan guards both ends
+}
+
+// `count` blocks from `first` on, all at once.
+void run_together(const grid &g, uint64_t first, unsigned count, bool of_cluster)
+{
+    cluster mates(count);
+    std::vector<std::unique_ptr<char[]>> memory;
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < count; i++) memory.push_back(shared_memory(g.shared)), mates.shared[i] = memory[i].get();
+    for (unsigned i = 0; i < count; i++)
+        threads.emplace_back([&, i] {
+            hired own;
+            run_block(g, own.c.get(), first + i, memory[i].get(), of_cluster ? &mates : nullptr, i);
+        });
+    for (std::thread &t : threads) t.join();
+}
+
+warp *own_warp(int line, unsigned mask, int *lane)
+{
+    const int thread =
+        static_cast<int>((here->thread.z * here->threads.y + here->thread.y) * here->threads.x + here->thread.x);
+    *lane = thread % WARP;
+    if (!(mask >> *lane & 1)) stop("a lane calls a warp function whose mask leaves it out", current->kernel);
+    (void)line;
+    return &current->warps[thread / WARP];
+}
+
+// Wait for all lanes of the mask; the last one hands out `result` = `value` of the lane that each asked for.
+void gather(warp *w, int line, unsigned mask, int lane)
+{
+    w->asked[lane] = mask, w->line[lane] = line;
+    for (int l = 0; l < WARP; l++)
+        if ((mask >> l & 1) && w->asked[l] != mask) return wait(&w->passed[lane], w->passed[lane], line);
+    for (int l = 0; l < WARP; l++) {
+        if (!(mask >> l & 1)) continue;
+        if (w->line[l] != line) stop("lanes of a warp meet at different warp functions", current->kernel);
+        std::memcpy(w->result[l], w->value[w->from[l]], 16);
+    }
+    for (int l = 0; l < WARP; l++)
+        if (mask >> l & 1) w->asked[l] = 0, w->passed[l]++;
+}
+} // namespace
+
+thread_local place *here = nullptr;
+
+void barrier(int line)
+{
+    meet(line, false);
+}
+
+void cluster_barrier(int line)
+{
+    meet(-line, true);
+}
+
+int vote(int line, bool value, int kind)
+{
+    block *b = current;
+    b->votes += value;
+    const unsigned live = b->live;
+    meet(line, false);
+    return kind == 0 ? b->counted : kind == 1 ? b->counted == static_cast<int>(live) : b->counted > 0;
+}
+
+void lanes(int line, unsigned mask)
+{
+    int lane;
+    warp *w = own_warp(line, mask, &lane);
+    w->from[lane] = lane;
+    gather(w, line, mask, lane);
+}
+
+void shuffle(int line, unsigned mask, void *value, size_t bytes, int from)
+{
+    int lane;
+    warp *w = own_warp(line, mask, &lane);
+    if (!(mask >> from & 1)) stop("a shuffle reads a lane that its mask leaves out", current->kernel);
+    std::memcpy(w->value[lane], value, bytes);
+    w->from[lane] = from;
+    gather(w, line, mask, lane);
+    std::memcpy(value, w->result[lane], bytes);
+}
+
+unsigned ballot(int line, unsigned mask, bool value)
+{
+    unsigned all = 0;
+    for (int l = 0; l < WARP; l++) { // a shuffle for each lane: slow, and simple
+        bool theirs = value;
+        if (!(mask >> l & 1)) continue;
+        shuffle(line, mask, &theirs, sizeof theirs, l);
+        all |= unsigned(theirs) << l;
+    }
+    return all;
+}
+
+void pause()
+{
+    current->paused = true;
+    wait(nullptr, 0, 0);
+}
+
+void *dynamic_shared()
+{
+    return current->shared;
+}
+
+void *shared_of(void *mine, unsigned rank)
+{
+    block *b = current;
+    const ptrdiff_t at = static_cast<char *>(mine) - b->shared;
+    if (at < 0 || at >= static_cast<ptrdiff_t>(b->shared_bytes))
+        stop("cluster_at of what is not dynamic shared memory", b->kernel);
+    if (!b->mates) {
+        if (rank) stop("cluster_at beyond the cluster", b->kernel);
+        return mine;
+    }
+    if (rank >= b->mates->shared.size()) stop("cluster_at beyond the cluster", b->kernel);
+    return b->mates->shared[rank] + at;
+}
+
+unsigned cluster_rank()
+{
+    return current->rank;
+}
+
+void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads, size_t shared,
+            const std::function<void()> &body)
+{
+    const uint64_t total = uint64_t(blocks.x) * blocks.y * blocks.z, each = uint64_t(threads.x) * threads.y * threads.z;
+    const grid g = {name, blocks, threads, shared, &body};
+    last = cudaErrorInvalidConfiguration;
+    if (total == 0 || blocks.x > INT32_MAX || blocks.y > 65535 || blocks.z > 65535) return;
+    if (each == 0 || each > 1024 || threads.z > 64) return;
+    if (how == CLUSTERS && (gpu->major < 9 || size == 0 || size > 8 || blocks.x % size)) return;
+    last = cudaErrorInvalidValue;
+    if (shared > gpu->block_shared) return;
+    if (how == COOPERATIVE) {
+        int resident = 0;
+        cuda_on_cpu_resident(&resident, static_cast<int>(each), shared);
+        last = cudaErrorCooperativeLaunchTooLarge;
+        if (total > uint64_t(resident) * MULTIPROCESSORS) return;
+    }
+    last = cudaSuccess;
+    std::mt19937_64 random(total);
+    std::vector<uint64_t> order(how == COOPERATIVE ? 1 : how == CLUSTERS ? total / size : total);
+    arrange(order, random);
+    if (how == COOPERATIVE) return run_together(g, 0, static_cast<unsigned>(total), false);
+    if (how == CLUSTERS && size > 1) {
+        for (uint64_t first : order) run_together(g, first * size, size, true);
+        return;
+    }
+    hired own;
+    const std::unique_ptr<char[]> memory = shared_memory(shared);
+    for (uint64_t index : order) run_block(g, own.c.get(), index, memory.get(), nullptr, 0);
+}
+} // namespace cuda_on_cpu
+
+// ------------------------------------------------------------------------------------ the runtime
+using cuda_on_cpu::gpu;
+
+cudaError_t cudaGetLastError()
+{
+    const cudaError_t error = cuda_on_cpu::last;
+    cuda_on_cpu::last = cudaSuccess;
+    return error;
+}
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    default: return "invalid argument";
+    }
+}
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int)
+{
+    *value = what == cudaDevAttrMultiProcessorCount            ? cuda_on_cpu::MULTIPROCESSORS
+             : what == cudaDevAttrComputeCapabilityMajor       ? gpu->major
+             : what == cudaDevAttrComputeCapabilityMinor       ? gpu->minor
+             : what == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(gpu->block_shared)
+                                                               : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cuda_on_cpu_allow(int bytes)
+{
+    return bytes >= 0 && static_cast<size_t>(bytes) <= gpu->block_shared ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cuda_on_cpu_resident(int *blocks, int threads, size_t shared)
+{
+    const int by_threads = (gpu->minor == 6 ? 1536 : 2048) / ((threads + 31) / 32 * 32);
+    *blocks = std::min({by_threads, static_cast<int>(gpu->shared / (shared + 1024)), 16});
+    return cudaSuccess;
+}
+
+// ----------------------------------------------------------- in place of cpu/dispatch.c
+void subspace_cpu_init(void)
+{
+    const char *asked = std::getenv("SUBSPACE_ISA");
+    linalg_init();
+    for (const auto &d : cuda_on_cpu::devices)
+        if (asked && !std::strcmp(asked, d.name)) gpu = &d;
+}
+
+const char *subspace_cpu_isa(void)
+{
+    return gpu->name;
+}
+
+const char *subspace_cpu_isa_available(void)
+{
+    return "sm_80 sm_86 sm_90";
+}
