@@ -5,13 +5,15 @@ BUNDLE := gpu-bundle
 
 py             := $(VENV)/bin/python
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
-c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh tests/native/*.cpp tests/native/*.h tests/abi/*.cpp)
+c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh tests/native/*.cpp tests/native/*.h \
+    tests/native/cuda_on_cpu/*.cpp tests/native/cuda_on_cpu/*.h tests/abi/*.cpp)
 
 # A developer's build is for the GPU of this machine, or for none; what ships (make wheel) is for all.
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: help demo test pytest build bench lint format asan wheel wheel-check clean gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu pytest-cuda-on-cpu \
+    cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
@@ -46,6 +48,26 @@ native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug
 	ctest --preset $*
 
 asan: native-asan ## the native tests under the address and undefined-behaviour sanitizers
+
+cuda-on-cpu: $(VENV)/.ready ## the native tests on the CUDA kernels, run on a CPU: tests/native/cuda_on_cpu
+	cmake --preset release -DPython3_EXECUTABLE=$(abspath $(py))
+	cmake --build --preset release --parallel
+	ctest --preset release -L cuda_on_cpu
+
+overlay := build/cuda-on-cpu# a torch_subspace whose CPU library is the CUDA kernels
+pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. Tests of values that only a CPU looks at fail
+	cmake --preset release -DPython3_EXECUTABLE=$(abspath $(py))
+	cmake --build --preset release --parallel --target torch_subspace_cuda_on_cpu
+	rm -rf $(overlay) && mkdir -p $(overlay)/torch_subspace/lib
+	cp ops/*.py $(overlay)/torch_subspace/
+	ln -s $(abspath $(wildcard ops/lib/libscipy_openblas*)) $(abspath build/release/tests/native/libtorch_subspace_cpu.so) \
+	    $(overlay)/torch_subspace/lib/
+	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
+
+cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills and shared memory within cuda/resources.txt
+	cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))
+	cmake --build --preset cuda --parallel
+	$(py) tests/cuda_check.py build/cuda $(if $(UPDATE),--update)
 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
