@@ -1,4 +1,4 @@
-"""Registers, stack and static shared memory of every CUDA kernel on every architecture, within the limits that are kept.
+"""What every CUDA kernel takes on every architecture -- registers, stack, static shared memory -- within kept limits.
 
     python tests/cuda_check.py build/cuda             # a build's objects; fails where a kernel has grown
     python tests/cuda_check.py build/cuda --update    # writes cuda/resources.txt anew
@@ -81,7 +81,10 @@ def kept():
 def update(found):
     """Write the file."""
     width = max(map(len, found))
-    rows = [f"{name:<{width}} {row['registers']:4} {row['stack']:5} {row['shared']:6}" for name, row in sorted(found.items())]
+    rows = [
+        f"{name:<{width}} {row['registers']:4} {row['stack']:5} {row['shared']:6}"
+        for name, row in sorted(found.items())
+    ]
     head = f"# registers, stack, static shared memory: the most on any architecture, by nvcc {compiler()}"
     KEPT.write_text("\n".join([head, *rows]) + "\n")
 
