@@ -12,8 +12,8 @@ c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh tests/n
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu pytest-cuda-on-cpu \
-    cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
+    pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
@@ -53,6 +53,8 @@ cuda-on-cpu: $(VENV)/.ready ## the native tests on the CUDA kernels, run on a CP
 	cmake --preset release -DPython3_EXECUTABLE=$(abspath $(py))
 	cmake --build --preset release --parallel
 	ctest --preset release -L cuda_on_cpu
+
+cuda-race: native-race ## the same under the thread sanitizer: two GPU threads that no barrier orders are reported; slow
 
 overlay := build/cuda-on-cpu# a torch_subspace whose CPU library is the CUDA kernels
 pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. Tests of values that only a CPU looks at fail

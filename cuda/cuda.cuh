@@ -222,7 +222,7 @@ static __device__ inline void grid_sync(unsigned *meeting)
         const unsigned blocks = gridDim.x * gridDim.y * gridDim.z, round = *(volatile unsigned *)&meeting[1];
         __threadfence();
         if (atomicAdd(&meeting[0], 1u) == blocks - 1) {
-            meeting[0] = 0;
+            atomicExch(&meeting[0], 0u);
             __threadfence();
             atomicAdd(&meeting[1], 1u);
         } else {

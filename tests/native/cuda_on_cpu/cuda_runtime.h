@@ -96,6 +96,7 @@ int vote(int line, bool value, int kind); // __syncthreads_count (0), _and (1), 
 void lanes(int line, unsigned mask);      // __syncwarp
 unsigned ballot(int line, unsigned mask, bool value);
 void shuffle(int line, unsigned mask, void *value, size_t bytes, int lane); // value of `lane`
+void fence();
 void pause();
 void *dynamic_shared();
 void *shared_of(void *mine, unsigned rank);
@@ -176,11 +177,11 @@ inline unsigned mask(unsigned m = 0xffffffffu)
 // ------------------------------------------------------------------------- memory and arithmetic
 static inline void __threadfence()
 {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    cuda_on_cpu::fence();
 }
 static inline void __threadfence_block()
 {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    cuda_on_cpu::fence();
 }
 static inline void __nanosleep(unsigned)
 {
@@ -209,44 +210,44 @@ template <typename T> void __stcg(T *p, T value)
 
 static inline int atomicAdd(int *p, int v)
 {
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 static inline unsigned atomicAdd(unsigned *p, unsigned v)
 {
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v)
 {
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 static inline int atomicOr(int *p, int v)
 {
-    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
 }
 static inline unsigned atomicOr(unsigned *p, unsigned v)
 {
-    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
 }
 template <typename T> T atomicExch(T *p, T v)
 {
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+    return __atomic_exchange_n(p, v, __ATOMIC_RELAXED);
 }
 template <typename T> T atomicCAS(T *p, T compare, T value)
 {
-    __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return compare;
 }
 template <typename T> T atomicMax(T *p, T v)
 {
-    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
 template <typename T> T atomicMin(T *p, T v)
 {
-    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }

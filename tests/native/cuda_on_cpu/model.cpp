@@ -36,6 +36,27 @@ extern "C" {
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// Under the thread sanitizer each thread of a GPU is one of its own, and only what CUDA promises orders two of them: a
+// launch's begin and end, __syncthreads, __syncwarp, the barrier of a cluster, __threadfence. So two threads that use
+// the same shared or global memory without a barrier between them are reported, in whatever order they ran. This file
+// itself is not watched.
+#ifdef RACECHECK
+#include <sanitizer/tsan_interface.h>
+#define RELEASE(token) __tsan_release(token)
+#define ACQUIRE(token) __tsan_acquire(token)
+#define SWITCH_TO(fiber) __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync)
+extern "C" { // volatile accesses are how blocks wait for one another: not races
+#define WATCHED(n)                                                                                                     \
+    void __tsan_volatile_read##n(void *) {}                                                                            \
+    void __tsan_volatile_write##n(void *) {}
+WATCHED(1) WATCHED(2) WATCHED(4) WATCHED(8)
+}
+#else
+#define RELEASE(token) (void)(token)
+#define ACQUIRE(token) (void)(token)
+#define SWITCH_TO(fiber) (void)(fiber)
+#endif
+
 // ------------------------------------------------------------------ switching between stacks
 // swap_stacks(save, load): push the registers that a call keeps, store the stack pointer in *save, go on at `load`.
 #ifdef __x86_64__
@@ -105,12 +126,15 @@ struct fiber {
     unsigned key = 0;
     int line = 0;
     bool done = false;
+    void *watched = nullptr; // the thread sanitizer's
 };
 
 struct warp {
     unsigned asked[WARP], passed[WARP]; // the mask that a lane waits with; how often it has got through
     int line[WARP], from[WARP];
     unsigned char value[WARP][16], result[WARP][16];
+    char token[WARP][2];
+    unsigned turn[WARP];
 };
 
 // The blocks of a cluster meet here; one that has ended is not waited for.
@@ -119,6 +143,7 @@ struct cluster {
     std::condition_variable moved;
     unsigned live, here = 0, round = 0;
     std::vector<char *> shared;
+    char token[2] = {};
     explicit cluster(unsigned blocks) : live(blocks), shared(blocks) {}
     void next()
     {
@@ -171,7 +196,10 @@ struct block {
     void *scheduler = nullptr, *fake = nullptr;
     const void *bottom = nullptr; // of the scheduler's stack
     size_t bottom_size = 0;
+    void *watched = nullptr;
+    char token[2] = {}, begun = 0;
 };
+char begun, ended, fenced; // more tokens
 thread_local block *current = nullptr;
 
 void release(block *b)
@@ -188,6 +216,7 @@ void wait(const unsigned *gate, unsigned key, int line)
 #ifdef ASAN
     __sanitizer_start_switch_fiber(&f->fake, b->bottom, b->bottom_size);
 #endif
+    SWITCH_TO(b->watched);
     swap_stacks(&f->sp, b->scheduler);
 #ifdef ASAN
     __sanitizer_finish_switch_fiber(f->fake, nullptr, nullptr);
@@ -201,9 +230,16 @@ void meet(int line, bool of_cluster)
     if (b->arrived == 0) b->line = static_cast<unsigned>(line);
     if (b->line != static_cast<unsigned>(line)) stop("threads of a block wait at different barriers", b->kernel);
     const unsigned round = b->round;
-    if (++b->arrived < b->live) return wait(&b->round, round, line);
-    if (of_cluster && b->mates) b->mates->meet();
-    release(b);
+    // two in turn: who is early at the next barrier must not seem to have been at this one
+    char *token = of_cluster && b->mates ? &b->mates->token[b->mates->round & 1] : &b->token[round & 1];
+    RELEASE(token);
+    if (++b->arrived < b->live) {
+        wait(&b->round, round, line);
+    } else {
+        if (of_cluster && b->mates) b->mates->meet();
+        release(b);
+    }
+    ACQUIRE(token);
 }
 
 void entry()
@@ -212,7 +248,10 @@ void entry()
 #ifdef ASAN
     __sanitizer_finish_switch_fiber(nullptr, &b->bottom, &b->bottom_size);
 #endif
+    ACQUIRE(&begun);
+    ACQUIRE(&b->begun);
     (*b->body)();
+    RELEASE(&ended);
     b = current;
     b->now->done = true;
     if (--b->live && b->arrived == b->live) release(b); // who has left is not waited for
@@ -220,6 +259,7 @@ void entry()
     __sanitizer_start_switch_fiber(nullptr, b->bottom, b->bottom_size);
 #endif
     void *nowhere;
+    SWITCH_TO(b->watched);
     swap_stacks(&nowhere, b->scheduler);
 }
 
@@ -229,6 +269,7 @@ void enter(block *b, fiber *f)
 #ifdef ASAN
     __sanitizer_start_switch_fiber(&b->fake, f->stack, STACK);
 #endif
+    SWITCH_TO(f->watched);
     swap_stacks(&b->scheduler, f->sp);
 #ifdef ASAN
     __sanitizer_finish_switch_fiber(b->fake, nullptr, nullptr);
@@ -299,7 +340,11 @@ void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *ma
     block b{};
     b.kernel = g.kernel, b.body = g.body, b.shared = shared, b.shared_bytes = g.shared, b.mates = mates, b.rank = rank;
     b.live = threads;
-    std::memset(shared, 0xff, g.shared); // NaNs
+    for (size_t i = 0; i < g.shared; i++) shared[i] = '\xff'; // NaNs
+#ifdef RACECHECK
+    b.watched = __tsan_get_current_fiber();
+    RELEASE(&b.begun);
+#endif
     c->warps.assign((threads + WARP - 1) / WARP, warp{});
     b.warps = c->warps.data();
     for (unsigned i = 0; i < threads; i++) {
@@ -310,6 +355,9 @@ void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *ma
         f->p.threads = g.threads, f->p.blocks = g.blocks;
         f->gate = nullptr, f->done = false;
         f->sp = first_frame(f->stack + STACK, entry);
+#ifdef RACECHECK // kept from block to block, as they are dear: a thread is never accused of racing with its own number
+        if (!f->watched) f->watched = __tsan_create_fiber(0);
+#endif
         b.fibers.push_back(f);
     }
     b.order.resize(threads);
@@ -335,6 +383,7 @@ void run_together(const grid &g, uint64_t first, unsigned count, bool of_cluster
             run_block(g, own.c.get(), first + i, memory[i].get(), of_cluster ? &mates : nullptr, i);
         });
     for (std::thread &t : threads) t.join();
+    ACQUIRE(&ended);
 }
 
 warp *own_warp(int line, unsigned mask, int *lane)
@@ -360,6 +409,16 @@ void gather(warp *w, int line, unsigned mask, int lane)
     }
     for (int l = 0; l < WARP; l++)
         if (mask >> l & 1) w->asked[l] = 0, w->passed[l]++;
+}
+
+// __syncwarp orders memory, a shuffle does not. Lanes release into the token of their group's lowest lane.
+void order(warp *w, int line, unsigned mask, int lane)
+{
+    const int lowest = __builtin_ctz(mask);
+    char *token = &w->token[lowest][w->turn[lane]++ & 1];
+    RELEASE(token);
+    gather(w, line, mask, lane);
+    ACQUIRE(token);
 }
 } // namespace
 
@@ -389,7 +448,7 @@ void lanes(int line, unsigned mask)
     int lane;
     warp *w = own_warp(line, mask, &lane);
     w->from[lane] = lane;
-    gather(w, line, mask, lane);
+    order(w, line, mask, lane);
 }
 
 void shuffle(int line, unsigned mask, void *value, size_t bytes, int from)
@@ -413,6 +472,13 @@ unsigned ballot(int line, unsigned mask, bool value)
         all |= unsigned(theirs) << l;
     }
     return all;
+}
+
+void fence()
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    RELEASE(&fenced);
+    ACQUIRE(&fenced);
 }
 
 void pause()
@@ -463,6 +529,7 @@ void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads
         if (total > uint64_t(resident) * MULTIPROCESSORS) return;
     }
     last = cudaSuccess;
+    RELEASE(&begun);
     std::mt19937_64 random(total);
     std::vector<uint64_t> order(how == COOPERATIVE ? 1 : how == CLUSTERS ? total / size : total);
     arrange(order, random);
@@ -471,9 +538,21 @@ void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads
         for (uint64_t first : order) run_together(g, first * size, size, true);
         return;
     }
+#ifdef RACECHECK // shared memory of its own for every block, freed when none can still be accused of using it
+    std::vector<std::unique_ptr<char[]>> memory;
+    for (uint64_t index : order) {
+        memory.push_back(shared_memory(shared));
+        std::thread([&] {
+            hired own;
+            run_block(g, own.c.get(), index, memory.back().get(), nullptr, 0);
+        }).join();
+    }
+    ACQUIRE(&ended);
+#else
     hired own;
     const std::unique_ptr<char[]> memory = shared_memory(shared);
     for (uint64_t index : order) run_block(g, own.c.get(), index, memory.get(), nullptr, 0);
+#endif
 }
 } // namespace cuda_on_cpu
 
