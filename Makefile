@@ -99,34 +99,45 @@ clean:          ## remove what was built, keep the environments
 	rm -rf build dist ops/lib *.egg-info $(BUNDLE)
 
 # ------------------------------------------------- a GPU machine, offline
-# `make gpu-bundle` where there is a network; then, over there with the folder beside the sources, `make gpu`.
-# It needs nvcc, CMake and a python3 with torch and pytest; nothing outside this folder is changed.
+# `make gpu-bundle` where there is a network; then, over there with the folder beside the sources, `make gpu`, or its
+# stages one by one, in this order; each ends within ten minutes. It needs nvcc, CMake and a python3 with torch 2.11 or
+# newer, pytest, pytest-xdist and hypothesis; nothing outside this folder is changed. Without a GPU the last three pass
+# and say that they did nothing.
 packages := $(abspath build/gpu-packages)
-gpu_py   := PYTHONPATH=$(packages) $(PYTHON)
+gpu_py   := env PYTHONPATH=$(packages) PYTHONUNBUFFERED=1 $(PYTHON)
+offline  := --no-cache-dir $(if $(wildcard $(BUNDLE)),--no-index --find-links $(BUNDLE))
+fetch    := -q --no-deps --only-binary=:all: --python-version $(or $(BUNDLE_PYTHON),3.12) --implementation cp \
+            $(patsubst %,--platform manylinux_2_%_x86_64,28 27 17) --platform manylinux2014_x86_64
+peers    := einops geoopt lycoris-lora peft pot toml
+# then a limit in seconds; what the command has printed and written until then stays
+minutes  := timeout --foreground -k 10
 
-gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks
+gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks, at most 60 MiB
 	rm -rf $(BUNDLE)
-	$(py) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp -d $(BUNDLE) \
-	    $(patsubst %,--platform manylinux_2_%_x86_64,28 27 17) $(build_requires) wheel geoopt
-	test ! -d /usr/src/googletest || cp -r /usr/src/googletest $(BUNDLE)/
-	du -sh $(BUNDLE)
+	$(py) -m pip download $(fetch) -d $(BUNDLE) $(build_requires) wheel $(peers)
+	$(py) tests/gpu/bundle.py $(BUNDLE) 60
 
-gpu: gpu-build gpu-native gpu-test gpu-bench ## all of the following four
+gpu: gpu-build gpu-native gpu-test gpu-sanitize gpu-bench ## the following five; with -k, those after one that failed too
 
 gpu-build:      ## build for this GPU, with python3's own torch
-	$(PYTHON) -m pip install -q --no-index --find-links $(BUNDLE) --no-deps --upgrade --target $(packages) \
-	    $(build_requires) wheel geoopt
-	TORCH_SUBSPACE_CUDA=ON CUDAARCHS=$(or $(CUDAARCHS),native) $(gpu_py) -m pip install -q --no-index --no-deps --no-build-isolation \
-	    --upgrade --target $(packages) .
+	$(PYTHON) -m pip install -q $(offline) --no-deps --upgrade --target $(packages) $(build_requires) wheel
+	$(PYTHON) tests/gpu/bundle.py --missing $(peers) | xargs -r -n 1 $(PYTHON) -m pip install -q $(offline) --no-deps \
+	    --upgrade --target $(packages) || echo 'a peer could not be installed: the benchmarks go without it'
+	TORCH_SUBSPACE_CUDA=ON CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90)) $(minutes) 590 $(gpu_py) -m pip install \
+	    -q $(offline) --no-deps --no-build-isolation --upgrade --target $(packages) .
 	cd build && $(gpu_py) -c 'import torch_subspace; torch_subspace.show_config()'
 
-gpu-native:     ## GoogleTest programs of the CPU kernels, on that machine's processor
+gpu-native:     ## GoogleTest programs, on that machine's processor
 	PYTHONPATH=$(packages) cmake --preset release -DPython3_EXECUTABLE=$$(command -v $(PYTHON))
-	cmake --build --preset release --parallel
-	ctest --preset release
+	$(minutes) 400 cmake --build --preset release --parallel
+	$(minutes) 180 ctest --preset release
 
-gpu-test:       ## pytest: the tests marked gpu
-	$(gpu_py) -m pytest -m gpu $(PYTEST_ARGS)
+gpu-test:       ## pytest: what needs a GPU, in GPU_JOBS=4 processes; PYTEST_ARGS is obeyed
+	OMP_NUM_THREADS=2 $(minutes) 590 $(gpu_py) -m pytest tests/gpu -m gpu -q -n $(or $(GPU_JOBS),4) $(PYTEST_ARGS)
 
-gpu-bench:      ## benchmarks on the GPU
-	$(gpu_py) tests/bench/bench.py --device cuda
+.PHONY: gpu-sanitize
+gpu-sanitize:   ## one small case of every op under compute-sanitizer, where that is: memcheck, racecheck, synccheck
+	$(minutes) 595 $(gpu_py) tests/gpu/sanitize.py $(SANITIZE_ARGS)
+
+gpu-bench:      ## benchmarks on the GPU; BENCH_ARGS is obeyed
+	$(minutes) 595 $(gpu_py) tests/bench/bench.py --device cuda $(BENCH_ARGS)
