@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = Path("/usr/src/googletest")
-NEEDED = "CMakeLists.txt", "LICENSE", "googletest/CMakeLists.txt", "googletest/cmake", "googletest/include", "googletest/src"
+NEEDED = "CMakeLists.txt", "LICENSE", *(f"googletest/{part}" for part in ("CMakeLists.txt", "cmake", "include", "src"))
 
 
 def plain(name):
