@@ -2,9 +2,11 @@
 
     python tests/bench/bench.py                       # all ops: under ten minutes on two cores
     python tests/bench/bench.py --op rsgd --quick     # a first look at one
+    python tests/bench/bench.py --device cuda         # on a GPU (see gpu_timing.py): under ten minutes
 
 Contenders are checked against a float64 reference first, then timed in turn. The rows go to results/<op>.json, with
-the machine, versions and commit, and as a picture to results/<op>.png.
+the machine, versions and commit, and as a picture to results/<op>.png; those of a GPU to <op>_cuda.json, after every
+case, and to the table gpu.md.
 """
 
 import argparse
@@ -17,12 +19,15 @@ import time
 import warnings
 from pathlib import Path
 
+import gpu_table
+import gpu_timing
 import harness
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # tests/reference.py
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+FIRST = "rsgd", "sinkhorn", "logits", "cross_entropy"  # on a GPU, which may be lent for some minutes only
 
 
 def arguments():
@@ -32,6 +37,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="first case of an op, short timing, nothing is written")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=540, help="on a GPU: no case begins later than this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the rows and pictures")
     parser.add_argument("--peak", nargs=3, metavar=("OP", "CASE", "CONTENDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -50,8 +56,6 @@ def find(op, device, case, contender):
 
 def peak_in_new_process(op, args, case, contender):
     """Peak memory of a contender's function, measured by this file in a process of its own."""
-    if args.device == "cuda":
-        return harness.peak_memory(find(op, args.device, case, contender).build(), args.device)
     # memory that is freed goes back to the system at once, or it would hide what the next call takes
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, __file__, "--threads", str(args.threads), "--peak", op, case, contender]
@@ -62,14 +66,16 @@ def show(case, rows, verdicts):
     """Print one case."""
     print(f"\n{case.name}")
     width = max(len(row["contender"]) for row in rows)
-    print(f"  {'':<{width}}  {'p20':>9} {'p50':>9} {'p80':>9} ms  {'bound':>6} {'error':>8} "
+    loop = "loop" if any("loop_ms" in row for row in rows) else ""
+    print(f"  {'':<{width}}  {'p20':>9} {'p50':>9} {'p80':>9} {loop:>9} ms  {'bound':>6} {'error':>8} "
           f"{'peak':>9} {'extra':>9} {'saved':>9} MiB")  # fmt: skip
     for row in rows:
         name = f"  {row['contender']:<{width}}"
         if "missing" in row:
             print(f"{name}  missing: {row['missing']}")
             continue
-        times = " ".join(f"{row[key]:9.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))
+        times = " ".join(f"{row[key]:9.4f}" if key in row else " " * 9
+                         for key in ("p20_ms", "p50_ms", "p80_ms", "loop_ms"))  # fmt: skip
         bound = f"{row['of_bound']:.0%}" if "of_bound" in row else ""
         error = f"{row['error']:.0e}" if "error" in row else ""
         keys = ("peak_mib", "beyond_results_mib", "saved_mib")
@@ -90,29 +96,58 @@ def bench(op, args):
     where = harness.environment(args.device, args.threads)
     print(f"\n=== {op}: {', '.join(f'{k} {v}' for k, v in where.items() if k not in ('blas', 'system'))}")
     rows, verdicts = [], []
-    chosen = cases(op, args.device)[: 1 if args.quick else None]
-    for case in chosen:
+    for case in cases(op, args.device)[: 1 if args.quick else None]:
         torch._dynamo.reset()
-        found = harness.run(case, args.device, 0.2 if args.quick else 1.0,
+        found = harness.run(case, 0.2 if args.quick else 1.0,
                             lambda name, case=case: peak_in_new_process(op, args, case.name, name))  # fmt: skip
         judged = harness.verdicts(case, found)
         show(case, found, judged)
         rows += found
         verdicts += judged
-    if args.quick:
-        return
-    args.results.mkdir(parents=True, exist_ok=True)
-    name = op if args.device == "cpu" else f"{op}_{args.device}"
-    rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    shown = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in verdicts]
-    text = json.dumps({"environment": where, "rows": rounded, "targets": shown}, indent=1, ensure_ascii=False)
-    (args.results / f"{name}.json").write_text(text + "\n")
+    if not args.quick:
+        store(args.results, op, where, rows, verdicts)
+        draw(args.results, op, op, where, rows)
+
+
+def bench_on_gpu(op, args, top, end):
+    """The same on a GPU. What DESIGN promises is of a CPU, but for the figures in gpu_table.py."""
+    where = harness.environment("cuda", args.threads) | {"ceilings": top}
+    print(f"\n=== {op}: {', '.join(f'{k} {v}' for k, v in where.items() if k not in ('blas', 'system', 'ceilings'))}")
+    rows = []
+    for case in cases(op, "cuda")[: 1 if args.quick else None]:
+        if time.perf_counter() > end:
+            print(f"\n{case.name}: no time is left")
+            continue
+        torch._dynamo.reset()
+        rows += (found := harness.run_on_gpu(case, 0.2 if args.quick else 1.0, top))
+        show(case, found, [])
+        sys.stdout.flush()
+        if not args.quick:  # early: the machine may be taken back
+            store(args.results, f"{op}_cuda", where, rows, [])
+            gpu_table.write(args.results)
+    if not args.quick:
+        draw(args.results, f"{op}_cuda", op, where, rows)
+
+
+def store(results, name, where, rows, verdicts):
+    """Write the rows."""
+
+    def rounded(rows):
+        return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+    results.mkdir(parents=True, exist_ok=True)
+    found = {"environment": rounded([where])[0], "rows": rounded(rows), "targets": rounded(verdicts)}
+    (results / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def draw(results, name, op, where, rows):
+    """Write the picture, where matplotlib is."""
     try:
         import chart
     except ImportError as error:
         print(f"no picture: {error}")
     else:
-        chart.draw(args.results / f"{name}.png", op, where, rows)
+        chart.draw(results / f"{name}.png", op, where, rows)
 
 
 def main():
@@ -125,8 +160,18 @@ def main():
         print(harness.peak_memory(find(op, "cpu", case, contender).build(), "cpu"))
         return
     start = time.perf_counter()
-    for op in args.op or OPS:
-        bench(op, args)
+    if args.device == "cpu":
+        for op in args.op or OPS:
+            bench(op, args)
+    elif not torch.cuda.is_available():
+        print("there is no GPU: nothing was measured")
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+        top = gpu_timing.ceilings()
+        print(", ".join(f"{name} {value / 1e12:.3g} T{'B' if name in ('copy', 'sum') else 'FLOP'}/s"
+                        for name, value in top.items()))  # fmt: skip
+        for op in args.op or [*FIRST, *(op for op in OPS if op not in FIRST)]:
+            bench_on_gpu(op, args, top, start + args.seconds)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

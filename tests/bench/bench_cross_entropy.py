@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 import torch_subspace as ts
 
 
-def inputs(batch, n, classes, k, device):
+def inputs(batch, n, classes, k, dtype, device):
     """Features, frames and labels."""
     seed = torch.Generator().manual_seed(0)
     x = torch.randn(batch, n, generator=seed)
     # nearly orthonormal, as it is for speed and memory alone that so many frames are wanted
     weight = torch.randn(classes, k, n, generator=seed) / n**0.5
     target = torch.randint(classes, (batch,), generator=seed)
-    return [t.to(device) for t in (x, weight, target)]
+    return [t.to(device, dtype if t.is_floating_point() else None) for t in (x, weight, target)]
 
 
 def eager(x, weight, target):
@@ -50,20 +50,20 @@ def contender(name, function, shape, device, check=True):
         return lambda: step(*given)
 
     def error():  # on a part of the classes: the float64 graph of all of them would not fit everywhere
-        batch, n, classes, k = shape
-        x, weight, target = inputs(min(batch, 64), n, min(classes, 1000), k, device)
+        batch, n, classes, k, dtype = shape
+        x, weight, target = inputs(min(batch, 64), n, min(classes, 1000), k, dtype, device)
         found = step(x, weight, target)
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
         loss = eager(x, weight, target)
         return relative(found, [t.detach() for t in (loss, *torch.autograd.grad(loss, (x, weight)))])
 
-    batch, n, classes, k = shape
-    return Contender(name, build, error if check else None, peak=True, kept=4 * n * (batch + classes * k))
+    batch, n, classes, k, dtype = shape
+    return Contender(name, build, error if check else None, peak=True, kept=dtype.itemsize * n * (batch + classes * k))
 
 
-def case(batch, n, classes, k, device, compile=True):
+def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
     """All contenders at one size."""
-    shape = (batch, n, classes, k)
+    shape = (batch, n, classes, k, dtype)
     contenders = [
         contender("ours: fused", fused, shape, device),
         contender("ours: logits, then cross_entropy", separate, shape, device),
@@ -75,10 +75,14 @@ def case(batch, n, classes, k, device, compile=True):
         Target("ours: fused", ("eager",), "<=", 1.1, 1.0),
         Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
     ]
-    return Case(f"B={batch} n={n} C={classes} k={k} float32", contenders, targets, flops=6 * batch * n * classes * k,
-                seconds=25)  # fmt: skip
+    name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
+    return Case(name, contenders, targets, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
 
 
 def cases(device):
-    """Two batches."""
-    return [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False)]
+    """Two batches; on a GPU one that fills it, also in the dtype it trains in."""
+    found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False)]
+    if device == "cuda":
+        found += [case(1024, 512, 21841, 8, device, dtype=torch.bfloat16),
+                  case(1024, 512, 21841, 8, device, compile=False)]  # fmt: skip
+    return found

@@ -46,7 +46,8 @@ def case(b, c, side, k, device):
 
     contenders = [contender("ours", ours), contender("torch: convolution_backward", aten),
                   contender("unfold and einsum", unfolded)]  # fmt: skip
-    return Case(f"B={b} C={c} {side}x{side} kernel {k}x{k} float32", contenders, flops=2 * x.numel() * k * k, seconds=8)
+    return Case(f"B={b} C={c} {side}x{side} kernel {k}x{k} float32", contenders, bytes=x.nbytes + dy.nbytes,
+                flops=2 * x.numel() * k * k, seconds=8)  # fmt: skip
 
 
 def cases(device):

@@ -13,13 +13,13 @@ import torch_subspace.logits as module
 GAMMA = 25.0
 
 
-def inputs(batch, n, classes, k, device):
+def inputs(batch, n, classes, k, dtype, device):
     """Features, frames and the gradient of the logits."""
     seed = torch.Generator().manual_seed(0)
     x = torch.randn(batch, n, generator=seed)
     weight = torch.linalg.qr(torch.randn(classes, n, k, generator=seed)).Q.mT.contiguous()
     gradient = torch.randn(batch, classes, generator=seed)
-    return [t.to(device) for t in (x, weight, gradient)]
+    return [t.to(device, dtype) for t in (x, weight, gradient)]
 
 
 def formula(x, weight):
@@ -89,7 +89,7 @@ def products(backward, shape, device):
     """The matrix products and nothing else."""
     x, weight, _ = inputs(*shape, device)
     weight = weight.flatten(0, 1)
-    dz = torch.randn(shape[0], weight.shape[0], device=device)
+    dz = torch.randn(shape[0], weight.shape[0], device=device, dtype=weight.dtype)
 
     def step():
         linear(x, weight)
@@ -100,10 +100,10 @@ def products(backward, shape, device):
     return Contender("floor: matrix products alone", no_grad(lambda: step))
 
 
-def pair(batch, n, classes, k, device, targets, compile=True):
+def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float32):
     """Both cases of one size; `targets` takes the names of ours, the floor and the formula."""
-    shape = (batch, n, classes, k)
-    name = f"B={batch} n={n} C={classes} k={k} float32"
+    shape = (batch, n, classes, k, dtype)
+    name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
     flops = 2 * batch * n * classes * k
     for backward in (False, True):
         make = both if backward else forward
@@ -118,7 +118,7 @@ def pair(batch, n, classes, k, device, targets, compile=True):
             contenders += [make("torch.compile of the formula", compiled(formula), shape, device)]
         yield Case(f"{name}, forward{' and backward' if backward else ''}", contenders,
                    targets(contenders[1].name, contenders[0].name, "eager formula", backward),
-                   flops=3 * flops if backward else flops, seconds=8)  # fmt: skip
+                   flops=3 * flops if backward else flops, seconds=8, dtype=dtype)  # fmt: skip
 
 
 def large(ours, floor, eager, backward):
@@ -139,9 +139,13 @@ def other(ours, floor, eager, backward):
 
 def cases(device):
     """A ResNet-50 head, a small batch of a ViT, and heads of few features."""
-    return [
+    found = [
         *pair(256, 2048, 1000, 8, device, large),
         *pair(64, 768, 1000, 8, device, other, compile=False),
         *pair(256, 128, 100, 8, device, small),
         *pair(64, 64, 10, 4, device, small, compile=False),
     ]
+    if device == "cuda":  # a batch that fills it, also in the dtype it trains in
+        for dtype in (torch.bfloat16, torch.float32):
+            found += pair(1024, 2048, 1000, 8, device, other, dtype=dtype, compile=dtype == torch.bfloat16)
+    return found

@@ -5,6 +5,8 @@ series, as Cholesky-QR), eager and compiled; the published formula of the Grassm
 class and a QR every fifth step; geoopt's Stiefel manifolds, which is the nearest that torch users have.
 """
 
+import functools
+
 import reference
 import torch
 from harness import Case, Contender, Target, compiled, relative
@@ -17,11 +19,17 @@ CHECKED = 4  # classes that are held against the reference
 
 def frames(classes, k, n, device):
     """Frames, gradients and momentum that turn a class by some hundredths of a radian in a step."""
+    return [t.to(device, copy=True) for t in drawn(classes, k, n)]
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(classes, k, n):
+    """Those on the CPU, made once for all contenders."""
     seed = torch.Generator().manual_seed(0)
     weight = torch.linalg.qr(torch.randn(classes, n, k, generator=seed)).Q.mT.contiguous()
     grad = 0.1 * torch.randn(classes, k, n, generator=seed) / (k * n) ** 0.5
     buffer = torch.randn(classes, k, n, generator=seed) / (k * n) ** 0.5
-    return [t.to(device) for t in (weight, grad, buffer)]
+    return weight, grad, buffer
 
 
 def cosines(x):

@@ -55,13 +55,14 @@ def frozen(layer):
 
 
 def tucker_parameters(layer):
-    """Core and factors; kernel modes have none."""
+    """Core and factors, wide beside a layer of halves; kernel modes have none."""
     size = layer.weight.shape
     ranks = [min(RANK, n) for n in size[:2]]
     seed = torch.Generator().manual_seed(1)
     shapes = [(*ranks, *size[2:]), (size[0], ranks[0]), (size[1], ranks[1])]
     drawn = [torch.randn(shape, generator=seed, dtype=torch.float32) / shape[0] ** 0.5 for shape in shapes]
-    return [t.to(layer.weight).requires_grad_() for t in drawn]
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    return [t.to(layer.weight.device, wide).requires_grad_() for t in drawn]
 
 
 def composed(core, *factors):
@@ -100,7 +101,7 @@ def flora(layer):
     parameters = tucker_parameters(layer)
 
     def call(x):
-        return layer(x) + apply(layer, x, composed(*parameters), None)
+        return layer(x) + apply(layer, x, composed(*parameters).to(x.dtype), None)
 
     return Adapter(call, parameters, lambda: composed(*parameters))
 
@@ -150,12 +151,12 @@ def lycoris(bypass):
 
 
 @functools.cache
-def problem(layer, size, device):
+def problem(layer, size, dtype, device):
     """Frozen layer, input and gradient of the output; `layer` is its class and arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = layer[0](*layer[1:4], **dict(layer[4:])).to(device).requires_grad_(False)
-        x = torch.randn(size).to(device)
+        made = layer[0](*layer[1:4], **dict(layer[4:])).to(device, dtype).requires_grad_(False)
+        x = torch.randn(size).to(device, dtype)
         dy = torch.randn_like(made(x))
     return made, x.requires_grad_(), dy
 
@@ -166,7 +167,7 @@ def step(adapter, x, dy):
     return y, *torch.autograd.grad(y, [x, *adapter.parameters], dy)
 
 
-def contender(name, make, layer, size, device, **options):
+def contender(name, make, layer, size, dtype, device, **options):
     """One way to adapt the layer. `make` gets a copy with the same weight, as some change the layer."""
 
     def fresh(layer):
@@ -174,13 +175,13 @@ def contender(name, make, layer, size, device, **options):
             return make(copy.deepcopy(layer, {id(p): p for p in layer.parameters()}))
 
     def build():
-        frozen_layer, x, dy = problem(layer, size, device)
+        frozen_layer, x, dy = problem(layer, size, dtype, device)
         adapter = fresh(frozen_layer)
         entry.kept = sum(t.nbytes for t in (x, *adapter.parameters))  # their gradients
         return lambda: step(adapter, x, dy)
 
     def check():
-        frozen_layer, x, dy = problem(layer, size, device)
+        frozen_layer, x, dy = problem(layer, size, dtype, device)
         few = 16 if isinstance(frozen_layer, nn.Linear) else 1
         given = [x[:few].detach().requires_grad_(), dy[:few]]
         adapter = fresh(frozen_layer)
@@ -204,7 +205,7 @@ def contender(name, make, layer, size, device, **options):
         return relative([t.detach() for t in step(adapter, *given)], [t.detach() for t in expected])
 
     def saved():
-        frozen_layer, x, _ = problem(layer, size, device)
+        frozen_layer, x, _ = problem(layer, size, dtype, device)
         adapter = fresh(frozen_layer)
         known = {t.untyped_storage().data_ptr() for t in (x, *frozen_layer.parameters(), *adapter.parameters)}
         found = {}
@@ -222,11 +223,11 @@ def contender(name, make, layer, size, device, **options):
     return entry
 
 
-def case(name, layer, size, device, promise=None, flops=0):
+def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
     """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor."""
 
     def on(name, make, **options):
-        return contender(name, make, layer, size, device, **options)
+        return contender(name, make, layer, size, dtype, device, **options)
 
     other = {"note": "another change of the same rank"}
     contenders = [on(FLOOR, frozen), on(OURS, ours)]
@@ -239,7 +240,8 @@ def case(name, layer, size, device, promise=None, flops=0):
     if promise:
         time, stretch, memory = promise
         targets = [Target(OURS, (FLOOR,), "<=", time, stretch), Target(OURS, (FLOOR,), "<=", memory, memory, "peak")]
-    return Case(f"{name} float32", contenders, targets, flops=flops, seconds=8)
+    name = f"{name} {str(dtype).removeprefix('torch.')}"
+    return Case(name, contenders, targets, flops=flops, seconds=8, dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- compose
@@ -283,8 +285,12 @@ def compose(out, into, kernel, device):
 
 
 def cases(device):
-    """Two linear layers, four kinds of convolutions, and the weight alone."""
-    return [
+    """Two linear layers, four kinds of convolutions, and the weight alone; on a GPU a batch of halves first."""
+    found = [] if device == "cpu" else [
+        case("linear 4096 to 4096, T=8192", (nn.Linear, 4096, 4096), (8192, 4096), device, flops=4 * 8192 * 4096**2,
+             dtype=torch.bfloat16),
+    ]  # fmt: skip
+    return found + [
         case("linear 4096 to 4096, T=512", (nn.Linear, 4096, 4096), (512, 4096), device, (1.05, 1.02, 1.05),
              flops=4 * 512 * 4096**2),
         case("linear 768 to 3072, T=512", (nn.Linear, 768, 3072), (512, 768), device, flops=4 * 512 * 768 * 3072),

@@ -5,7 +5,9 @@ A bench_<op>.py has `cases(device)`, a list of `Case`. All data of a case is mad
 
 import ctypes
 import dataclasses
+import gc
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -14,11 +16,13 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
+import gpu_timing
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, FEWEST = 60, 5  # samples of a contender: as many as rounds, and of a slow one at least this many
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+SLOWEST = 5.0  # seconds of a call on a GPU above which a contender is not timed
 
 
 @dataclasses.dataclass
@@ -62,7 +66,8 @@ class Target:
 
 @dataclasses.dataclass
 class Case:
-    """One size of a problem. `bytes` or `flops` are the least that any implementation must move or do."""
+    """One size of a problem. `bytes` and `flops` are the least that any implementation must move and do, in products of
+    `dtype`. `seconds` are those of timing on a CPU; a GPU gets a few."""
 
     name: str
     contenders: list[Contender]
@@ -93,7 +98,7 @@ def environment(device, threads):
         if subprocess.run([*git, *changed], check=False).returncode:
             commit += " with changes"
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("SUBSPACE_COMMIT", "unknown")  # a copy without its history
     import torch_subspace.library
 
     loaded = torch_subspace.library.config()
@@ -107,35 +112,27 @@ def environment(device, threads):
            "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
            "system": platform.platform()}  # fmt: skip
     if device == "cuda":
-        row |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        row |= gpu_timing.describe()
     if hasattr(torch, "get_num_threads") and Path("/proc/loadavg").exists():
         row["load before"] = float(Path("/proc/loadavg").read_text().split()[0])
     return row
 
 
-def synchronise(device):
-    """Wait for the device, so that the clock on the host tells the truth."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(function, repeats, device):
+def timed(function, repeats):
     """Seconds of one of `repeats` calls."""
-    synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):
         function()
-    synchronise(device)
     return (time.perf_counter() - start) / repeats
 
 
-def samples(functions, seconds, device):
+def samples(functions, seconds):
     """Seconds per call of each function: lists of samples taken in turn, so that all see the same machine."""
     repeats, every = {}, {}
     for name, function in functions.items():
-        cost = timed(function, 1, device)
+        cost = timed(function, 1)
         if cost < 2:
-            cost = min(timed(function, 1, device) for _ in range(2))
+            cost = min(timed(function, 1) for _ in range(2))
         repeats[name] = max(1, math.ceil(2e-3 / cost))
         wanted = seconds / len(functions) / (cost * repeats[name])
         every[name] = max(1, round(ROUNDS / min(max(wanted, FEWEST), ROUNDS)))
@@ -143,18 +140,18 @@ def samples(functions, seconds, device):
     for turn in range(ROUNDS):
         for name, function in functions.items():
             if turn % every[name] == 0:
-                taken[name].append(timed(function, repeats[name], device))
+                taken[name].append(timed(function, repeats[name]))
     return taken
 
 
-def bounds(case, device):
+def bounds(case):
     """What is timed beside the contenders to know the machine's limits, and how much of it the case needs."""
     found = {}
     if case.bytes:  # a sum in place: two reads, and a write of what is in the cache already
-        a, b = torch.ones(2, 1 << 24, device=device)
+        a, b = torch.ones(2, 1 << 24)
         found["bandwidth"] = lambda: a.add_(b), case.bytes / (3 * a.nbytes)
     if case.flops:
-        c, d = torch.ones(2, 1536, 1536, device=device, dtype=case.dtype)
+        c, d = torch.ones(2, 1536, 1536, dtype=case.dtype)
         found["product"] = lambda: c @ d, case.flops / (2 * 1536**3)
     return found
 
@@ -181,8 +178,80 @@ def resident(what):
     return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
-def run(case, device, scale, peak_of):
-    """Rows of one case, one per contender. `scale` shortens the timing, `peak_of(name)` measures memory."""
+def run(case, scale, peak_of):
+    """Rows of one case on the CPU, one per contender. `scale` shortens the timing, `peak_of(name)` measures memory."""
+    functions, rows = prepared(case)
+    limits = bounds(case)
+    timing = samples(functions | {name: f for name, (f, _) in limits.items()}, case.seconds * scale)
+    bound = max((statistics.median(timing.pop(name)) * share for name, (_, share) in limits.items()), default=0)
+    add_times(case, rows, timing, bound)
+    for c in case.contenders:
+        if c.name in functions and c.peak:
+            add_peak(rows[c.name], c, peak_of(c.name))
+    return list(rows.values())
+
+
+def run_on_gpu(case, scale, top):
+    """The same on a GPU, whose ceilings are `top`. Rows also have the seconds of a call in a loop on the host, and the
+    rates that the case's bytes and flops come to."""
+    functions, rows = prepared(case)
+    for name in list(functions):
+        start = time.perf_counter()
+        try:
+            functions[name]()
+            torch.cuda.synchronize()
+            cold = time.perf_counter() - start  # with whatever is compiled and loaded at the first call
+            start = time.perf_counter()
+            if cold > SLOWEST:
+                functions[name]()
+                torch.cuda.synchronize()
+            if cold > SLOWEST and time.perf_counter() - start > SLOWEST:
+                raise TimeoutError(f"a call takes more than {SLOWEST:g} s")
+        except Exception as problem:
+            rows[name]["missing"] = said(problem)
+            del functions[name]
+    timing, loop = gpu_timing.samples(functions, min(0.4 * case.seconds, 5.0) * scale)
+    add_times(case, rows, timing, gpu_timing.bound(case, top))
+    for c in case.contenders:
+        if c.name not in functions:
+            continue
+        row = rows[c.name]
+        row["loop_ms"] = 1e3 * loop[c.name] / c.steps
+        if case.bytes:
+            row["gb_s"] = case.bytes / row["p50_ms"] / 1e6
+        if case.flops:
+            row["tflop_s"] = case.flops / row["p50_ms"] / 1e9
+        if c.peak:
+            add_peak(row, c, peak_memory(functions[c.name], "cuda"))
+    functions.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return list(rows.values())
+
+
+def said(problem):
+    """An exception in a line."""
+    return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+
+
+def add_peak(row, contender, peak):
+    """Memory of a contender."""
+    row |= {"peak_mib": peak / 2**20, "beyond_results_mib": (peak - contender.kept) / 2**20}
+
+
+def add_times(case, rows, timing, bound):
+    """Quantiles of the samples, and the share of what the machine can do at best."""
+    steps = {c.name: c.steps for c in case.contenders}
+    for name, taken in timing.items():
+        taken = sorted(t / steps[name] for t in taken)
+        cut = statistics.quantiles(taken, n=10, method="inclusive")
+        rows[name] |= {"p20_ms": 1e3 * cut[1], "p50_ms": 1e3 * cut[4], "p80_ms": 1e3 * cut[7], "samples": len(taken)}
+        if bound:
+            rows[name]["of_bound"] = bound / cut[4]
+
+
+def prepared(case):
+    """Functions of the contenders that are there and right, and a row for each."""
     functions, rows = {}, {}
     for c in case.contenders:
         rows[c.name] = row = {"case": case.name, "contender": c.name}
@@ -202,22 +271,8 @@ def run(case, device, scale, peak_of):
                 row["saved_mib"] = c.saved() / 2**20
             functions[c.name] = c.build()
         except Exception as problem:  # a peer that breaks is a result as well
-            row["missing"] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-    steps = {c.name: c.steps for c in case.contenders}
-    limits = bounds(case, device)
-    timing = samples(functions | {name: f for name, (f, _) in limits.items()}, case.seconds * scale, device)
-    bound = max((statistics.median(timing.pop(name)) * share for name, (_, share) in limits.items()), default=0)
-    for name, taken in timing.items():
-        taken = sorted(t / steps[name] for t in taken)
-        cut = statistics.quantiles(taken, n=10, method="inclusive")
-        rows[name] |= {"p20_ms": 1e3 * cut[1], "p50_ms": 1e3 * cut[4], "p80_ms": 1e3 * cut[7], "samples": len(taken)}
-        if bound:
-            rows[name]["of_bound"] = bound / cut[4]
-    for c in case.contenders:
-        if c.name in functions and c.peak:
-            peak = peak_of(c.name)
-            rows[c.name] |= {"peak_mib": peak / 2**20, "beyond_results_mib": (peak - c.kept) / 2**20}
-    return list(rows.values())
+            row["missing"] = said(problem)
+    return functions, rows
 
 
 def verdicts(case, rows):

@@ -1,4 +1,4 @@
-"""Memory of the GPU: none left is an error and nothing worse, none is lost, tensors of more than 2^31 entries. Never run
+"""Memory of the GPU: none left is an error and nothing worse, none is lost, more than 2^31 entries. Never run
 so far."""
 
 import gc
