@@ -129,8 +129,8 @@ gpu-build:      ## build for this GPU, with python3's own torch
 
 gpu-native:     ## GoogleTest programs, on that machine's processor
 	PYTHONPATH=$(packages) cmake --preset release -DPython3_EXECUTABLE=$$(command -v $(PYTHON))
-	$(minutes) 400 cmake --build --preset release --parallel
-	$(minutes) 180 ctest --preset release
+	$(minutes) 290 cmake --build --preset release --parallel
+	$(minutes) 290 ctest --preset release --parallel 8
 
 gpu-test:       ## pytest: what needs a GPU, in GPU_JOBS=4 processes; PYTEST_ARGS is obeyed
 	OMP_NUM_THREADS=2 $(minutes) 590 $(gpu_py) -m pytest tests/gpu -m gpu -q -n $(or $(GPU_JOBS),4) $(PYTEST_ARGS)

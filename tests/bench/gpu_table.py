@@ -46,7 +46,8 @@ def line(op, row, rows, device):
     share = f"{row['of_bound']:.0%}" if "of_bound" in row else ""
     other = best_other(rows, row["case"])
     against = f"{other['p50_ms'] / row['p50_ms']:.2f} × {other['contender']}" if other else ""
-    time = f"{row['p50_ms'] * 1e3:.4g} µs ({row['p20_ms'] * 1e3:.4g} to {row['p80_ms'] * 1e3:.4g})"
+    scale, unit = (1e3, "µs") if row["p50_ms"] < 1 else (1, "ms")
+    time = "{1:.4g} {3} ({0:.4g} to {2:.4g})".format(*(row[key] * scale for key in ("p20_ms", "p50_ms", "p80_ms")), unit)
     return (f"| `{op}` | {row['case']} | {row['contender']} | {time} | {', '.join(rates)} | {share} | {against} | "
             f"{promises(op, row, device)} |")  # fmt: skip
 
@@ -56,34 +57,35 @@ def place(where):
     known = [f"{where['device']} ({where['multiprocessors']} multiprocessors, {where['memory_gib']:.0f} GiB, "
              f"{where['l2_mib']:.0f} MiB of L2)", f"CUDA {where['cuda']}", f"torch {where['torch']}"]  # fmt: skip
     known += [f"{name.replace('clocks.', 'clock ')} {where[name]}" for name in
-              ("driver version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit") if name in where]
+              ("driver version", "clocks.max.sm", "clocks.mem", "power.limit") if name in where]
     top = ", ".join(f"{name} {value / 1e12:.3g} {'TB/s' if name in ('copy', 'sum') else 'TFLOP/s'}"
                     for name, value in where["ceilings"].items())  # fmt: skip
-    return f"{'; '.join(known)}; commit {where['commit']}; {where['date']}.", f"Measured ceilings: {top}."
+    return f"{'; '.join(known)}; commit {where['commit']}; {where['date'][:10]}.", f"Measured ceilings: {top}."
 
 
 def write(results=RESULTS):
-    """Write gpu.md; returns it."""
+    """Write gpu.md, if there are results; returns it."""
     found = [(path.stem.removesuffix("_cuda"), json.loads(path.read_text()))
              for path in sorted(results.glob("*_cuda.json"))]  # fmt: skip
-    text = UNVERIFIED
-    if found:
-        order = {op: i for i, (op, *_) in enumerate(WANTED)}
-        found.sort(key=lambda pair: order.get(pair[0], len(order)))
-        lines = ["# On a GPU", "",
-                 "Time of a call on the GPU, the cache swept before it: median (p20 to p80). Rate: the least bytes and "
-                 "flops of the case over the median; share: of the measured ceiling that binds.", "",
-                 "| op | case | | time | rate | share | against the best other | promised |",
-                 "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        places = {}
-        for op, one in found:
-            where, rows = one["environment"], one["rows"]
-            places[place(where)] = None
-            lines += [line(op, row, rows, where["device"]) for row in rows
-                      if row["contender"].startswith(("ours", "floor"))]  # fmt: skip
-        for told, top in places:
-            lines += ["", told, top]
-        text = "\n".join(lines) + "\n"
+    if not found:
+        return UNVERIFIED
+    order = {op: i for i, (op, *_) in enumerate(WANTED)}
+    found.sort(key=lambda pair: order.get(pair[0], len(order)))
+    lines = ["# On a GPU", "",
+             "Time of a call on the GPU, the cache swept before it: median (p20 to p80). Rate: the least bytes and "
+             "flops of the case over the median; share: of the measured ceiling that binds.", "",
+             "| op | case | | time | rate | share | against the best other | promised |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    places = {}
+    for op, one in found:
+        where, rows = one["environment"], one["rows"]
+        told, top = place(where)
+        places.setdefault((told, top), []).append(op)
+        lines += [line(op, row, rows, where["device"]) for row in rows
+                  if row["contender"].startswith(("ours", "floor"))]  # fmt: skip
+    for (told, top), ops in places.items():
+        lines += ["", f"{', '.join(ops)}: {told}", top]
+    text = "\n".join(lines) + "\n"
     (results / "gpu.md").write_text(text)
     return text
 

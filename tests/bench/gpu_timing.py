@@ -28,15 +28,18 @@ class Sweeper:
         torch.sum(self.data, 0, out=self.sum)
 
 
-def host_seconds(function, seconds=0.03):
-    """Of a call in a loop that waits at its end: seconds until it is launched, and until it is done."""
-    for _ in range(2):
-        function()
+def once(function):
+    """Seconds of a call on the clock of the host."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     function()
     torch.cuda.synchronize()
-    count = min(max(1, int(seconds / (time.perf_counter() - start))), 200)
+    return time.perf_counter() - start
+
+
+def host_seconds(function, seconds=0.03):
+    """Of a call in a loop that waits at its end: seconds until it is launched, and until it is done."""
+    count = min(max(1, int(seconds / min(once(function), once(function)))), 200)
     start = time.perf_counter()
     for _ in range(count):
         function()

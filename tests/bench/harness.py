@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, FEWEST = 60, 5  # samples of a contender: as many as rounds, and of a slow one at least this many
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-SLOWEST = 5.0  # seconds of a call on a GPU above which a contender is not timed
+SLOWEST = 3.0  # seconds of a call on a GPU above which one call is all the timing a contender gets
 
 
 @dataclasses.dataclass
@@ -195,22 +195,21 @@ def run_on_gpu(case, scale, top):
     """The same on a GPU, whose ceilings are `top`. Rows also have the seconds of a call in a loop on the host, and the
     rates that the case's bytes and flops come to."""
     functions, rows = prepared(case)
+    timing, loop = {}, {}
     for name in list(functions):
-        start = time.perf_counter()
         try:
-            functions[name]()
-            torch.cuda.synchronize()
-            cold = time.perf_counter() - start  # with whatever is compiled and loaded at the first call
-            start = time.perf_counter()
-            if cold > SLOWEST:
-                functions[name]()
-                torch.cuda.synchronize()
-            if cold > SLOWEST and time.perf_counter() - start > SLOWEST:
-                raise TimeoutError(f"a call takes more than {SLOWEST:g} s")
+            cost = gpu_timing.once(functions[name])  # with whatever is compiled and loaded at the first call
+            if cost > SLOWEST:
+                cost = gpu_timing.once(functions[name])
         except Exception as problem:
             rows[name]["missing"] = said(problem)
             del functions[name]
-    timing, loop = gpu_timing.samples(functions, min(0.4 * case.seconds, 5.0) * scale)
+            continue
+        if cost > SLOWEST:
+            timing[name], loop[name] = [cost, cost], cost
+    quick = {name: function for name, function in functions.items() if name not in timing}
+    for known, new in zip((timing, loop), gpu_timing.samples(quick, min(0.4 * case.seconds, 5.0) * scale)):
+        known |= new
     add_times(case, rows, timing, gpu_timing.bound(case, top))
     for c in case.contenders:
         if c.name not in functions:
