@@ -133,7 +133,8 @@ gpu-native:     ## GoogleTest programs, on that machine's processor
 	$(minutes) 290 ctest --preset release --parallel 8
 
 gpu-test:       ## pytest: what needs a GPU, in GPU_JOBS=4 processes; PYTEST_ARGS is obeyed
-	OMP_NUM_THREADS=2 $(minutes) 590 $(gpu_py) -m pytest tests/gpu -m gpu -q -n $(or $(GPU_JOBS),4) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=2 $(minutes) 590 $(gpu_py) -m pytest tests/gpu -m gpu -q --dist loadgroup \
+	    -n $(or $(GPU_JOBS),4) $(PYTEST_ARGS)
 
 .PHONY: gpu-sanitize
 gpu-sanitize:   ## one small case of every op under compute-sanitizer, where that is: memcheck, racecheck, synccheck

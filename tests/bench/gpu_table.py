@@ -47,7 +47,8 @@ def line(op, row, rows, device):
     other = best_other(rows, row["case"])
     against = f"{other['p50_ms'] / row['p50_ms']:.2f} × {other['contender']}" if other else ""
     scale, unit = (1e3, "µs") if row["p50_ms"] < 1 else (1, "ms")
-    time = "{1:.4g} {3} ({0:.4g} to {2:.4g})".format(*(row[key] * scale for key in ("p20_ms", "p50_ms", "p80_ms")), unit)
+    low, middle, high = (f"{row[key] * scale:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
+    time = f"{middle} {unit} ({low} to {high})"
     return (f"| `{op}` | {row['case']} | {row['contender']} | {time} | {', '.join(rates)} | {share} | {against} | "
             f"{promises(op, row, device)} |")  # fmt: skip
 

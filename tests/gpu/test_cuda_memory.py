@@ -13,7 +13,8 @@ import torch_subspace as ts
 from torch_subspace.coding_rate_soft import soft_rate
 from torch_subspace.depthwise import depthwise_weight_gradient
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {DEVICE}")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {DEVICE}"),
+              pytest.mark.xdist_group("memory")]  # one after the other: several processes share the GPU
 only_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's own")
 
 MIB = 1 << 20
@@ -30,7 +31,7 @@ def nothing_kept():
 HUNGRY = {  # what is given fits, what the op needs beside it does not
     "logits": lambda d: ts.subspace_logits(torch.ones(1 << 14, 8, device=d), torch.ones(1 << 14, 2, 8, device=d)),
     "cross_entropy": lambda d: ts.subspace_cross_entropy(
-        torch.ones(8, 1 << 16, device=d, requires_grad=True), torch.ones(1 << 10, 1, 1 << 16, device=d,
+        torch.ones(8, 1 << 16, device=d, requires_grad=True), torch.ones(1400, 1, 1 << 16, device=d,
                                                                          requires_grad=True),
         torch.zeros(8, dtype=torch.int64, device=d)).backward(),
     "tucker_compose": lambda d: ts.tucker_compose(torch.ones(2, 2, device=d), [torch.ones(1 << 14, 2, device=d)] * 2),
