@@ -109,8 +109,8 @@ offline  := --no-cache-dir $(if $(wildcard $(BUNDLE)),--no-index --find-links $(
 fetch    := -q --no-deps --only-binary=:all: --python-version $(or $(BUNDLE_PYTHON),3.12) --implementation cp \
             $(patsubst %,--platform manylinux_2_%_x86_64,28 27 17) --platform manylinux2014_x86_64
 peers    := einops geoopt lycoris-lora peft pot toml
-# then a limit in seconds; what the command has printed and written until then stays
-minutes  := timeout --foreground -k 10
+# then a limit in seconds, at which Python sums up what it has done so far
+minutes  := timeout --foreground -s INT -k 15
 
 gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks, at most 60 MiB
 	rm -rf $(BUNDLE)
@@ -123,22 +123,22 @@ gpu-build:      ## build for this GPU, with python3's own torch
 	$(PYTHON) -m pip install -q $(offline) --no-deps --upgrade --target $(packages) $(build_requires) wheel
 	$(PYTHON) tests/gpu/bundle.py --missing $(peers) | xargs -r -n 1 $(PYTHON) -m pip install -q $(offline) --no-deps \
 	    --upgrade --target $(packages) || echo 'a peer could not be installed: the benchmarks go without it'
-	TORCH_SUBSPACE_CUDA=ON CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90)) $(minutes) 590 $(gpu_py) -m pip install \
+	TORCH_SUBSPACE_CUDA=ON CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90)) timeout 590 $(gpu_py) -m pip install \
 	    -q $(offline) --no-deps --no-build-isolation --upgrade --target $(packages) .
 	cd build && $(gpu_py) -c 'import torch_subspace; torch_subspace.show_config()'
 
 gpu-native:     ## GoogleTest programs, on that machine's processor
 	PYTHONPATH=$(packages) cmake --preset release -DPython3_EXECUTABLE=$$(command -v $(PYTHON))
-	$(minutes) 290 cmake --build --preset release --parallel
-	$(minutes) 290 ctest --preset release --parallel 8
+	timeout 290 cmake --build --preset release --parallel
+	timeout 290 ctest --preset release --parallel 8
 
 gpu-test:       ## pytest: what needs a GPU, in GPU_JOBS=4 processes; PYTEST_ARGS is obeyed
-	OMP_NUM_THREADS=2 $(minutes) 590 $(gpu_py) -m pytest tests/gpu -m gpu -q --dist loadgroup \
+	OMP_NUM_THREADS=2 $(minutes) 580 $(gpu_py) -m pytest tests/gpu -m gpu -q --dist loadgroup \
 	    -n $(or $(GPU_JOBS),4) $(PYTEST_ARGS)
 
 .PHONY: gpu-sanitize
 gpu-sanitize:   ## one small case of every op under compute-sanitizer, where that is: memcheck, racecheck, synccheck
-	$(minutes) 595 $(gpu_py) tests/gpu/sanitize.py $(SANITIZE_ARGS)
+	$(minutes) 585 $(gpu_py) tests/gpu/sanitize.py $(SANITIZE_ARGS)
 
 gpu-bench:      ## benchmarks on the GPU; BENCH_ARGS is obeyed
-	$(minutes) 595 $(gpu_py) tests/bench/bench.py --device cuda $(BENCH_ARGS)
+	$(minutes) 585 $(gpu_py) tests/bench/bench.py --device cuda $(BENCH_ARGS)

@@ -1,6 +1,19 @@
-"""Without a GPU, one line says why nothing here runs."""
+"""Without a GPU, one line says why nothing here runs. With one that we can't use, it is an error to go on."""
 
-from cases import DEVICE, PRESENT
+from pathlib import Path
+
+import pytest
+from cases import DEVICE, ON_GPU, PRESENT
+
+import torch_subspace.library
+
+
+def pytest_sessionstart():
+    cuda = torch_subspace.library.config()["CUDA"]
+    if ON_GPU and Path("/dev/nvidia0").exists() and not PRESENT:
+        raise pytest.UsageError("there is a GPU, but torch can't use it: torch.cuda.is_available() is False")
+    if ON_GPU and PRESENT and not cuda["loaded"]:
+        raise pytest.UsageError(f"torch_subspace has no CUDA kernels here: {cuda['why not']}")
 
 
 def pytest_report_header():

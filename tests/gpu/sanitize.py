@@ -91,12 +91,16 @@ def check(program, tool, part, seconds, kernels):
                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     clock = threading.Timer(max(seconds, 1), os.killpg, (process.pid, signal.SIGKILL))
     clock.start()
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("case: "):
-            at = line[6:].strip()
-            print(f"{time.monotonic() - start:6.0f} s  {at}", flush=True)
-    code = process.wait()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("case: "):
+                at = line[6:].strip()
+                print(f"{time.monotonic() - start:6.0f} s  {at}", flush=True)
+        code = process.wait()
+    except KeyboardInterrupt:  # the program has a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     stopped = not clock.is_alive()
     clock.cancel()
     text = "".join(lines)
