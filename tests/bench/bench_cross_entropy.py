@@ -76,7 +76,8 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
         Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
     ]
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
-    return Case(name, contenders, targets, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
+    size = dtype.itemsize * n * (batch + classes * k) if device == "cuda" else 0  # a CPU is far from it
+    return Case(name, contenders, targets, bytes=3 * size, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
 
 
 def cases(device):

@@ -105,6 +105,7 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
     shape = (batch, n, classes, k, dtype)
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
     flops = 2 * batch * n * classes * k
+    size = dtype.itemsize * (classes * k * n + batch * (n + classes)) if device == "cuda" else 0  # a CPU is far from it
     for backward in (False, True):
         make = both if backward else forward
         contenders = [products(backward, shape, device)]
@@ -118,7 +119,8 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
             contenders += [make("torch.compile of the formula", compiled(formula), shape, device)]
         yield Case(f"{name}, forward{' and backward' if backward else ''}", contenders,
                    targets(contenders[1].name, contenders[0].name, "eager formula", backward),
-                   flops=3 * flops if backward else flops, seconds=8, dtype=dtype)  # fmt: skip
+                   bytes=3 * size if backward else size, flops=3 * flops if backward else flops, seconds=8,
+                   dtype=dtype)  # fmt: skip
 
 
 def large(ours, floor, eager, backward):

@@ -224,7 +224,8 @@ def contender(name, make, layer, size, dtype, device, **options):
 
 
 def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
-    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor."""
+    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor. Without `flops` it is
+    bound by memory on a GPU: the input, the output and the gradients of both."""
 
     def on(name, make, **options):
         return contender(name, make, layer, size, dtype, device, **options)
@@ -241,7 +242,11 @@ def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
         time, stretch, memory = promise
         targets = [Target(OURS, (FLOOR,), "<=", time, stretch), Target(OURS, (FLOOR,), "<=", memory, memory, "peak")]
     name = f"{name} {str(dtype).removeprefix('torch.')}"
-    return Case(name, contenders, targets, flops=flops, seconds=8, dtype=dtype)
+    moved = 0
+    if device == "cuda" and not flops:
+        _, x, dy = problem(layer, size, dtype, device)
+        moved = 2 * (x.nbytes + dy.nbytes)
+    return Case(name, contenders, targets, bytes=moved, flops=flops, seconds=8, dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- compose
