@@ -144,6 +144,7 @@ CASES = [
     Case("coding_rate few points", lambda: points(20, 48), ts.coding_rate, 1),
     Case("coding_rate_soft", soft, lambda z, w: soft_rate(z[None], w[None], 0.5), 2, halves=(), scale=2),
     Case("coding_rate_soft, K < n/d", lambda: soft(90, 20, 3), ts.coding_rate, 2, scale=2),
+    Case("coding_rate_soft, few points", lambda: soft(9, 24, 5), ts.coding_rate, 2, halves=(), scale=3),
     Case("sinkhorn", scores, lambda s: ts.sinkhorn(s, tol=tight(s), eta=0.5, max_iter=2000), 1, scale=10),
     Case("sinkhorn symmetric", lambda: scores(symmetric=True),
          lambda s: ts.sinkhorn((s + s.mT) / 2, eta=0.3, tol=tight(s), symmetric=True), 1, scale=10),

