@@ -31,7 +31,7 @@ def googletest(folder):
             source, target = SYSTEM / part, folder / "googletest" / part
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.exists():
                 shutil.copy(source, target)
         return
