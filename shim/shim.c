@@ -26,11 +26,17 @@ bool require(call *c, bool condition, const char *format, ...)
     return false;
 }
 
+/* What torch said of its last error. */
+static const char *reason(void)
+{
+    __typeof__(&torch_exception_get_what_without_backtrace) why = NEWER(torch_exception_get_what_without_backtrace);
+    return why ? why() : "torch refused (see the message it printed)";
+}
+
 static bool torch_ok(call *c, AOTITorchError error, const char *what)
 {
     if (error == 0) return true;
-    __typeof__(&torch_exception_get_what_without_backtrace) why = NEWER(torch_exception_get_what_without_backtrace);
-    return require(c, false, "%s: %s", what, why ? why() : "torch refused (see the message it printed)");
+    return require(c, false, "%s: %s", what, reason());
 }
 
 #define TORCH(call_) torch_ok(c, (call_), #call_)
@@ -128,6 +134,13 @@ bool tensors_in(call *c, StableIValue v, bool written, tensor **list, size_t *co
     return ok;
 }
 
+static size_t item_size(int32_t dtype)
+{
+    if (dtype == aoti_torch_dtype_uint8()) return 1;
+    if (dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16()) return 2;
+    return dtype == aoti_torch_dtype_float32() ? 4 : 8;
+}
+
 bool tensor_empty(call *c, tensor *t, int64_t dim, const int64_t *size, int32_t dtype, const tensor *like)
 {
     int64_t stride[8], s = 1;
@@ -136,8 +149,11 @@ bool tensor_empty(call *c, tensor *t, int64_t dim, const int64_t *size, int32_t 
         stride[i] = s;
         s *= size[i] > 0 ? size[i] : 1;
     }
-    return TORCH(aoti_torch_empty_strided(dim, size, stride, dtype, like->device, like->index, &h)) && own(c, h) &&
-           view(c, t, h) && TORCH(torch_get_mutable_data_ptr(h, &t->data));
+    if (aoti_torch_empty_strided(dim, size, stride, dtype, like->device, like->index,
+                                 &h)) /* the type of error is lost */
+        return require(c, false, "no memory for %.1f MiB of temporaries or results: %s",
+                       (double)s * (double)item_size(dtype) / (1 << 20), reason());
+    return own(c, h) && view(c, t, h) && TORCH(torch_get_mutable_data_ptr(h, &t->data));
 }
 
 bool workspace(call *c, size_t bytes, const tensor *like)
