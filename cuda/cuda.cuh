@@ -213,13 +213,14 @@ static __device__ inline double block_max(double value)
     return value;
 }
 
-/* All blocks of a cooperative launch meet; what they wrote to global memory before is seen after, by plain loads.
- * `meeting` is two words in global memory, zero before the first launch that uses them; the second counts on. */
-static __device__ inline void grid_sync(unsigned *meeting)
+/* `blocks` blocks of a cooperative launch meet; what they wrote to global memory before is seen after, by plain loads.
+ * `meeting` is two words of theirs in global memory, zero before the first launch that uses them; the second counts
+ * on. */
+static __device__ inline void blocks_sync(unsigned *meeting, unsigned blocks)
 {
     __syncthreads();
     if (thread_in_block() == 0) {
-        const unsigned blocks = gridDim.x * gridDim.y * gridDim.z, round = *(volatile unsigned *)&meeting[1];
+        const unsigned round = *(volatile unsigned *)&meeting[1];
         __threadfence();
         if (atomicAdd(&meeting[0], 1u) == blocks - 1) {
             atomicExch(&meeting[0], 0u);
@@ -231,6 +232,12 @@ static __device__ inline void grid_sync(unsigned *meeting)
         __threadfence();
     }
     __syncthreads();
+}
+
+/* All of them. */
+static __device__ inline void grid_sync(unsigned *meeting)
+{
+    blocks_sync(meeting, gridDim.x * gridDim.y * gridDim.z);
 }
 
 #endif

@@ -1,137 +1,34 @@
-/* sinkhorn.cu - a plan with given row and column sums, and the exact gradient through it, on the GPU.
+/* sinkhorn.cu - a plan with given row and column sums, and the exact gradient through it, on the GPU: one cooperative
+ * kernel each.
  *
- *     plan_ij = exp(scores_ij / eta + a_i + b_j)
+ *     plan_ij = f_i K_ij g_j,     K_ij = exp((scores_ij - max) / eta + alpha_i + beta_j), in shared memory if it fits
  *
- *     general      a <- a + w (log row - log sum_j exp(scores / eta + b) - a), then b likewise
- *     symmetric    a <- a + 11/16 (log row - log sum_j exp(scores / eta + a) - a) + (a - a before) / 32
+ *     general      f <- f q^w, q = row / (f (K g));   g <- g q^w, q = col / (g (K' f))
+ *     symmetric    f <- f q^(11/16) (f / f_before)^(1/32), q = row / (f (K f))
  *
- * in the log domain throughout, potentials in double: the sums are bound by memory, not by the exponential. For w and
- * the step see cpu/sinkhorn.c. A block a row, a block 32 columns; then a block a plan takes the errors together, moves
- * the potentials and decides whether the plan is done. The host cannot know: it launches all sweeps, and those of a
- * plan that is done return at once. Conjugate gradients likewise. A plan that does not exist is NaN.
+ * The algebra, the exponent w, the log domain and what is absorbed into K are those of cpu/sinkhorn.c. Several blocks
+ * have a plan, each some of its rows (sinkhorn_shape.h), and meet after the rows, where all learn the columns' partial
+ * sums or the next f, and after the columns, where all learn g, the error and the norm. They come to the same decisions
+ * by themselves and leave when their plan is done. A plan that does not exist is NaN.
+ *
+ * A sweep over a plan in shared memory costs its meetings and what passes through the L2 cache: f, n entries to each
+ * block, once a symmetric sweep; partial sums, an eighth of the plan to and fro, and g, twice met, of a general one. At
+ * 1024 x 1024 in float32, 33 KB a block on 128 multiprocessors, that is 0.5 MB, or 1.5 MB: the meetings' latency, of
+ * some microseconds, is what counts. Scores are read twice, the plan is written once. Streamed, K is read once a sweep,
+ * twice by a general one where eight rows for each block outgrow the L2 cache.
  */
-#include "cuda.cuh"
+#include "sinkhorn.cuh"
+#include "sinkhorn_kernel.cuh"
+#include "sinkhorn_backward.cuh"
 
-enum { COLUMNS = 32, LINES = 8 };                /* of a block that adds up columns */
-enum { MOST_STEPS = 128, SYMMETRIC_STEPS = 48 }; /* of conjugate gradients; the condition of the latter is about 2 */
-
-typedef struct progress { /* of one plan */
-    double error, norm, rate, before, first;
-    long long sweeps;
-    int sixteenths, waiting, failures, done;
-} progress;
-
-typedef struct sinkhorn_run {
-    int64_t v, m, n;
-    int symmetric;
-    double scale, tol;                  /* scale: 1 / eta */
-    double *a, *b, *last;               /* [v, m], [v, n], [v, n]: potentials, the symmetric one in a */
-    double *row_sum, *col_sum;          /* [v, m], [v, n]: logarithms of the sums without their own potential */
-    double *row_error;                  /* [v, m] */
-    double *diagonal, *rhs, *x, *p, *q; /* [v, count] conjugate gradients */
-    int64_t count;                      /* m + n, or n */
-    progress *state;                    /* [v] */
-} sinkhorn_run;
-
-/* The larger of two, or NaN if one is. */
-static __device__ inline double larger(double a, double b)
-{
-    return a != a || a >= b ? a : b;
-}
-
-template <typename T> static __device__ inline double marginal(const T *given, int64_t at)
-{
-    return given ? (double)given[at] : 1;
-}
-
-/* ---------------------------------------------------------------------------------------------------- the forward */
-
-/* Symmetric scores by their upper half, in the plan's place. */
-template <typename T> __global__ void mirror(sinkhorn_run r, const T *scores, T *plan)
-{
-    const int64_t row = blockIdx.x, i = row % r.n, first = row - i;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x)
-        plan[row * r.n + j] = scores[(first + MIN(i, j)) * r.n + MAX(i, j)];
-}
-
-/* The largest score of every row. */
-template <typename T> __global__ void row_max(sinkhorn_run r, const T *scores)
-{
-    const T *s = scores + (int64_t)blockIdx.x * r.n;
-    double most = -INFINITY;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) most = larger(most, (double)s[j]);
-    most = block_max(most);
-    if (threadIdx.x == 0) r.row_sum[blockIdx.x] = most;
-}
-
-/* Potentials to begin with: nothing, but for the largest score of the plan. */
-static __global__ void begin(sinkhorn_run r)
-{
-    const int64_t v = blockIdx.x;
-    double most = -INFINITY;
-    for (int64_t i = threadIdx.x; i < r.m; i += blockDim.x) most = larger(most, r.row_sum[v * r.m + i]);
-    most = block_max(most) * r.scale;
-    for (int64_t i = threadIdx.x; i < r.m; i += blockDim.x) r.a[v * r.m + i] = r.symmetric ? -most / 2 : -most;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) {
-        r.b[v * r.n + j] = 0;
-        r.last[v * r.n + j] = -most / 2;
-    }
-    if (threadIdx.x > 0) return;
-    progress s = {};
-    s.sixteenths = 16;
-    r.state[v] = s;
-}
-
-/* log sum_j exp(scores_ij / eta + b_j) and, if it moves, a. */
-template <typename T> __global__ void row_sweep(sinkhorn_run r, const T *scores, const T *row, int move)
-{
-    const int64_t at = blockIdx.x, v = at / r.m;
-    const progress *state = &r.state[v];
-    if (state->done) return;
-    const T *s = scores + at * r.n;
-    const double *b = r.symmetric ? r.a + v * r.m : r.b + v * r.n;
-    double most = -INFINITY, sum = 0;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) most = larger(most, (double)s[j] * r.scale + b[j]);
-    most = block_max(most);
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x)
-        sum += (double)exp((acc_t<T>)((double)s[j] * r.scale + b[j] - most));
-    sum = most + log(block_sum(sum));
-    if (threadIdx.x > 0) return;
-    r.row_sum[at] = sum;
-    if (r.symmetric) return;
-    const double target = log(marginal(row, at)), w = state->sixteenths / 16.0;
-    if (move) r.a[at] += w * (target - sum - r.a[at]);
-    r.row_error[at] = fabs(exp(r.a[at] + sum - target) - 1);
-}
-
-/* log sum_i exp(scores_ij / eta + a_i) */
-template <typename T> __global__ void col_sweep(sinkhorn_run r, const T *scores)
-{
-    __shared__ double part_most[LINES][COLUMNS], part_sum[LINES][COLUMNS];
-    const int64_t tiles = CEIL_DIV(r.n, (int64_t)COLUMNS), v = blockIdx.x / tiles;
-    const int64_t j = blockIdx.x % tiles * COLUMNS + threadIdx.x;
-    if (r.state[v].done) return;
-    const T *s = scores + v * r.m * r.n + j;
-    const double *a = r.a + v * r.m;
-    double most = -INFINITY, sum = 0;
-    if (j < r.n) {
-        for (int64_t i = threadIdx.y; i < r.m; i += LINES) most = larger(most, (double)s[i * r.n] * r.scale + a[i]);
-        for (int64_t i = threadIdx.y; i < r.m && most > -INFINITY; i += LINES)
-            sum += (double)exp((acc_t<T>)((double)s[i * r.n] * r.scale + a[i] - most));
-    }
-    part_most[threadIdx.y][threadIdx.x] = most, part_sum[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y > 0 || j >= r.n) return;
-    for (int line = 0; line < LINES; line++) most = larger(most, part_most[line][threadIdx.x]);
-    sum = 0;
-    for (int line = 0; line < LINES; line++)
-        if (part_sum[line][threadIdx.x] > 0)
-            sum += part_sum[line][threadIdx.x] * exp(part_most[line][threadIdx.x] - most);
-    r.col_sum[v * r.n + j] = most + log(sum);
-}
+/* The exponent w of the general sweep, learnt from how fast the error falls. */
+typedef struct relaxation {
+    int sixteenths, waiting, failures; /* sweeps before the next change */
+    double norm, rate;
+} relaxation;
 
 /* As in cpu/sinkhorn.c. */
-static __device__ void relax(progress *w, double error, double norm)
+static __device__ void relax(relaxation *w, double error, double norm)
 {
     const double omega = w->sixteenths / 16.0, before = w->rate, rate = w->norm > 0 ? norm / w->norm : 0;
     w->norm = norm, w->rate = rate, w->waiting++;
@@ -147,290 +44,297 @@ static __device__ void relax(progress *w, double error, double norm)
     if (best > w->sixteenths) w->sixteenths = best, w->waiting = -2;
 }
 
-/* The plan's error; unless it is done, the next b (symmetric: a). */
-template <typename T>
-__global__ void decide(sinkhorn_run r, const T *marginals, int last, int half_steps, int made, double *error,
-                       int64_t *sweeps)
+/* ------------------------------------------------------------------------------------------------------ the sweeps */
+
+/* q^(sixteenths / 16) by square roots */
+template <typename T> static __device__ inline T power(T q, int sixteenths)
 {
-    const int64_t v = blockIdx.x, n = r.n;
-    progress state = r.state[v];
-    if (state.done) return;
-    double *b = r.symmetric ? r.a + v * n : r.b + v * n;
-    const double *sums = r.symmetric ? r.row_sum + v * n : r.col_sum + v * n;
-    double most = 0, squares = 0;
-    for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-        const double e = exp(b[j] + sums[j]) / marginal(marginals, v * n + j) - 1;
-        most = larger(most, fabs(e));
-        squares += e * e;
+    T y = sixteenths & 16 ? q : (T)1;
+    for (int bit = 8; bit > 0; bit /= 2) {
+        if (!(sixteenths & (2 * bit - 1))) break;
+        q = sqrt(q);
+        if (sixteenths & bit) y *= q;
     }
-    for (int64_t i = threadIdx.x; i < r.m && !r.symmetric; i += blockDim.x)
-        most = larger(most, r.row_error[v * r.m + i]);
-    most = block_max(most);
-    squares = block_sum(squares);
-    state.error = most;
-    state.done = last || (most <= r.tol && !half_steps);
-    if (r.symmetric) state.sweeps += !state.done;
-    else {
-        state.sweeps += made;
-        if (!state.done && !half_steps) relax(&state, most, sqrt(squares));
-    }
-    const double w = r.symmetric ? (state.sweeps == 1 ? 0.5 : 11.0 / 16) : state.sixteenths / 16.0;
-    for (int64_t j = threadIdx.x; j < n && !state.done; j += blockDim.x) {
-        const double now = b[j], step = w * (log(marginal(marginals, v * n + j)) - sums[j] - now);
-        double *before = &r.last[v * n + j];
-        b[j] = now + step + (r.symmetric && state.sweeps > 1 ? (now - *before) / 32 : 0);
-        *before = r.symmetric && state.sweeps == 1 ? b[j] : now;
-    }
-    __syncthreads(); /* every thread has read the state */
-    if (threadIdx.x > 0) return;
-    r.state[v] = state;
-    error[v] = state.error, sweeps[v] = state.sweeps;
+    return y;
 }
 
-template <typename T> __global__ void write_plan(sinkhorn_run r, const T *scores, T *plan)
+/* |x y / target - 1|; NaN of an empty row or column. */
+template <typename T> static __device__ inline double off(T x, double y, T target)
 {
-    const int64_t at = blockIdx.x, v = at / r.m;
-    const double a = r.a[at], *b = r.symmetric ? r.a + v * r.m : r.b + v * r.n;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x)
-        plan[at * r.n + j] = (T)exp((acc_t<T>)((double)scores[at * r.n + j] * r.scale + (a + b[j])));
+    return y > 0 ? (double)x * y / (double)target - 1 : NAN;
 }
 
-template <typename T> static subspace_status forward(subspace_ctx *ctx, const subspace_sinkhorn_args *a, sinkhorn_run r)
+/* How far x is from 1, of either side. */
+template <typename T> static __device__ inline double far(T x)
 {
-    const unsigned rows = (unsigned)(r.v * r.m), plans = (unsigned)r.v;
-    const unsigned columns = (unsigned)(r.v * CEIL_DIV(r.n, (int64_t)COLUMNS));
-    const int64_t sweeps = a->half_steps ? (a->half_steps + 1) / 2 : a->max_iter;
-    const T *scores = (const T *)a->scores, *row = (const T *)a->row, *col = (const T *)a->col;
-    T *plan = (T *)a->plan;
-    if (r.symmetric) {
-        LAUNCH(ctx, mirror<T>, rows, ROW_THREADS, 0, r, scores, plan);
-        scores = plan;
-    }
-    LAUNCH(ctx, row_max<T>, rows, ROW_THREADS, 0, r, scores);
-    LAUNCH(ctx, begin, plans, ROW_THREADS, 0, r);
-    for (int64_t sweep = 0; sweep <= sweeps;
-         sweep++) { /* the last only looks: of a symmetric plan, or where none is made */
-        if (!r.symmetric && sweep == sweeps && sweeps > 0) break;
-        const int last = r.symmetric ? sweep == sweeps : sweep + 1 >= sweeps;
-        LAUNCH(ctx, row_sweep<T>, rows, ROW_THREADS, 0, r, scores, row, (int)(sweeps > 0));
-        if (!r.symmetric) LAUNCH(ctx, col_sweep<T>, columns, dim3(COLUMNS, LINES), 0, r, scores);
-        LAUNCH(ctx, decide<T>, plans, ROW_THREADS, 0, r, r.symmetric ? row : col, last, (int)(a->half_steps > 0),
-               (int)(sweeps > 0), a->error, a->sweeps);
-    }
-    LAUNCH(ctx, write_plan<T>, rows, ROW_THREADS, 0, r, scores, plan);
-    return SUBSPACE_OK;
+    return (double)(x > 1 / x ? x : 1 / x);
 }
 
-/* --------------------------------------------------------------------------------------------------- the backward */
-
-/* Row sums of P and P o G (symmetric: of P o (G + G')/2). */
-template <typename T> __global__ void row_sums(sinkhorn_run r, const T *plan, const T *dplan)
+/* f <- f (row / (f K g))^w; the columns' sums K' f of the new f, of each tile. */
+template <typename T> static __device__ inline void sweep(const sinkhorn_run<T> &r, int sixteenths)
 {
-    const int64_t at = blockIdx.x, v = at / r.m, i = at % r.m;
-    double sum = 0, sum_g = 0;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) {
-        const double p = (double)plan[at * r.n + j];
-        double g = (double)dplan[at * r.n + j];
-        if (r.symmetric) g = 0.5 * (g + (double)dplan[(v * r.n + j) * r.n + i]);
-        sum += p, sum_g += p * g;
-    }
-    sum = block_sum(sum), sum_g = block_sum(sum_g);
-    if (threadIdx.x > 0) return;
-    r.diagonal[v * r.count + i] = sum, r.rhs[v * r.count + i] = sum_g;
-}
-
-/* Sum of a block's lines for each of its columns, in their order. */
-static __device__ inline double join(double value)
-{
-    __shared__ double part[LINES][COLUMNS];
-    part[threadIdx.y][threadIdx.x] = value;
-    __syncthreads();
-    double sum = 0;
-    for (int line = 0; line < LINES; line++) sum += part[line][threadIdx.x];
-    __syncthreads();
-    return sum;
-}
-
-template <typename T> __global__ void col_sums(sinkhorn_run r, const T *plan, const T *dplan)
-{
-    const int64_t tiles = CEIL_DIV(r.n, (int64_t)COLUMNS), v = blockIdx.x / tiles;
-    const int64_t j = blockIdx.x % tiles * COLUMNS + threadIdx.x;
-    double sum = 0, sum_g = 0;
-    for (int64_t i = threadIdx.y; i < r.m && j < r.n; i += LINES) {
-        const int64_t at = (v * r.m + i) * r.n + j;
-        sum += (double)plan[at], sum_g += (double)plan[at] * (double)dplan[at];
-    }
-    sum = join(sum), sum_g = join(sum_g);
-    if (threadIdx.y > 0 || j >= r.n) return;
-    r.diagonal[v * r.count + r.m + j] = sum, r.rhs[v * r.count + r.m + j] = sum_g;
-}
-
-/* q = R x + P y of p = (x, y), or (R + P) p */
-template <typename T> __global__ void row_product(sinkhorn_run r, const T *plan)
-{
-    const int64_t at = blockIdx.x, v = at / r.m, i = at % r.m;
-    if (r.state[v].done) return;
-    const double *p = r.p + v * r.count, *y = r.symmetric ? p : p + r.m;
-    double sum = 0;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) sum += (double)plan[at * r.n + j] * y[j];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) r.q[v * r.count + i] = r.diagonal[v * r.count + i] * p[i] + sum;
-}
-
-/* q = P' x + C y */
-template <typename T> __global__ void col_product(sinkhorn_run r, const T *plan)
-{
-    const int64_t tiles = CEIL_DIV(r.n, (int64_t)COLUMNS), v = blockIdx.x / tiles;
-    const int64_t j = blockIdx.x % tiles * COLUMNS + threadIdx.x;
-    if (r.state[v].done) return;
-    const double *x = r.p + v * r.count;
-    double sum = 0;
-    for (int64_t i = threadIdx.y; i < r.m && j < r.n; i += LINES) sum += (double)plan[(v * r.m + i) * r.n + j] * x[i];
-    sum = join(sum);
-    if (threadIdx.y > 0 || j >= r.n) return;
-    r.q[v * r.count + r.m + j] = r.diagonal[v * r.count + r.m + j] * x[r.m + j] + sum;
-}
-
-/* One step of conjugate gradients; before the first only its direction. */
-static __global__ void conjugate_gradients(sinkhorn_run r, int first, double enough)
-{
-    const int64_t v = blockIdx.x, base = v * r.count;
-    progress state = r.state[v];
-    if (!first && state.done) return;
-    double inner = 0, alpha = 0;
-    if (!first) {
-        for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) inner += r.p[base + i] * r.q[base + i];
-        inner = block_sum(inner);
-        state.done = !(inner > 0); /* nothing but the null space is left */
-        alpha = state.done ? 0 : state.before / inner;
-    }
-    inner = 0;
-    for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) {
-        r.x[base + i] = first ? 0 : r.x[base + i] + alpha * r.p[base + i];
-        if (!first) r.rhs[base + i] -= alpha * r.q[base + i];
-        inner += r.rhs[base + i] * r.rhs[base + i] / r.diagonal[base + i];
-    }
-    inner = block_sum(inner);
-    if (first) state.first = inner, state.done = 0;
-    state.done = state.done || !(inner > enough * enough * state.first);
-    const double beta = first ? 0 : inner / state.before;
-    for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x)
-        r.p[base + i] = r.rhs[base + i] / r.diagonal[base + i] + (first ? 0 : beta * r.p[base + i]);
-    state.before = inner;
-    __syncthreads(); /* every thread has read the state */
-    if (threadIdx.x == 0) r.state[v] = state;
-}
-
-/* The multiple of the null vector that makes sum x = sum y; half steps: x = rhs / row, y = 0. Then drow and dcol. */
-template <typename T> __global__ void finish(sinkhorn_run r, const T *row, int half_steps, T *drow, T *dcol)
-{
-    const int64_t v = blockIdx.x, base = v * r.count;
-    double shift = 0;
-    if (!half_steps && !r.symmetric) {
-        for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) shift += i < r.m ? r.x[base + i] : -r.x[base + i];
-        shift = block_sum(shift) / (double)r.count;
-    }
-    for (int64_t i = threadIdx.x; i < r.count; i += blockDim.x) {
-        double x = r.x[base + i] + (i < r.m ? -shift : shift);
-        if (half_steps) x = i < r.m ? r.rhs[base + i] / marginal(row, v * r.m + i) : 0;
-        r.x[base + i] = x;
-        if (i < r.m && drow) drow[v * r.m + i] = (T)(r.symmetric ? 2 * x : x);
-        if (i >= r.m && dcol) dcol[v * r.n + i - r.m] = (T)x;
-    }
-    for (int64_t j = threadIdx.x; j < r.n && r.symmetric && dcol; j += blockDim.x) dcol[v * r.n + j] = 0;
-}
-
-/* dscores = P o (G - x_i - y_j) / eta */
-template <typename T> __global__ void write(sinkhorn_run r, const T *plan, const T *dplan, T *dscores)
-{
-    const int64_t at = blockIdx.x, v = at / r.m, i = at % r.m;
-    const double *x = r.x + v * r.count, *y = r.symmetric ? x : x + r.m;
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) {
-        double g = (double)dplan[at * r.n + j];
-        if (r.symmetric) g = 0.5 * (g + (double)dplan[(v * r.n + j) * r.n + i]);
-        dscores[at * r.n + j] = (T)(r.scale * (double)plan[at * r.n + j] * (g - (x[i] + y[j])));
-    }
-}
-
-template <typename T>
-static subspace_status backward(subspace_ctx *ctx, const subspace_sinkhorn_args *a, sinkhorn_run r)
-{
-    const unsigned rows = (unsigned)(r.v * r.m), plans = (unsigned)r.v;
-    const unsigned columns = (unsigned)(r.v * CEIL_DIV(r.n, (int64_t)COLUMNS));
-    const int half = a->half_steps > 0, steps = half ? 0 : r.symmetric ? SYMMETRIC_STEPS : MOST_STEPS;
-    const double enough = a->dtype == SUBSPACE_F64 ? 1e-13 : 1e-7;
-    const T *plan = (const T *)a->plan, *dplan = (const T *)a->dplan;
-    LAUNCH(ctx, row_sums<T>, rows, ROW_THREADS, 0, r, plan, dplan);
-    if (!r.symmetric) LAUNCH(ctx, col_sums<T>, columns, dim3(COLUMNS, LINES), 0, r, plan, dplan);
-    for (int step = 0; step <= steps && !half; step++) {
-        if (step > 0) {
-            LAUNCH(ctx, row_product<T>, rows, ROW_THREADS, 0, r, plan);
-            if (!r.symmetric) LAUNCH(ctx, col_product<T>, columns, dim3(COLUMNS, LINES), 0, r, plan);
+    const combination<T> g = {r.x[r.now], NULL, 0};
+    double error = 0, logs = 0;
+    for (int64_t t0 = r.first; t0 < r.last; t0 += span_of(r)) {
+        const int64_t t1 = MIN(r.last, t0 + span_of(r));
+        for (int64_t i = t0 * r.shape.rows + warp_of(); i < MIN(r.end, t1 * r.shape.rows); i += WARPS) {
+            const T target = marginal(r.row, r.at * r.m + i), f = r.f[i];
+            const double y = row_product(row_of(r, i), r.n, r.wide, g);
+            const T to = f * power((T)((double)target / ((double)f * y)), sixteenths);
+            __syncwarp();
+            if (lane_of() == 0) r.f[i] = to;
+            error = larger(error, fabs(off(to, y, target)));
+            logs = larger(logs, far(to));
         }
-        LAUNCH(ctx, conjugate_gradients, plans, ROW_THREADS, 0, r, (int)(step == 0), enough);
+        __syncthreads();
+        tile_sums<true>(r, t0, t1, (const T *)r.f);
     }
-    LAUNCH(ctx, finish<T>, plans, ROW_THREADS, 0, r, (const T *)a->row, half, (T *)a->drow, (T *)a->dcol);
-    if (a->dscores) LAUNCH(ctx, write<T>, rows, ROW_THREADS, 0, r, plan, dplan, (T *)a->dscores);
-    return SUBSPACE_OK;
+    report(r, 0, error, logs);
+}
+
+/* The columns' sums, their errors, and g <- g (col / (g K' f))^w, the next. */
+template <typename T> static __device__ inline void columns(const sinkhorn_run<T> &r, int sixteenths)
+{
+    const T *g = r.x[r.now];
+    T *next = r.x[r.now ^ 1];
+    double error = 0, logs = 0;
+    for (int64_t s = first_strip(r); s < r.shape.strips; s += strip_step(r)) {
+        const int64_t j = strip_column(s);
+        const double y = strip_total<false>(r, r.partial[0], s);
+        double e = 0;
+        if (owner(r, j)) {
+            const T target = marginal(r.col, r.at * r.n + j);
+            const T to = g[j] * power((T)((double)target / ((double)g[j] * y)), sixteenths);
+            next[j] = to, r.y[j] = y;
+            e = off(g[j], y, target);
+            error = larger(error, fabs(e));
+            logs = larger(logs, far(to));
+        }
+        e = warp_sum(e * e);
+        if (lane_of() == 0) r.sums[0][s] = e;
+    }
+    report(r, 1, error, logs);
+}
+
+/* The next g once more, with another exponent. */
+template <typename T> static __device__ inline void columns_again(const sinkhorn_run<T> &r, int sixteenths)
+{
+    double logs = 0;
+    for (int64_t s = first_strip(r); s < r.shape.strips; s += strip_step(r)) {
+        const int64_t j = strip_column(s);
+        if (!owner(r, j)) continue;
+        const T target = marginal(r.col, r.at * r.n + j), g = r.x[r.now][j];
+        const T to = g * power((T)((double)target / ((double)g * r.y[j])), sixteenths);
+        r.x[r.now ^ 1][j] = to;
+        logs = larger(logs, far(to));
+    }
+    report(r, 0, 0, logs);
+}
+
+/* False if the plan does not exist. */
+template <typename T>
+static __device__ inline bool iterate(sinkhorn_run<T> &r, double high, int64_t left, double *error, int64_t *sweeps)
+{
+    __shared__ relaxation w;
+    if (threadIdx.x == 0) w = relaxation{16, 0, 0, 0, 0};
+    __syncthreads();
+    for (;; left--) {
+        const int sixteenths = w.sixteenths;
+        sweep(r, left > 0 ? sixteenths : 0); /* 0: only look */
+        meet(r);
+        columns(r, sixteenths);
+        meet(r);
+        const double2 most = collect(r, 2);
+        const double norm = sqrt(add_up(r.sums[0], r.shape.strips));
+        double logs = most.y;
+        *error = most.x;
+        if (most.x != most.x) return false;
+        *sweeps += left > 0;
+        if (left <= 1 || (most.x <= r.tol && r.half_steps == 0)) return true;
+        if (threadIdx.x == 0 && r.half_steps == 0) relax(&w, most.x, norm);
+        __syncthreads();
+        if (w.sixteenths != sixteenths) { /* seldom */
+            columns_again(r, w.sixteenths);
+            meet(r);
+            logs = larger(logs, collect(r, 1).y);
+        }
+        if (logs > domain<T>::LIMIT) absorb(r, high);
+        flip(&r.now);
+    }
+}
+
+/* The next f of a symmetric plan; `fresh`: nothing is known of where it came from. */
+template <typename T>
+static __device__ inline void sweep_symmetric(const sinkhorn_run<T> &r, int sixteenths, bool fresh)
+{
+    const T *f = r.x[r.now];
+    T *next = r.x[r.now ^ 1]; /* f before */
+    const combination<T> g = {f, NULL, 0};
+    double error = 0, logs = 0;
+    for (int64_t i = r.begin + warp_of(); i < r.end; i += WARPS) {
+        const T target = marginal(r.row, r.at * r.m + i), fi = f[i], turn = fresh ? (T)1 : fi / next[i];
+        const double y = row_product(row_of(r, i), r.n, r.wide, g);
+        T to = fi * power((T)((double)target / ((double)fi * y)), sixteenths);
+        to *= 1 + ((turn < 2 ? turn : (T)2) - 1) / 32;
+        __syncwarp();
+        if (lane_of() == 0) next[i] = to;
+        error = larger(error, fabs(off(fi, y, target)));
+        logs = larger(logs, far(to));
+    }
+    report(r, 0, error, logs);
+}
+
+template <typename T>
+static __device__ inline bool iterate_symmetric(sinkhorn_run<T> &r, double high, double *error, int64_t *sweeps)
+{
+    bool fresh = true;
+    for (;; ++*sweeps) {
+        /* from 1 the plain step, which sets the scale at once */
+        sweep_symmetric(r, *sweeps ? 11 : 8, fresh);
+        meet(r);
+        const double2 most = collect(r, 1);
+        *error = most.x;
+        if (most.x != most.x) return false;
+        if (most.x <= r.tol || *sweeps == r.max_iter) return true;
+        fresh = *sweeps == 0 || most.y > domain<T>::LIMIT;
+        if (most.y > domain<T>::LIMIT) absorb(r, high);
+        flip(&r.now);
+    }
+}
+
+template <typename T> static __device__ inline bool solve(sinkhorn_run<T> &r, double *error, int64_t *sweeps)
+{
+    int64_t left = r.half_steps ? (r.half_steps + 1) / 2 : r.max_iter;
+    double high;
+    for (int64_t i = r.begin + threadIdx.x; i < r.end; i += THREADS) r.f[i] = 1, r.alpha[i] = 0;
+    for (int64_t s = first_strip(r); s < r.shape.strips; s += strip_step(r)) {
+        const int64_t j = strip_column(s);
+        if (owner(r, j)) r.x[0][j] = 1, r.beta[j] = 0;
+    }
+    const double range = inspect(r, &high);
+    if (!(range >= 0)) return false;
+    if (range > domain<T>::RANGE && left > 0) {
+        fill<false>(r, high);
+        if (!log_sweeps(r)) return false;
+        left--;
+        if (!r.symmetric) ++*sweeps;
+    }
+    if (r.symmetric && threadIdx.x == 0) r.beta = r.alpha;
+    __syncthreads();
+    fill<true>(r, high);
+    return r.symmetric ? iterate_symmetric(r, high, error, sweeps) : iterate(r, high, left, error, sweeps);
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(THREADS, SINKHORN_TOGETHER) project(const sinkhorn_run<T> all)
+{
+    DYNAMIC_SHARED(shared);
+    __shared__ sinkhorn_run<T> r;
+    if (threadIdx.x == 0) {
+        r = all;
+        join_group(r);
+    }
+    __syncthreads();
+    for (int64_t v = r.group; v < all.v; v += all.shape.groups) {
+        double error = NAN;
+        int64_t sweeps = 0;
+        meet(r); /* nobody needs the last plan's vectors any more */
+        if (threadIdx.x == 0) take_plan(r, v, (T *)shared);
+        __syncthreads();
+        const bool exists = solve(r, &error, &sweeps);
+        write_plan(r, exists);
+        if (r.rank == 0 && threadIdx.x == 0) all.error[v] = exists ? error : NAN, all.sweeps[v] = sweeps;
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------ the batch */
 
-static void lay_out(sinkhorn_run *r, const subspace_sinkhorn_args *a, bool backward, char *base, size_t *bytes)
+template <typename T>
+static void lay_out(sinkhorn_run<T> *r, const subspace_sinkhorn_args *a, const device_limits *limits, bool backward,
+                    char *base, size_t *bytes)
 {
-    *r = sinkhorn_run{};
-    r->v = a->v, r->m = a->m, r->n = a->n;
-    r->symmetric = a->symmetric == SUBSPACE_SYMMETRIC && a->half_steps == 0; /* nobody looks here */
-    r->scale = 1 / a->eta, r->tol = a->tol;
-    r->count = r->symmetric ? r->n : r->m + r->n;
-    r->state = (progress *)carve(base, bytes, r->v, sizeof(progress));
+    *r = sinkhorn_run<T>{};
+    r->v = a->v, r->m = a->m, r->n = a->n, r->max_iter = a->max_iter, r->half_steps = a->half_steps;
+    r->given = a->symmetric, r->scale = MIN(1 / a->eta, 1e30), r->tol = a->tol;
+    r->scores = (const T *)a->scores, r->row = (const T *)a->row, r->col = (const T *)a->col;
+    r->plan = (T *)a->plan, r->error = a->error, r->sweeps = a->sweeps;
+    r->dplan = (const T *)a->dplan, r->dscores = (T *)a->dscores, r->drow = (T *)a->drow, r->dcol = (T *)a->dcol;
+    r->shape = sinkhorn_shape_of(a->v, a->m, a->n, sizeof(T), limits->multiprocessors, (int64_t)limits->shared);
+    r->columns = sinkhorn_parts(a->m * (int64_t)sizeof(T), 16) * 16 / (int64_t)sizeof(T);
+    const int64_t m = a->m, n = a->n, partial = r->shape.tiles * r->shape.ld;
+    r->meeting = (unsigned *)carve(base, bytes, r->shape.groups * MEETING, sizeof(unsigned));
+    const size_t group = *bytes;
+    for (double *&sums : r->sums) sums = (double *)carve(base, bytes, r->shape.tiles + r->shape.strips, sizeof(double));
+    r->y = (double *)carve(base, bytes, n, sizeof(double));
+    r->f = (T *)carve(base, bytes, m, sizeof(T));
+    r->partial[0] = (T *)carve(base, bytes, partial, sizeof(T));
     if (backward) {
-        double **vectors[] = {&r->diagonal, &r->rhs, &r->x, &r->p, &r->q};
-        for (double **vector : vectors) *vector = (double *)carve(base, bytes, r->v * r->count, sizeof(double));
-        return;
+        r->partial[1] = (T *)carve(base, bytes, partial, sizeof(T));
+        r->term = (double *)carve(base, bytes, m, sizeof(double));
+        T **vectors[] = {&r->diagonal, &r->rhs, &r->z, &r->p[0], &r->p[1], &r->s};
+        for (T **vector : vectors) *vector = (T *)carve(base, bytes, r->columns + n, sizeof(T));
+    } else {
+        r->report = (double2 *)carve(base, bytes, 4 * r->shape.blocks, sizeof(double2));
+        r->logs[0] = (double *)carve(base, bytes, m, sizeof(double));
+        r->logs[1] = (double *)carve(base, bytes, n, sizeof(double));
+        for (T *&x : r->x) x = (T *)carve(base, bytes, n, sizeof(T));
     }
-    double **per_row[] = {&r->a, &r->row_sum, &r->row_error}, **per_column[] = {&r->b, &r->last, &r->col_sum};
-    for (double **vector : per_row) *vector = (double *)carve(base, bytes, r->v * r->m, sizeof(double));
-    for (double **vector : per_column) *vector = (double *)carve(base, bytes, r->v * r->n, sizeof(double));
+    r->bytes = *bytes - group;
+    *bytes = group + (size_t)r->shape.groups * r->bytes;
 }
 
-extern "C" size_t subspace_sinkhorn_workspace_cuda(const subspace_ctx *, const subspace_sinkhorn_args *a)
+template <typename T> static size_t bytes_of(const subspace_sinkhorn_args *a, const device_limits *limits)
 {
     size_t forward = 0, backward = 0;
-    sinkhorn_run r;
-    if (a->v <= 0 || a->m <= 0 || a->n <= 0) return 0;
-    lay_out(&r, a, false, NULL, &forward);
-    lay_out(&r, a, true, NULL, &backward);
+    sinkhorn_run<T> r;
+    lay_out(&r, a, limits, false, NULL, &forward);
+    lay_out(&r, a, limits, true, NULL, &backward);
     return MAX(forward, backward);
 }
 
-static subspace_status prepare(subspace_ctx *ctx, const subspace_sinkhorn_args *a, bool backward, sinkhorn_run *r)
+extern "C" size_t subspace_sinkhorn_workspace_cuda(const subspace_ctx *ctx, const subspace_sinkhorn_args *a)
 {
+    subspace_ctx own = *ctx; /* for a message that the launch will have again */
+    device_limits limits;
+    if (a->v <= 0 || a->m <= 0 || a->n <= 0 || limits_of(&own, &limits) != SUBSPACE_OK) return 0;
+    return a->dtype == SUBSPACE_F64 ? bytes_of<double>(a, &limits) : bytes_of<float>(a, &limits);
+}
+
+template <typename T> static subspace_status launch(subspace_ctx *ctx, const subspace_sinkhorn_args *a, bool backward)
+{
+    void (*const kernel)(sinkhorn_run<T>) = backward ? differentiate<T> : project<T>;
+    sinkhorn_run<T> r;
+    device_limits limits;
     size_t bytes = 0;
-    TRY(subspace_sinkhorn_check(ctx, a));
-    CHECK(ctx, (double)a->v * (double)MAX(a->m, a->n) <= INT32_MAX, SUBSPACE_INVALID_ARGUMENT,
-          "sinkhorn: %lld plans of %lld x %lld are too many at once", (long long)a->v, (long long)a->m,
-          (long long)a->n);
-    lay_out(r, a, backward, (char *)ctx->workspace, &bytes);
-    CHECK(ctx, a->v == 0 || bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
+    int64_t resident;
+    TRY(limits_of(ctx, &limits));
+    lay_out(&r, a, &limits, backward, (char *)ctx->workspace, &bytes);
+    CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "sinkhorn: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
+    TRY(resident_blocks(ctx, &limits, kernel, THREADS, r.shape.shared, &resident));
+    CHECK(ctx, resident >= r.shape.blocks, SUBSPACE_CUDA,
+          "sinkhorn: a plan needs %lld blocks at once, the device has room for %lld", (long long)r.shape.blocks,
+          (long long)resident);
+    r.shape.groups = MIN(r.shape.groups, resident / r.shape.blocks);
+    CUDA(ctx,
+         cudaMemsetAsync(r.meeting, 0, (size_t)r.shape.groups * MEETING * sizeof(unsigned), (cudaStream_t)ctx->stream));
+    LAUNCH_COOPERATIVE(ctx, kernel, (unsigned)(r.shape.groups * r.shape.blocks), THREADS, r.shape.shared, r);
     return SUBSPACE_OK;
+}
+
+static subspace_status start(subspace_ctx *ctx, const subspace_sinkhorn_args *a, bool backward)
+{
+    TRY(subspace_sinkhorn_check(ctx, a));
+    if (a->v == 0) return SUBSPACE_OK;
+    return a->dtype == SUBSPACE_F64 ? launch<double>(ctx, a, backward) : launch<float>(ctx, a, backward);
 }
 
 extern "C" subspace_status subspace_sinkhorn_cuda(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
 {
-    sinkhorn_run r;
-    TRY(prepare(ctx, a, false, &r));
-    if (a->v == 0) return SUBSPACE_OK;
-    if (a->dtype == SUBSPACE_F64) return forward<double>(ctx, a, r);
-    return forward<float>(ctx, a, r);
+    return start(ctx, a, false);
 }
 
 extern "C" subspace_status subspace_sinkhorn_backward_cuda(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
 {
-    sinkhorn_run r;
-    TRY(prepare(ctx, a, true, &r));
-    if (a->v == 0) return SUBSPACE_OK;
-    if (a->dtype == SUBSPACE_F64) return backward<double>(ctx, a, r);
-    return backward<float>(ctx, a, r);
+    return start(ctx, a, true);
 }

@@ -38,9 +38,8 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
             then m = n.
         symmetric: True promises that scores equal their transpose (up to rounding: the upper half is taken) and that
             col = row. That halves the work, and the gradient is that of a symmetric argument, itself symmetric.
-            None: on a CPU it is found out, to a few units of rounding, and the gradient stays the general one; the
+            None: it is found out, plan by plan, to a few units of rounding, and the gradient stays the general one; the
             symmetric sweeps suit scores like |cosines|, while indefinite ones can take many more than False does.
-            Elsewhere None means False.
         mode: "implicit", or "cpp" for what the public code of MLC and CPP computes: from potentials of 0 five half
             steps, rows, columns, rows, columns, rows, so that only the row sums are exact; each column potential is a
             constant to the gradient, which is that of the last row normalisation. ``tol``, ``max_iter`` and
@@ -85,9 +84,7 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         _check_sums(row, col, wide)
     if transformed():
         return _eager(wide, row, col, eta, int(max_iter), bool(symmetric), cpp)
-    how = _GENERAL if cpp or symmetric is False or wide.device.type != "cpu" else _SYMMETRIC if symmetric else _LOOK
-    if symmetric and not cpp:
-        how = _SYMMETRIC
+    how = _GENERAL if cpp or symmetric is False else _SYMMETRIC if symmetric else _LOOK
     empty = wide.new_empty(0)
     flat = [empty if t is None else t.expand(*wide.shape[:-2], t.shape[-1]).reshape(-1, t.shape[-1])
             for t in (row, col)]

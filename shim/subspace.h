@@ -295,7 +295,7 @@ subspace_status subspace_coding_rate_soft_backward_cuda(subspace_ctx *, const su
 typedef enum subspace_symmetry {
     SUBSPACE_GENERAL,
     SUBSPACE_SYMMETRIC, /* promised: m = n, col is not read, the gradient is that of a symmetric scores */
-    SUBSPACE_LOOK       /* the CPU kernel looks, and solves the easier problem if so; the gradient is the general one */
+    SUBSPACE_LOOK       /* the kernel looks, and solves the easier problem if so; the gradient is the general one */
 } subspace_symmetry;
 
 typedef struct subspace_sinkhorn_args {
