@@ -52,7 +52,7 @@ asan: native-asan ## the native tests under the address and undefined-behaviour 
 cuda-on-cpu: $(VENV)/.ready ## the native tests on the CUDA kernels, run on a CPU: tests/native/cuda_on_cpu
 	cmake --preset release -DPython3_EXECUTABLE=$(abspath $(py))
 	cmake --build --preset release --parallel
-	ctest --preset release -L cuda_on_cpu
+	ctest --test-dir build/release --output-on-failure -j 2 -L cuda_on_cpu
 
 cuda-race: native-race ## the same under the thread sanitizer: two GPU threads that no barrier orders are reported; slow
 
