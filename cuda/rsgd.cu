@@ -10,7 +10,7 @@
  *
  * A class belongs to the blocks of a cluster, each with a slice of its columns in shared memory: they exchange their
  * shares of the Gram matrix, and each does the k x k part for itself (rsgd_shape.h: who has how much). For k = 8,
- * n = 2048, float32 that is two blocks of 73 KiB, three blocks a multiprocessor: 198 of 1000 classes are at work on an
+ * n = 2048, float32 that is two blocks of 72 KiB, three blocks a multiprocessor: 198 of 1000 classes are at work on an
  * H200, which must turn one over every 14 us to keep up with its memory; load, algebra and store of different
  * classes overlap. 20 k n bytes a class: 328 MB, 73 us at 4.5 TB/s. What does not fit, or has no clusters, sweeps over
  * memory twice, tile by tile.
@@ -131,7 +131,7 @@ template <typename T, bool LARGE> static __device__ inline bool step_class(rsgd_
 }
 
 template <typename T, bool LARGE>
-__global__ void __launch_bounds__(RSGD_THREADS, sizeof(T) == 4 && !LARGE ? RSGD_FULL : 1)
+__global__ void __launch_bounds__(RSGD_THREADS, sizeof(T) == 4 && !LARGE ? RSGD_FULL : 2)
     step_classes(const __grid_constant__ rsgd_chunk chunk, const __grid_constant__ rsgd_run run)
 {
     DYNAMIC_SHARED(shared);
