@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(RSGD_THREADS, sizeof(T) == 4 && !LARGE ? RSGD_
             s.step = &run.step;
             s.w = (T *)p->weight + row * p->n, s.grad = (const T *)p->grad + row * p->n;
             s.buffer = p->buffer ? (T *)p->buffer + row * p->n : NULL;
-            s.k = (int)k, s.kp = (int)rsgd_round(k, rsgd_rows(k)), s.n = p->n;
+            s.k = (int)k, s.kp = (int)rsgd_padded(k), s.n = p->n;
             s.begin = MIN(rank * slice, p->n), s.end = MIN(s.begin + slice, p->n);
             s.width = slice * held * (int64_t)sizeof(T) <= (int64_t)run.tile_bytes
                           ? (int)slice

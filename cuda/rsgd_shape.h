@@ -50,10 +50,10 @@ BOTH_SIDES int64_t rsgd_round(int64_t value, int64_t to)
     return (value + to - 1) / to * to;
 }
 
-/* Rows of coefficients a thread combines at once. */
-BOTH_SIDES int64_t rsgd_rows(int64_t k)
+/* k with padding: a thread combines 4 or 8 rows at once. */
+BOTH_SIDES int64_t rsgd_padded(int64_t k)
 {
-    return k <= 4 ? 4 : 8;
+    return k <= 4 ? 4 : rsgd_round(k, 8);
 }
 
 /* 4 x 4 blocks in the lower triangle of a Gram matrix. */
@@ -92,7 +92,7 @@ BOTH_SIDES int64_t rsgd_scratch_of(int64_t k, const rsgd_rule *rule)
 {
     const int64_t rows = rule->blocks * k, pairs = rsgd_pairs((int)rows);
     const int64_t parts = rsgd_parts((int)pairs, RSGD_THREADS / 8);
-    const int64_t algebra = rule->outputs * rows * rsgd_round(k, rsgd_rows(k)) + rsgd_matrices(rule) * k * k;
+    const int64_t algebra = rule->outputs * rows * rsgd_padded(k) + rsgd_matrices(rule) * k * k;
     const int64_t sums = parts > 1 ? parts * pairs * 16 : 0;
     return pairs * 16 + rsgd_round((algebra > sums ? algebra : sums) + 5 * k + 2, 2);
 }
