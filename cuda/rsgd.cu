@@ -1,4 +1,4 @@
-/* rsgd.cu - Riemannian SGD on frames, a block a class, two sweeps over memory and no SVD, QR or
+/* rsgd.cu - Riemannian SGD on frames, every number read once and written once, no SVD, QR or
  * division by sigma.
  *
  *     1  dir = momentum step of the gradient; Gram of the rows [W; dir] (and M)     8 n k^2 flops
@@ -7,22 +7,22 @@
  *     3  W <- (f - a g P) R W + a g dir,   M <- its momentum step, or transported
  *
  * D = dir - P W is never stored. Nothing is written before the k x k part is known to be finite.
- * Traffic: W, grad and M are read, W and M written; the second read comes from L2.
+ *
+ * A class belongs to the blocks of a cluster, each with a slice of its columns in shared memory: they exchange their
+ * shares of the Gram matrix, and each does the k x k part for itself (rsgd_shape.h: who has how much). For k = 8,
+ * n = 2048, float32 that is two blocks of 72 KiB, three blocks a multiprocessor: 198 of 1000 classes are at work on an
+ * H200, which must turn one over every 14 us to keep up with its memory; load, algebra and store of different
+ * classes overlap. 20 k n bytes a class: 328 MB, 73 us at 4.5 TB/s. What does not fit, or has no clusters, sweeps over
+ * memory twice, tile by tile.
  *
  * A step so long that S cancels (a^2 |dir|^2 > 10), or a frame too far from orthonormal for one
  * Newton-Schulz step, takes the careful path (rsgd_careful.cuh).
  *
- * The k x k matrices are in shared memory up to k = 16, else in the workspace; then a limited number
- * of blocks takes turns at the classes. One launch does up to CHUNK parameters: what the kernel has
- * to know of them travels in its arguments.
+ * One launch does up to CHUNK parameters of a shape: what the kernel has to know of them travels in its arguments.
  */
 #include "rsgd_careful.cuh"
 
-static const int64_t CHUNK = 48;               /* their frames fit in 4 KiB of kernel arguments */
-static const int64_t SHARED_K = 16;            /* k x k matrices in shared memory up to here */
-static const int64_t MAX_K = 256;              /* dims of a class */
-static const int64_t MAX_RAGGED_K = 64;        /* when they are ragged: the host does not know the largest */
-static const int64_t SCRATCH_BYTES = 64 << 20; /* of the workspace, at most */
+static const int64_t CHUNK = 48; /* their frames fit in 4 KiB of kernel arguments */
 
 typedef struct rsgd_chunk {
     int64_t count, first[CHUNK + 1]; /* classes before each parameter */
@@ -34,193 +34,236 @@ typedef struct rsgd_run {
     const int64_t *start;
     const double *lr;
     double lr_value;
-    int lr_per_class;
-    int64_t k, shared_k; /* the largest; up to here the k x k matrices are in shared memory */
+    int lr_per_class, cluster;
     size_t tile_bytes;
-    double *scratch; /* [slots][scratch_size(k)] */
+    double *scratch; /* [slots][scratch_size] of large classes */
+    int64_t slots, scratch_size;
     unsigned long long *skipped;
 } rsgd_run;
 
-static __host__ __device__ inline int64_t rounded(int64_t k)
+/* Point the class's matrices into its scratch, as counted in rsgd_scratch_of. */
+template <typename T> static __device__ inline void lay_out(rsgd_class<T> *s, double *at)
 {
-    return CEIL_DIV(k, 4) * 4;
+    const rsgd_rule *rule = &s->step->rule;
+    const int k = s->k, rows = rule->blocks * k;
+    s->gram = at, at += rsgd_pairs(rows) * 16;
+    s->coef = at, at += rule->outputs * rows * s->kp;
+    s->mats = at, at += rsgd_matrices(rule) * k * k;
+    s->q.t0 = matrix(s, 8), s->q.t1 = matrix(s, 9);
+    s->q.rows = at, s->q.values = at + 2 * (k + 1);
 }
 
-/* Doubles for the k x k algebra of a class. */
-static __host__ __device__ inline int64_t scratch_size(int64_t k)
+/* The k x k part: from the Gram matrix (R is Q at first, E = dir W') to the coefficients. By the team of q. */
+template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
 {
-    const int64_t kp = rounded(k);
-    return (MATRICES + KXK_SCRATCH + COEFFICIENTS) * kp * kp + 2 * (kp + 1);
-}
-
-/* Point the class's matrices into its scratch. */
-template <typename T> static __device__ void lay_out(rsgd_class<T> *s, double *at)
-{
-    const int size = s->kp * s->kp;
-    double **scratch[] = {&s->q.t0, &s->q.t1, &s->q.t2, &s->q.t3};
-    s->q.k = s->k;
-    for (int i = 0; i < KXK_SCRATCH; i++, at += size) *scratch[i] = at;
-    for (int i = 0; i < MATRICES; i++, at += size) s->mat[i] = at;
-    s->coef = at;
-    s->q.rows = at + COEFFICIENTS * size;
-}
-
-/* One class. False: its numbers are not finite, nothing was changed. */
-template <typename T> static __device__ bool step_class(rsgd_class<T> *s)
-{
-    const rsgd_step *st = &s->step;
+    const rsgd_step *st = s->step;
     kxk *q = &s->q;
     const int k = s->k;
     const double a = -s->lr;
-    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5],
-           *E = s->mat[6], *h = s->mat[7], *Mw = s->mat[8], *Y = s->mat[9], *Pm = s->mat[10];
-
-    gram_of<T, T>(s, R, E, S, Mw, Y); /* R is Q for now, E = dir W' */
-    double drift = 0, trace = 0;
-    for (int i = 0; i < k; i++) {
-        trace += S[i * k + i];
-        for (int j = 0; j <= i; j++) drift = fmax(drift, fabs(R[i * k + j] - (i == j)));
-        if (isnan(R[i * k + i])) trace = NAN; /* fmax drops it */
-    }
-    __syncthreads();
-    /* written so that a NaN or an infinity takes the careful path, which tells overflow from rubbish */
-    if (!(drift < 1e-2 && a * a * trace < 10)) return careful(s);
+    double *R = matrix(s, 0), *P = matrix(s, 1), *S = matrix(s, 2), *X = matrix(s, 3), *f = matrix(s, 4),
+           *g = matrix(s, 5), *E = matrix(s, 6), *Pm = matrix(s, 7), *h = matrix(s, 10), *Mw = matrix(s, 11),
+           *Y = matrix(s, 12);
 
     affine(q, -0.5, 1.5, R);
     product(q, E, R, P);
-    product_t(q, P, P, X);
-    EACH(e, k * k) S[e] -= X[e], X[e] = a * a * S[e];
-    __syncthreads();
-    retraction(q, st->kind, false, sizeof(T) == 4 ? 1e-11 : 1e-19, X, f, g, st->parallel ? h : NULL);
-
-    clear<T, T>(s);
-    product(q, g, P, X);
-    EACH(e, k * k) X[e] = f[e] - a * X[e];
-    __syncthreads();
-    product(q, X, R, E);
-    put<T, T>(s, E, 0, 0);
-    if (st->parallel) { /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */
-        if (st->blocks == 3) {
-            product(q, Mw, R, Pm), product_t(q, Pm, P, X);
-            EACH(e, k * k) Y[e] -= X[e];
-            __syncthreads();
-        } else {
-            copy(q, P, Pm), copy(q, S, Y);
-        }
-        product(q, Y, h, S, a * a);
-        product(q, S, P, X), product(q, Y, g, E);
-        EACH(e, k * k) X[e] = -(Pm[e] + X[e] + a * E[e]);
-        __syncthreads();
-        product(q, X, R, E);
-        put<T, T>(s, E, 1, 0);
-        if (st->blocks == 2) affine(q, 1, 1, S);
-        put<T, T>(s, S, 1, 1);
-        identity(q, E);
-        if (st->blocks == 3) put<T, T>(s, E, 1, 2);
+    EACH_OF(q, e, k * k)
+    {
+        const int i = quotient(e, q->inverse), j = e - i * k;
+        S[e] -= row_times_row(P + i * k, P + j * k, k);
+        X[e] = a * a * S[e];
     }
-    affine(q, a, 0, g);
-    put<T, T>(s, g, 0, 1);
-    combine<T, T>(s, st->parallel ? 2 : 1, s->buffer && !st->parallel);
+    meet(q);
+    retraction(q, st->kind, sizeof(T) == 4 ? 1e-11 : 1e-19, X, f, g, st->parallel ? h : NULL);
+    EACH_OF(q, e, k * k)
+    {
+        const int i = quotient(e, q->inverse), j = e - i * k;
+        X[e] = f[e] - a * row_times_column(g + i * k, P + j, k);
+    }
+    meet(q);
+    product(q, X, R, E);
+    put<T, T>(s, E, 0, 0), put<T, T>(s, g, 0, 1, a);
+    if (st->rule.blocks == 3) put<T, T>(s, NULL, 0, 2);
+    if (!st->parallel) return;
+
+    /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */
+    if (st->rule.blocks == 3) {
+        product(q, Mw, R, Pm), product_t(q, Pm, P, X);
+        EACH_OF(q, e, k * k) Y[e] -= X[e];
+        meet(q);
+    } else {
+        copy(q, P, Pm), copy(q, S, Y);
+    }
+    product(q, Y, h, S, a * a);
+    product(q, S, P, X), product(q, Y, g, E);
+    EACH_OF(q, e, k * k) X[e] = -(Pm[e] + X[e] + a * E[e]);
+    meet(q);
+    product(q, X, R, E);
+    put<T, T>(s, E, 1, 0);
+    if (st->rule.blocks == 2) affine(q, 1, 1, S);
+    put<T, T>(s, S, 1, 1);
+    identity(q, E);
+    if (st->rule.blocks == 3) put<T, T>(s, E, 1, 2);
+}
+
+/* One class. False: its numbers are not finite, nothing was changed. */
+template <typename T, bool LARGE> static __device__ inline bool step_class(rsgd_class<T> *s)
+{
+    const int k = s->k, thread = (int)threadIdx.x, threads = (int)blockDim.x, outputs = s->step->rule.outputs;
+    const bool one_warp = !LARGE && k <= RSGD_WARP_K, write = s->buffer && outputs == 1;
+    const bool kept = s->end - s->begin <= s->width;
+    const double a = -s->lr;
+    double trace = 0;
+    const bool near = gram_of(s, matrix(s, 0), matrix(s, 6), matrix(s, 2), matrix(s, 11), matrix(s, 12));
+#pragma unroll 4
+    for (int i = 0; i < k; i++) trace += matrix(s, 2)[i * (k + 1)];
+    __syncthreads();
+    /* written so that a NaN or an infinity takes the careful path, which tells overflow from rubbish */
+    if (!(near && a * a * trace < 10)) return s->rank || careful(*s);
+
+    const int first = one_warp ? WARP : 0; /* while one warp does the algebra the others write M' */
+    s->q.thread = thread, s->q.threads = one_warp ? WARP : threads;
+    if (kept && write && thread >= first)
+        keep_momentum<T, T>(s, s->begin, (int)(s->end - s->begin), s->width, thread - first, threads - first);
+    if (!one_warp || thread < WARP) algebra(s);
+    __syncthreads();
+    combine<T, T>(s, s->width, s->width, true, outputs, write && !kept);
     return true;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(256)
+template <typename T, bool LARGE>
+__global__ void __launch_bounds__(RSGD_THREADS, sizeof(T) == 4 && !LARGE ? RSGD_FULL : 2)
     step_classes(const __grid_constant__ rsgd_chunk chunk, const __grid_constant__ rsgd_run run)
 {
     DYNAMIC_SHARED(shared);
-    for (int64_t i = blockIdx.x; i < chunk.first[chunk.count]; i += gridDim.x) {
+    const unsigned cluster = (unsigned)run.cluster, rank = cluster > 1 ? cluster_rank() : 0;
+    for (int64_t i = blockIdx.x / cluster; i < chunk.first[chunk.count]; i += gridDim.x / cluster) {
         int at = 0;
         while (i >= chunk.first[at + 1]) at++;
         const subspace_frames *p = &chunk.frames[at];
         const int64_t c = i - chunk.first[at], row = run.start ? run.start[c] : c * p->k;
         const int64_t k = run.start ? run.start[c + 1] - row : p->k;
         bool done = false;
-        if (k > 0 && k <= MIN(run.k, p->n)) {
+        const int64_t most = MIN(p->n, run.start ? MIN(p->k, (int64_t)RSGD_RAGGED_K) : p->k);
+        if ((k > RSGD_SHARED_K && k <= most) != LARGE) continue; /* another launch's */
+        if (k > 0 && k <= most) {
             rsgd_class<T> s = {};
-            s.step = run.step;
+            const int held = (int)rsgd_round(run.step.rule.held * k, 4);
+            const int64_t slice = rsgd_slice(p->n, cluster);
+            s.step = &run.step;
             s.w = (T *)p->weight + row * p->n, s.grad = (const T *)p->grad + row * p->n;
             s.buffer = p->buffer ? (T *)p->buffer + row * p->n : NULL;
-            s.k = (int)k, s.kp = (int)rounded(k), s.n = p->n;
+            s.k = (int)k, s.kp = (int)rsgd_padded(k), s.n = p->n;
+            s.begin = MIN(rank * slice, p->n), s.end = MIN(s.begin + slice, p->n);
+            s.width = slice * held * (int64_t)sizeof(T) <= (int64_t)run.tile_bytes
+                          ? (int)slice
+                          : tile_width<T>(run.tile_bytes, held, 0);
+            s.aligned =
+                p->n % (16 / sizeof(T)) == 0 && ((uintptr_t)s.w | (uintptr_t)s.grad | (uintptr_t)s.buffer) % 16 == 0;
+            s.cluster = cluster, s.rank = rank;
             s.lr = run.lr ? run.lr[run.lr_per_class ? c : 0] : run.lr_value;
             s.tile = (char *)shared, s.tile_bytes = run.tile_bytes;
-            lay_out(&s, k <= run.shared_k ? shared + run.tile_bytes / sizeof(double)
-                                          : run.scratch + blockIdx.x * scratch_size(run.k));
-            done = step_class(&s);
+            s.q.k = s.k, s.q.inverse = inverse_of(s.k), s.q.thread = (int)threadIdx.x, s.q.threads = (int)blockDim.x;
+            lay_out(&s, LARGE ? run.scratch + blockIdx.x * run.scratch_size : shared + run.tile_bytes / sizeof(double));
+            done = step_class<T, LARGE>(&s);
         }
-        if (!done && threadIdx.x == 0) atomicAdd(run.skipped, 1ULL);
+        if (!done && rank == 0 && threadIdx.x == 0) atomicAdd(run.skipped, 1ULL);
         __syncthreads();
     }
 }
 
 /* ------------------------------------------------------------------- shapes of a launch */
 
-static unsigned rsgd_threads(int64_t k)
+/* Rows of a parameter's largest class. */
+static int64_t most_rows(const subspace_rsgd_args *a, int64_t i)
 {
-    return k <= SHARED_K ? 128 : 256;
-}
-
-/* Tile of columns, and the 16 partial sums of every thread. */
-static size_t rsgd_tile_bytes(int64_t k)
-{
-    return (size_t)MAX(24576, rsgd_threads(k) * 16 * (int64_t)sizeof(double));
-}
-
-static size_t rsgd_shared_bytes(int64_t k)
-{
-    return rsgd_tile_bytes(k) + (size_t)scratch_size(MIN(k, SHARED_K)) * sizeof(double);
-}
-
-/* How many classes are at work at once, that is blocks. */
-static int64_t rsgd_slots(int64_t k, int64_t classes)
-{
-    const int64_t fit = k <= SHARED_K ? INT32_MAX : SCRATCH_BYTES / (scratch_size(k) * (int64_t)sizeof(double));
-    return MIN(classes, MAX(fit, 1));
-}
-
-static int64_t largest_k(const subspace_rsgd_args *a)
-{
-    int64_t k = 1;
-    for (int64_t i = 0; i < a->count; i++) k = MAX(k, a->frames[i].c ? a->frames[i].k : 1);
-    return a->start ? MIN(k, MAX_RAGGED_K) : k;
+    const subspace_frames *p = &a->frames[i];
+    return p->c <= 0 ? 0 : a->start ? MIN(p->k, (int64_t)RSGD_RAGGED_K) : p->k;
 }
 
 static rsgd_run plan(const subspace_rsgd_args *a, char *base, size_t *bytes)
 {
     rsgd_run r = {};
-    int64_t classes = 0;
+    rsgd_rule *rule = &r.step.rule;
+    int64_t classes = 0, k = 0;
     const double mu = a->momentum, keep = mu == 0 ? 1 : 1 - a->dampening, sign = a->maximize ? -1 : 1;
     /* g = sign grad + wd W;  M' = mu M + keep g;  dir = M', or with Nesterov g + mu M' */
-    r.step.mm = mu, r.step.mg = keep * sign, r.step.mw = keep * a->weight_decay, r.step.dm = 1;
-    if (a->nesterov) r.step.dm = mu, r.step.dg = sign, r.step.dw = a->weight_decay;
+    rsgd_weights<double> *by = &r.step.exact;
+    by->mm = mu, by->mg = keep * sign, by->mw = keep * a->weight_decay, by->dm = 1;
+    if (a->nesterov) by->dm = mu, by->dg = sign, by->dw = a->weight_decay;
+    r.step.single = {(float)by->mm, (float)by->mg, (float)by->mw, (float)by->dm, (float)by->dg, (float)by->dw};
     r.step.kind = a->retraction, r.step.parallel = a->parallel && mu != 0;
-    r.step.blocks = r.step.parallel && a->nesterov ? 3 : 2;
+    rule->item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    rule->outputs = r.step.parallel ? 2 : 1;
+    rule->blocks = r.step.parallel && a->nesterov ? 3 : 2;
+    rule->held = a->nesterov && mu != 0 ? 3 : 2;
     r.start = a->start, r.lr = (const double *)a->lr, r.lr_value = a->lr_value, r.lr_per_class = a->lr_per_class;
     r.skipped = (unsigned long long *)a->skipped;
-    for (int64_t i = 0; i < a->count; i++) classes += a->frames[i].c;
-    r.k = largest_k(a), r.shared_k = MIN(r.k, SHARED_K);
-    r.tile_bytes = rsgd_tile_bytes(r.k);
-    if (r.k > SHARED_K)
-        r.scratch = (double *)carve(base, bytes, rsgd_slots(r.k, classes) * scratch_size(r.k), sizeof(double));
+    for (int64_t i = 0; i < a->count; i++)
+        if (most_rows(a, i) > RSGD_SHARED_K) k = MAX(k, most_rows(a, i)), classes += a->frames[i].c;
+    if (k > 0) {
+        r.scratch_size = rsgd_scratch(MIN(k, (int64_t)RSGD_MAX_K), rule);
+        r.slots = MIN(classes, MAX(RSGD_SCRATCH_BYTES / (r.scratch_size * (int64_t)sizeof(double)), 1));
+        r.scratch = (double *)carve(base, bytes, r.slots * r.scratch_size, sizeof(double));
+    }
     return r;
 }
 
-template <typename T>
-static subspace_status step_all(subspace_ctx *ctx, const subspace_rsgd_args *a, const rsgd_run *run)
+template <typename T, bool LARGE>
+static subspace_status launch(subspace_ctx *ctx, const rsgd_chunk *chunk, const rsgd_run *run, size_t shared)
 {
-    const size_t shared = rsgd_shared_bytes(run->k);
-    if (shared > 48 << 10)
-        CUDA(ctx, cudaFuncSetAttribute(step_classes<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    for (int64_t i = 0; i < a->count;) {
+    const int64_t classes = chunk->first[chunk->count], slots = LARGE ? run->slots : INT32_MAX / RSGD_CLUSTER;
+    const unsigned blocks = (unsigned)(MIN(classes, slots) * run->cluster);
+    if (run->cluster > 1)
+        LAUNCH_CLUSTERS(ctx, (step_classes<T, LARGE>), run->cluster, blocks, RSGD_THREADS, shared, *chunk, *run);
+    else LAUNCH(ctx, (step_classes<T, LARGE>), blocks, RSGD_THREADS, shared, *chunk, *run);
+    return SUBSPACE_OK;
+}
+
+/* Parameters of a kind of shape go together; the kinds are few. A ragged one is in two launches, which take the classes
+ * of up to SHARED_K rows and those above. */
+enum { KINDS = 13 };
+
+static int kind_of(const subspace_rsgd_args *a, int64_t i, bool large, const rsgd_rule *rule,
+                   const device_limits *limits, rsgd_shape *shape)
+{
+    const int64_t k = most_rows(a, i);
+    if (k == 0 || (large ? k <= RSGD_SHARED_K : k > RSGD_SHARED_K && !a->start)) return -1;
+    *shape =
+        rsgd_shape_of(k, a->frames[i].n, a->start != NULL, large, rule, limits->major >= 9, (int64_t)limits->shared);
+    int kind = shape->per_sm;
+    for (int cluster = shape->cluster; cluster > 1; cluster /= 2) kind += RSGD_FULL;
+    return large ? 0 : kind;
+}
+
+template <typename T> static subspace_status step_all(subspace_ctx *ctx, const subspace_rsgd_args *a, rsgd_run *run)
+{
+    const rsgd_rule *rule = &run->step.rule;
+    device_limits limits;
+    rsgd_shape shape;
+    unsigned present = 0;
+    TRY(limits_of(ctx, &limits));
+    for (int64_t i = 0; i < 2 * a->count; i++) {
+        const int kind = kind_of(a, i / 2, i % 2, rule, &limits, &shape);
+        if (kind >= 0) present |= 1u << kind;
+    }
+    for (int kind = 0; kind < KINDS; kind++) {
+        if (!(present >> kind & 1)) continue;
         rsgd_chunk chunk = {};
-        for (; i < a->count && chunk.count < CHUNK; i++, chunk.count++) {
-            chunk.frames[chunk.count] = a->frames[i];
-            chunk.first[chunk.count + 1] = chunk.first[chunk.count] + a->frames[i].c;
+        size_t tile = 0, scratch = 0;
+        for (int64_t i = 0; i < a->count; i++) {
+            if (kind_of(a, i, kind == 0, rule, &limits, &shape) == kind) {
+                chunk.frames[chunk.count] = a->frames[i];
+                chunk.first[chunk.count + 1] = chunk.first[chunk.count] + a->frames[i].c;
+                chunk.count++;
+                run->cluster = shape.cluster;
+                tile = MAX(tile, shape.tile), scratch = MAX(scratch, shape.scratch);
+            }
+            if (chunk.count == 0 || (chunk.count < CHUNK && i + 1 < a->count)) continue;
+            run->tile_bytes = tile;
+            if (kind == 0) TRY((launch<T, true>(ctx, &chunk, run, tile)));
+            else TRY((launch<T, false>(ctx, &chunk, run, tile + scratch)));
+            chunk.count = 0, tile = scratch = 0;
         }
-        const int64_t classes = chunk.first[chunk.count];
-        if (classes > 0)
-            LAUNCH(ctx, step_classes<T>, (unsigned)rsgd_slots(run->k, classes), rsgd_threads(run->k), shared, chunk,
-                   *run);
     }
     return SUBSPACE_OK;
 }
@@ -236,9 +279,10 @@ extern "C" subspace_status subspace_rsgd_cuda(subspace_ctx *ctx, const subspace_
 {
     size_t bytes = 0;
     TRY(subspace_rsgd_check(ctx, a));
-    CHECK(ctx, largest_k(a) <= MAX_K, SUBSPACE_INVALID_ARGUMENT,
-          "rsgd: a frame on a GPU has at most %lld rows, got k=%lld", (long long)MAX_K, (long long)largest_k(a));
-    const rsgd_run run = plan(a, (char *)ctx->workspace, &bytes);
+    for (int64_t i = 0; i < a->count; i++)
+        CHECK(ctx, most_rows(a, i) <= RSGD_MAX_K, SUBSPACE_INVALID_ARGUMENT,
+              "rsgd: a frame on a GPU has at most %d rows, got k=%lld", (int)RSGD_MAX_K, (long long)most_rows(a, i));
+    rsgd_run run = plan(a, (char *)ctx->workspace, &bytes);
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL, "rsgd: workspace of %zu bytes, need %zu",
           ctx->workspace_bytes, bytes);
     CUDA(ctx, cudaMemsetAsync(a->skipped, 0, sizeof(int64_t), (cudaStream_t)ctx->stream));

@@ -1,7 +1,8 @@
 /* rsgd_careful.cuh - the slow, sure step of one class, for what the fast one cannot vouch for: steps
  * so long that dir dir' - P P' cancels, frames far from orthonormal, numbers that overflow a sum in
  * working precision. D is computed again in every sweep rather than stored, projected twice, every
- * sum is in double, f and g come from eigenvalues, and the result is orthonormalised once more.
+ * sum is in double, f and g come from eigenvalues, and the result is orthonormalised once more. One block does it, the
+ * first of its cluster; what the fast step kept in shared memory is given up.
  */
 #ifndef SUBSPACE_RSGD_CAREFUL_CUH
 #define SUBSPACE_RSGD_CAREFUL_CUH
@@ -16,28 +17,28 @@ typedef struct made {
 template <typename T>
 static __device__ void make_rows(const rsgd_class<T> *s, const made &a, int m, int ld, const double *tile, double *out)
 {
-    const int k = s->k, kp = s->kp;
+    const int k = s->k;
     EACH(e, k * m)
     {
         const int i = e / m, j = e % m;
-        double sum = a.plus < 0 ? 0 : tile[(a.plus * kp + i) * ld + j];
+        double sum = a.plus < 0 ? 0 : tile[(a.plus * k + i) * ld + j];
         for (int l = 0; a.on_w && l < k; l++) sum += a.on_w[i * k + l] * tile[l * ld + j];
-        for (int l = 0; a.on_dir && l < k; l++) sum += a.on_dir[i * k + l] * tile[(kp + l) * ld + j];
+        for (int l = 0; a.on_dir && l < k; l++) sum += a.on_dir[i * k + l] * tile[(k + l) * ld + j];
         out[i * ld + j] = sum;
     }
 }
 
 /* gram = a b' in double. False if anything in it is not finite. */
 template <typename T>
-static __device__ bool gram_exact(const rsgd_class<T> *s, const made &a, const made &b, double *gram)
+static __device__ __noinline__ bool gram_exact(const rsgd_class<T> *s, const made &a, const made &b, double *gram)
 {
-    const int k = s->k, loaded = s->step.blocks * s->kp;
-    const int width = tile_width<double>(s->tile_bytes, loaded + 2 * k), ld = width + 1;
+    const int k = s->k, loaded = (int)rsgd_round(s->step->rule.held * k, 4);
+    const int width = tile_width<double>(s->tile_bytes, loaded + 2 * k, 2), ld = width + 2;
     double *tile = (double *)s->tile, *x = tile + loaded * ld, *y = x + k * ld, all = 0;
     EACH(e, k * k) gram[e] = 0;
     for (int64_t j0 = 0; j0 < s->n; j0 += width) {
         const int m = (int)MIN(width, s->n - j0);
-        load<T, double>(s, j0, m, width, false);
+        load<T, double>(s, j0, m, ld);
         make_rows(s, a, m, ld, tile, x), make_rows(s, b, m, ld, tile, y);
         __syncthreads();
         EACH(e, k * k)
@@ -73,13 +74,32 @@ static __device__ void project(const rsgd_class<T> *s, const double *R, int rows
     __syncthreads();
 }
 
-template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> *s)
+/* [W; M] <- coef [W; dir; M'] or, with one output, only W. */
+template <typename T> static __device__ __noinline__ void combine_exact(const rsgd_class<T> *s, int outputs, bool write)
 {
+    const int width = tile_width<double>(s->tile_bytes, (int)rsgd_round(s->step->rule.held * s->k, 4), 2);
+    combine<T, double>(s, width, width + 2, false, outputs, write);
+}
+
+template <typename T> static __device__ void clear(const rsgd_class<T> *s)
+{
+    EACH(e, s->step->rule.outputs * s->step->rule.blocks * s->k * s->kp)((double *)s->coef)[e] = 0;
+    __syncthreads();
+}
+
+/* By value: a pointer to it would keep the class of the fast path in memory. */
+template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> c)
+{
+    rsgd_class<T> *const s = &c;
     kxk *q = &s->q;
     const int k = s->k;
+    const bool parallel = s->step->parallel;
     const double a = -s->lr;
-    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5],
-           *E = s->mat[6], *h = s->mat[7], *Dw = s->mat[8], *Mw = s->mat[9], *Y = s->mat[10];
+    double *R = matrix(s, 0), *P = matrix(s, 1), *S = matrix(s, 2), *X = matrix(s, 3), *f = matrix(s, 4),
+           *g = matrix(s, 5), *E = matrix(s, 6), *Dw = matrix(s, 7), *h = matrix(s, 10), *Mw = matrix(s, 11),
+           *Y = matrix(s, 12);
+    q->thread = (int)threadIdx.x, q->threads = (int)blockDim.x;
+    s->begin = 0, s->end = s->n;
 
     if (!gram_exact(s, {NULL, NULL, 1}, {NULL, NULL, 1}, S)) return false;
     if (!gram_exact(s, {NULL, NULL, 0}, {NULL, NULL, 0}, X)) return false;
@@ -88,32 +108,32 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     project(s, R, 1, P, E, Dw); /* D = dir + Dw W */
     gram_exact(s, {Dw, NULL, 1}, {Dw, NULL, 1}, S);
     copy(q, S, X, a * a);
-    retraction(q, s->step.kind, true, 0, X, f, g, h);
+    retraction_exact(q, s->step->kind, X, f, g, parallel ? h : NULL);
 
-    clear<T, double>(s);
-    if (s->step.parallel) { /* V + Y (a^2 h D - a g w), V the horizontal part of M and Y = V D' */
-        if (s->step.blocks == 3) project(s, R, 2, P, E, Mw), gram_exact(s, {Mw, NULL, 2}, {Dw, NULL, 1}, Y);
+    clear(s);
+    if (parallel) { /* V + Y (a^2 h D - a g w), V the horizontal part of M and Y = V D' */
+        if (s->step->rule.blocks == 3) project(s, R, 2, P, E, Mw), gram_exact(s, {Mw, NULL, 2}, {Dw, NULL, 1}, Y);
         else copy(q, Dw, Mw), copy(q, S, Y); /* M' is dir */
         product(q, Y, h, E, a * a);
         product(q, E, Dw, X), product(q, Y, g, P), product(q, P, R, S);
         EACH(e, k * k) X[e] += Mw[e] - a * S[e];
         __syncthreads();
         put<T, double>(s, X, 1, 0);
-        if (s->step.blocks == 2) affine(q, 1, 1, E);
+        if (s->step->rule.blocks == 2) affine(q, 1, 1, E);
         put<T, double>(s, E, 1, 1);
         identity(q, E);
-        if (s->step.blocks == 3) put<T, double>(s, E, 1, 2);
+        if (s->step->rule.blocks == 3) put<T, double>(s, E, 1, 2);
     }
     product(q, f, R, E), product(q, g, Dw, P); /* f w + a g D = E W + P dir */
     EACH(e, k * k) E[e] += a * P[e];
     __syncthreads();
     copy(q, g, P, a);
     put<T, double>(s, E, 0, 0), put<T, double>(s, P, 0, 1);
-    combine<T, double>(s, s->step.parallel ? 2 : 1, s->buffer && !s->step.parallel);
+    combine_exact(s, parallel ? 2 : 1, s->buffer && !parallel);
     if (gram_exact(s, {NULL, NULL, 0}, {NULL, NULL, 0}, X) && inverse_root(q, X, R)) {
-        clear<T, double>(s);
+        clear(s);
         put<T, double>(s, R, 0, 0);
-        combine<T, double>(s, 1, false);
+        combine_exact(s, 1, false);
     }
     return true;
 }
