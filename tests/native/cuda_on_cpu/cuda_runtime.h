@@ -89,7 +89,7 @@ struct place { // of the thread that runs
     uint3 thread, block;
     dim3 threads, blocks;
 };
-extern thread_local place *here;
+extern __thread place *here; // no wrapper of C++ about it
 
 void barrier(int line);                   // __syncthreads
 int vote(int line, bool value, int kind); // __syncthreads_count (0), _and (1), _or (2)
