@@ -94,13 +94,25 @@ static __device__ inline bool tile_of(int thread, int tiles, int *i, int *j)
     return column < tiles;
 }
 
+/* x^-1/2, of float32 with one step of Newton's to the last digit but one; no root is NaN */
+static __device__ inline float inverse_root(float x)
+{
+    const float y = rsqrtf(x);
+    return fmaf(0.5f * y, fmaf(-x * y, y, 1.f), y);
+}
+
+static __device__ inline double inverse_root(double x)
+{
+    return rsqrt(x);
+}
+
 /* The tile on the diagonal becomes its factor U in `corner`, with 1/u on its diagonal, and tells what its pivots are.
  */
 template <typename C> static __device__ inline void factor_corner(C (&t)[PANEL][PANEL], C *corner, C *rest)
 {
 #pragma unroll
     for (int k = 0; k < PANEL; k++) {
-        const C root = 1 / sqrt(1 + t[k][k]);
+        const C root = inverse_root(1 + t[k][k]);
         rest[k] = t[k][k];
         corner[k * PANEL + k] = root;
 #pragma unroll
@@ -144,7 +156,8 @@ template <typename C>
 static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int tj, int tiles, int wanted,
                                     const sweep_space<C> &space)
 {
-    const int row = PANEL * tiles, whole = 16 / sizeof(C), thread = (int)thread_in_block();
+    const int row = PANEL * tiles, thread = (int)thread_in_block();
+    enum { whole = 16 / sizeof(C), PACKS = PANEL / whole };
     const int threads = (int)(blockDim.x * blockDim.y);
     for (int p = 0; p < tiles; p++) {
         C *const y = space.y[p % 2];
@@ -183,18 +196,20 @@ static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int
                 for (int r = 0; r < PANEL; r++)
 #pragma unroll
                     for (int c = 0; c < PANEL; c++) t[r][c] = 0;
+            const pack<C> *a = (const pack<C> *)y + ti, *b = (const pack<C> *)y + tj;
 #pragma unroll 1
-            for (int k = 0; k < PANEL; k++) {
-                pack<C> a[PANEL / whole], b[PANEL / whole];
+            for (int k = 0; k < PANEL; k++, a += PACKS * tiles, b += PACKS * tiles) {
+                pack<C> right[PACKS];
+#pragma unroll
+                for (int c = 0; c < PACKS; c++) right[c] = b[c * tiles];
 #pragma unroll
                 for (int r = 0; r < PANEL; r += whole) {
-                    a[r / whole] = *(const pack<C> *)(y + k * row + spot<C>(tiles, ti, r));
-                    b[r / whole] = *(const pack<C> *)(y + k * row + spot<C>(tiles, tj, r));
+                    const pack<C> left = a[r / whole * tiles];
+#pragma unroll
+                    for (int e = 0; e < whole; e++)
+#pragma unroll
+                        for (int c = 0; c < PANEL; c++) t[r + e][c] -= left.v[e] * right[c / whole].v[c % whole];
                 }
-#pragma unroll
-                for (int r = 0; r < PANEL; r++)
-#pragma unroll
-                    for (int c = 0; c < PANEL; c++) t[r][c] -= a[r / whole].v[r % whole] * b[c / whole].v[c % whole];
             }
         }
     }

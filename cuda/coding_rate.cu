@@ -22,7 +22,7 @@
 #include "cholesky.cuh"
 #include "linalg.cuh"
 
-enum { LISTERS = 1024 };                 /* threads of the block that lists a view's groups */
+enum { LISTERS = 256 };                 /* threads of the block that lists a view's groups */
 static const double CAREFUL = 100;       /* as cpu/coding_rate.c */
 static const int64_t MOST_VIEWS = 65535; /* in a grid; more take turns */
 
