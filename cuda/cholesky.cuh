@@ -493,16 +493,11 @@ static __device__ void share_out(const squares &b, int64_t p, C *left, C *right,
         }
 }
 
-template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_large(const squares b)
+/* The large matrices of a batch, of which the largest has so many panels, by all blocks of a cooperative launch; the
+ * results are there after the next meeting. */
+template <typename C>
+static __device__ void sweep_together(const squares &b, int64_t panels, C *left, C *right, const sweep_space<C> &space)
 {
-    DYNAMIC_SHARED(shared);
-    C *const left = (C *)shared, *const right = left + RATE_TILE * RATE_PAD;
-    const sweep_space<C> space = sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL);
-    int64_t panels = 0;
-    for (int64_t list = 0; list < b.lists; list++)
-        for (int64_t i = 0; i < b.count[2 * list + 1]; i++)
-            panels = MAX(panels, rate_ceil(b.large[list * b.most_large + i].side, RATE_TILE));
-    if (panels == 0) return;
     share_out<C, MEASURE>(b, 0, left, right, space);
     for (int64_t p = 0; p < panels; p++) {
         grid_sync(b.meeting);
@@ -514,6 +509,18 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_larg
     share_out<C, JUDGE>(b, 0, left, right, space);
     grid_sync(b.meeting);
     share_out<C, STORE>(b, 0, left, right, space);
+}
+
+template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_large(const squares b)
+{
+    DYNAMIC_SHARED(shared);
+    C *const left = (C *)shared, *const right = left + RATE_TILE * RATE_PAD;
+    int64_t panels = 0;
+    for (int64_t list = 0; list < b.lists; list++)
+        for (int64_t i = 0; i < b.count[2 * list + 1]; i++)
+            panels = MAX(panels, rate_ceil(b.large[list * b.most_large + i].side, RATE_TILE));
+    if (panels > 0)
+        sweep_together(b, panels, left, right, sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
 }
 
 /* ---------------------------------------------------------------------------------- on the host */
