@@ -525,24 +525,29 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_larg
 
 /* ---------------------------------------------------------------------------------- on the host */
 
-template <typename C, int which> static subspace_status sweep_class(subspace_ctx *ctx, const squares *b, dim3 grid)
+/* The matrices of a class, if there can be any. */
+template <typename C, int which>
+static subspace_status sweep_class(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
+                                   int64_t side)
 {
-    const int over = which ? rate_class(which - 1, sizeof(C)) : 0, side = rate_class(which, sizeof(C));
+    const int over = which ? rate_class(which - 1, sizeof(C)) : 0, up_to = rate_class(which, sizeof(C));
     const int threads = rate_sweep_threads(rate_class(which, sizeof(C)));
-    LAUNCH(ctx, (sweep_small<C, threads>), grid, threads, sizeof(C) * (size_t)rate_sweep_space(side), *b, over, side);
+    const unsigned lists = (unsigned)MIN(b->lists, 65535);
+    const dim3 grid(rate_sweep_blocks(b->most, lists, threads, limits->multiprocessors), lists);
+    if (side <= over || least > up_to) return SUBSPACE_OK;
+    LAUNCH(ctx, (sweep_small<C, threads>), grid, threads, sizeof(C) * (size_t)rate_sweep_space(up_to), *b, over, up_to);
     return SUBSPACE_OK;
 }
 
-/* Factor the whole batch, of at most b->most matrices a list with sides of at most `side`. */
+/* Factor the whole batch, with sides of at least `least` and at most `side`. */
 template <typename C>
-static subspace_status sweep_all(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t side)
+static subspace_status sweep_all(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
+                                 int64_t side)
 {
-    const unsigned lists = (unsigned)MIN(b->lists, 65535);
-    const dim3 grid(rate_blocks(b->most, lists, limits->multiprocessors), lists);
-    TRY((sweep_class<C, 0>(ctx, b, grid)));
-    if (side > rate_class(0, sizeof(C))) TRY((sweep_class<C, 1>(ctx, b, grid)));
-    if (side > rate_class(1, sizeof(C))) TRY((sweep_class<C, 2>(ctx, b, grid)));
-    if (side > rate_class(2, sizeof(C))) {
+    TRY((sweep_class<C, 0>(ctx, limits, b, least, side)));
+    TRY((sweep_class<C, 1>(ctx, limits, b, least, side)));
+    TRY((sweep_class<C, 2>(ctx, limits, b, least, side)));
+    if (side > rate_small(sizeof(C))) {
         const size_t shared = rate_large_shared(sizeof(C));
         int64_t blocks = 0;
         TRY(resident_blocks(ctx, limits, sweep_large<C>, RATE_THREADS, shared, &blocks));

@@ -22,7 +22,7 @@
 #include "cholesky.cuh"
 #include "linalg.cuh"
 
-enum { LISTERS = 256 };                 /* threads of the block that lists a view's groups */
+enum { LISTERS = 256 };                  /* threads of the block that lists a view's groups */
 static const double CAREFUL = 100;       /* as cpu/coding_rate.c */
 static const int64_t MOST_VIEWS = 65535; /* in a grid; more take turns */
 
@@ -31,12 +31,12 @@ typedef struct rate_group {   /* a group that is not empty */
     int64_t grams, gradients; /* tiles of X, parts counted, and of dZ of all groups before */
 } rate_group;
 
-typedef struct rate_list { /* the groups of one precision */
-    rate_group *each;      /* [v, groups + 1], totals behind the last */
-    square *small, *large; /* [v, groups] of all, [v, most_large] of those too large for a block */
-    int64_t *count;        /* [v, 2] */
-    void *x;               /* X, then the inverses */
-    int64_t unit, stride;  /* x[unit * (view * stride + ...)] */
+typedef struct rate_list {       /* the groups of one precision */
+    rate_group *each;            /* [v, groups + 1], totals behind the last */
+    square *small, *large;       /* [v, groups] of all, [v, most_large] of those too large for a block */
+    int64_t *count;              /* [v, 2] */
+    void *x;                     /* X, then the inverses */
+    int64_t unit, stride, width; /* x[unit * (view * stride + first * width)] */
 } rate_list;
 
 typedef struct rate_run {
@@ -62,12 +62,6 @@ typedef struct rate_shape {
 static __host__ __device__ inline rate_shape shape_of(int64_t m, int64_t d)
 {
     return rate_shape{MIN(m, d), MAX(m, d), rate_parts(m, d), rate_upper(MIN(m, d)), m <= d};
-}
-
-/* Where a group's entries begin in a view's factor or slots. */
-static __device__ inline int64_t offset_of(const rate_run &run, int64_t first)
-{
-    return run.a.start ? first * run.side : 0;
 }
 
 /* ------------------------------------------------------------------------------------------ lists */
@@ -146,7 +140,7 @@ static __global__ void __launch_bounds__(LISTERS) list_groups(const rate_run run
             const tally at = add(done, before_me(mine, &total));
             if (some) {
                 const int64_t work = a.start ? g.first + RATE_TILE * at.large : 0;
-                const square q = {to.unit * (view * to.stride + offset_of(run, g.first)), shape.s, careful ? i : at.all,
+                const square q = {to.unit * (view * to.stride + g.first * to.width), shape.s, careful ? i : at.all,
                                   view * run.rows + work, 1};
                 g.grams = at.grams, g.gradients = at.gradients;
                 to.each[view * (run.groups + 1) + at.all] = g;
@@ -186,11 +180,12 @@ template <typename T> static __device__ rows<T> points_of(const rate_run &run, i
 
 template <typename C> static __device__ C *slot_of(const rate_run &run, int64_t view, const rate_group &g)
 {
-    return (C *)(run.slots + view * run.room + offset_of(run, g.first));
+    return (C *)(run.slots + view * run.room + g.first * run.a.d);
 }
 
 /* A tile of X, or of a part of X; blocks (x, view) */
-template <typename T, typename C> __global__ void __launch_bounds__(RATE_THREADS) gram(const rate_run run, int careful)
+template <typename T, typename C>
+__global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gram(const rate_run run, int careful)
 {
     DYNAMIC_SHARED(shared);
     const subspace_coding_rate_args &a = run.a;
@@ -279,7 +274,7 @@ template <typename T> __global__ void __launch_bounds__(ROW_THREADS) rate_of(con
 
 /* A tile of dZ; blocks (x, view) */
 template <typename T, typename C>
-__global__ void __launch_bounds__(RATE_THREADS) gradient(const rate_run run, int careful)
+__global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gradient(const rate_run run, int careful)
 {
     DYNAMIC_SHARED(shared);
     const subspace_coding_rate_args &a = run.a;
@@ -353,7 +348,7 @@ static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backwar
     run->groups = a->start ? a->n : 1;
     run->side = MIN(a->n, a->d);
     run->kept = subspace_coding_rate_factor(a);
-    run->room = a->start ? a->n * run->side : rate_parts(a->n, a->d) * run->side * run->side;
+    run->room = a->start ? a->n * a->d : rate_parts(a->n, a->d) * run->side * run->side; /* at least parts s s <= m d */
     run->most_large = run->side <= limit ? 0 : a->start ? a->n / (limit + 1) + 1 : 1;
     run->rows = run->most_large == 0 ? 0 : a->start ? a->n + RATE_TILE * run->most_large : run->side + RATE_TILE;
     run->library = !a->start && (double)run->side * (double)a->n * (double)a->d >= RATE_LARGE;
@@ -367,8 +362,8 @@ static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backwar
     run->meeting = (unsigned *)carve(base, bytes, 2, sizeof(unsigned));
     run->fast.x = a->factor ? a->factor : run->slots;
     run->fast.unit = a->factor || f64 ? 1 : 2;
-    run->fast.stride = a->factor ? run->kept : run->room;
-    run->careful.x = run->slots, run->careful.unit = 1, run->careful.stride = run->room;
+    run->fast.stride = a->factor ? run->kept : run->room, run->fast.width = a->factor ? run->side : a->d;
+    run->careful.x = run->slots, run->careful.unit = 1, run->careful.stride = run->room, run->careful.width = a->d;
 }
 
 /* The parts of each view's only X, without a, by the library. */
@@ -430,7 +425,7 @@ static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const devi
     b.wanted = run->backward || (a->factor && !careful) ? INVERSE : LOGDET;
     b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.bands = run->bands, b.meeting = run->meeting;
     b.worst = sizeof(C) == 4 ? CAREFUL : (double)INFINITY, b.failed = sizeof(C) == 4 ? 0 : (double)NAN;
-    return sweep_all<C>(ctx, limits, &b, run->side);
+    return sweep_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side);
 }
 
 static subspace_status list(subspace_ctx *ctx, const rate_run *run, bool careful)

@@ -93,7 +93,7 @@ RATE_FN int64_t rate_upper(int64_t side)
 RATE_FN int64_t rate_parts(int64_t m, int64_t d)
 {
     const int64_t side = m < d ? m : d, length = m < d ? d : m;
-    int64_t parts = rate_least(RATE_PARTS, length / (side > RATE_PART ? side : RATE_PART));
+    int64_t parts = rate_least(RATE_PARTS, length / (side > RATE_PART ? side : (int64_t)RATE_PART));
     if (side <= 0) return 1;
     parts = rate_least(parts, RATE_BLOCKS / rate_upper(side));
     if (parts <= 1) return 1;
@@ -110,8 +110,16 @@ RATE_FN int64_t rate_part_from(int64_t length, int64_t part, int64_t parts)
  * the device a few times over. */
 RATE_FN unsigned rate_blocks(int64_t most, int64_t views, int multiprocessors)
 {
-    const int64_t fill = rate_ceil((int64_t)multiprocessors * 16, views > 0 ? views : 1);
+    const int64_t fill = rate_ceil((int64_t)multiprocessors * 8, views > 0 ? views : 1);
     const int64_t blocks = rate_least(most, fill);
+    return (unsigned)(blocks > 1 ? blocks : 1);
+}
+
+/* Blocks for the small matrices of each list, which take turns: as many as are on the device at once. */
+RATE_FN unsigned rate_sweep_blocks(int64_t most, int64_t views, int threads, int multiprocessors)
+{
+    const int64_t at_once = (int64_t)multiprocessors * (threads < 512 ? 512 / threads : 1);
+    const int64_t blocks = rate_least(most, rate_ceil(at_once, views > 0 ? views : 1));
     return (unsigned)(blocks > 1 ? blocks : 1);
 }
 
