@@ -294,7 +294,7 @@ static __device__ inline int64_t items_of(int phase, int wanted, int64_t side, i
     case MEASURE: return tiles;
     case PIVOT: return p >= tiles ? 0 : wanted == LOGDET ? tiles - p : tiles;
     case UPDATE: return p >= tiles ? 0 : rate_upper(side);
-    case JUDGE: return 1;
+    case JUDGE: return side > 0;
     default: return wanted == LOGDET ? 0 : rate_upper(side);
     }
 }

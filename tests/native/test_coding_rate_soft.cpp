@@ -169,8 +169,9 @@ TEST(CodingRateSoft, FeaturesOfAnyLength)
 // Matrices that a GPU has in registers, and just not; more pairs than one tile of F has room for.
 template <typename T> void sizes()
 {
-    for (const Shape &s : {Shape{1, 12, 64, 2}, Shape{1, 12, 65, 1}, Shape{1, 9, 128, 1}, Shape{1, 9, 129, 1},
-                           Shape{2, 20, 177, 2}, Shape{1, 20, 256, 1}, Shape{2, 20, 261, 3}, Shape{1, 6000, 80, 2}}) {
+    for (const Shape &s :
+         {Shape{2, 90, 64, 2}, Shape{1, 99, 65, 1}, Shape{1, 190, 128, 1}, Shape{1, 199, 129, 1}, Shape{1, 220, 177, 3},
+          Shape{1, 300, 256, 1}, Shape{1, 320, 257, 1}, Shape{1, 5300, 80, 1}}) {
         SCOPED_TRACE(s.d);
         Problem<T> p(s);
         Context ctx;
@@ -193,7 +194,7 @@ TEST(CodingRateSoft, SizesInFloat64)
 // Features nearly all alike, or long: with care, in classes too many to have their float64 matrices at once.
 TEST(CodingRateSoft, Collapsed)
 {
-    for (const Shape &s : {Shape{1, 40, 20, 3}, Shape{2, 150, 90, 1}, Shape{1, 30, 200, 2}, Shape{1, 70, 66, 700}}) {
+    for (const Shape &s : {Shape{1, 40, 20, 3}, Shape{2, 150, 90, 1}, Shape{1, 30, 180, 2}, Shape{1, 70, 66, 500}}) {
         SCOPED_TRACE(s.d);
         Problem<float> p(s);
         for (size_t i = 0; i < p.z.size(); i++) p.z[i] = 30 * std::sin(float(i % s.d)) + p.z[i];
