@@ -218,22 +218,27 @@ static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backwar
     run->careful.x = run->slots, run->careful.unit = 1, run->careful.stride = run->room, run->careful.width = a->d;
 }
 
-/* The parts of each view's only X, without a, by the library. */
+/* The parts of each view's only X, without a, by the library: all views at once, or all parts but a shorter last. */
 template <typename T> static subspace_status library_grams(subspace_ctx *ctx, const rate_run *run)
 {
     const subspace_coding_rate_args *a = &run->a;
     const rate_shape shape = shape_of(a->n, a->d);
-    const int64_t s = shape.s, whole = rate_part_from(shape.len, 1, shape.parts);
+    const int64_t s = shape.s, whole = rate_part_from(shape.len, 1, shape.parts), along = shape.points ? 1 : a->d;
     gemms g = {};
     g.m = g.n = s, g.transa = !shape.points, g.transb = shape.points, g.exact = true;
     g.ab = g.cc = a->dtype, g.alpha = 1, g.lda = g.ldb = a->d, g.ldc = s;
-    g.stride_a = g.stride_b = whole * (shape.points ? 1 : a->d), g.stride_c = s * s;
+    if (shape.parts == 1) {
+        g.k = shape.len, g.count = a->v, g.a = g.b = a->z, g.c = run->slots;
+        g.stride_a = g.stride_b = a->n * a->d, g.stride_c = run->room * (int64_t)(sizeof(double) / sizeof(T));
+        return gemm_all(ctx, &g);
+    }
+    g.stride_a = g.stride_b = whole * along, g.stride_c = s * s;
     for (int64_t view = 0; view < a->v; view++)
-        for (int last = 0; last < 2; last++) { /* the last part may be shorter */
-            const int64_t from = last ? (shape.parts - 1) * whole : 0;
-            g.count = last ? 1 : shape.parts - 1, g.k = last ? shape.len - from : whole;
-            g.a = g.b = (const T *)a->z + view * a->n * a->d + from * (shape.points ? 1 : a->d);
-            g.c = (T *)(run->slots + view * run->room) + (last ? shape.parts - 1 : 0) * s * s;
+        for (int last = 0; last < 2; last++) {
+            const int64_t part = last ? shape.parts - 1 : 0;
+            g.count = last ? 1 : shape.parts - 1, g.k = last ? shape.len - part * whole : whole;
+            g.a = g.b = (const T *)a->z + view * a->n * a->d + part * whole * along;
+            g.c = (T *)(run->slots + view * run->room) + part * s * s;
             TRY(gemm_all(ctx, &g));
         }
     return SUBSPACE_OK;

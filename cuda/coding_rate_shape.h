@@ -28,7 +28,7 @@ enum {
     RATE_PARTS = 64,     /* of a long group's Gram matrix, at most, */
     RATE_PART = 1024,    /* points or features each, at least */
     RATE_BLOCKS = 512,   /* tiles and parts of a matrix, about, at most */
-    RATE_LARGE = 1 << 22 /* multiplications from which on one group's products are the library's */
+    RATE_LARGE = 1 << 24 /* multiplications from which on one group's products are the library's */
 };
 
 RATE_FN int64_t rate_ceil(int64_t a, int64_t b)

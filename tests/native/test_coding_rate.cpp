@@ -169,7 +169,8 @@ TYPED_TEST(CodingRate, BordersOfPanelsAndTiles)
 
 TYPED_TEST(CodingRate, LongGroups)
 {
-    const int64_t shapes[][3] = {{5000, 12, 0}, {4500, 9, 2}, {9, 4200, 2}, {20, 3100, 0}, {2100, 70, 1}};
+    const int64_t shapes[][3] = {{5000, 12, 0}, {4500, 9, 2},  {9, 4200, 2},
+                                 {20, 3100, 0}, {2100, 70, 1}, {3000, 100, 0}};
     for (const auto &s : shapes) {
         Problem<TypeParam> p(s[0], s[1], dealt(s[0], size_t(s[2])));
         p.run(2, s[2] == 0);
@@ -199,6 +200,11 @@ TYPED_TEST(CodingRate, Views)
     for (size_t groups : {0, 5}) {
         Problem<TypeParam> p(50, 17, dealt(50, groups, 4));
         p.run(3, true);
+        p.check();
+    }
+    for (auto shape : {std::pair<int64_t, int64_t>{265, 280}, {280, 265}}) {
+        Problem<TypeParam> p(shape.first, shape.second, dealt(shape.first, 0, 2));
+        p.run(3, shape.first < shape.second);
         p.check();
     }
 }
