@@ -1,195 +1,322 @@
 /* coding_rate.cu - coding rate of groups of points, each on its smaller side, on the GPU.
  *
  *     a    = d / (m eps)                      m points Z of a group, d features
- *     X    = a Z Z'  (m <= d)   or  a Z' Z    s x s, the upper half
- *     U'U  = I + X                            in place, with h = 1/2 log det(I + X)
+ *     X    = a Z Z'  (m <= d)   or  a Z' Z    s x s, tiles of the upper half
+ *     h    = 1/2 log det(I + X)               cholesky.cuh, and with it (I + X)^-1 in place of X
  *     rate = sum m/n h
- *     dZ   = drate m/n a (I + a Z Z')^-1 Z = drate m/n a Z (I + a Z' Z)^-1, by two triangular solves
+ *     dZ   = drate m/n a (I + a Z Z')^-1 Z = drate m/n a Z (I + a Z' Z)^-1
  *
- * All in double, so that no group has to start over: finding out would stall the stream. Where the factorisation fails
- * the rate and the gradient are NaN. How many groups there are, and how large, only the device knows: blocks take
- * turns at all the groups there could be. Nothing of the forward is kept: its factor is filled with zeros.
+ * How many groups there are, and how large, only the device knows: a kernel lists those that are not empty, with their
+ * tiles added up, and blocks take turns at the tiles. Of one group alone the host knows the sizes; large products of it
+ * are the library's, in full float32.
+ *
+ * float32 loses the digits of the small eigenvalues to the large ones of X. A group whose I + X is conditioned worse
+ * than CAREFUL is listed again, and done again in float64 by the same kernels: without such a group they find an empty
+ * list. Where that fails, too, the rate and the gradient are NaN.
+ *
+ * The factor that is kept is the inverse, [s, s] for each group, in z's type; zeros for a group that needs care.
+ *
+ * Forward and backward are m d s and 2 m d s multiplications; z is read once for each 64 columns of X (from the L2 if
+ * it is one group's), and once or, where s > 64, s/64 times for dZ.
  */
-#include "cuda.cuh"
+#include "rate_groups.cuh"
+#include "linalg.cuh"
 
-enum { SIDE = 32, STEP = 16 }; /* a block's tile of X, made of STEP entries of the longer side at a time */
+/* ----------------------------------------------------------------------------------------- X */
 
-static const int64_t GROUPS = 2048; /* groups in flight at most */
-
-typedef struct rate_run {
-    subspace_coding_rate_args a;
-    int64_t groups, kept; /* a view's groups, empty ones included, and entries of its factor */
-    double *x;            /* [v, kept]      X, then U */
-    double *y;            /* [v, n d]       the right-hand sides of the solves */
-    double *half;         /* [v, groups]    m/n h */
-    int backward;
-} rate_run;
-
-typedef struct rate_group {
-    int64_t view, first, m, s, len; /* points; the smaller and the larger of points and features */
-    bool points;                    /* s is m */
-    double *x, *y;
-} rate_group;
-
-/* The i-th group of all views; m is 0 if it is empty, or not a range of rows. */
-static __device__ rate_group group(const rate_run &run, int64_t i)
+template <typename T> static __device__ rows<T> points_of(const rate_run &run, int64_t view, const rate_group &g)
 {
     const subspace_coding_rate_args &a = run.a;
-    rate_group g = {};
-    g.view = i / run.groups;
-    g.m = a.n;
-    if (a.start) {
-        const int64_t *start = a.start + g.view * (a.n + 1) + i % run.groups;
-        g.first = start[0];
-        g.m = start[0] >= 0 && start[1] <= a.n ? MAX(start[1] - start[0], 0) : 0;
-    }
-    g.s = MIN(g.m, a.d), g.len = MAX(g.m, a.d), g.points = g.m <= a.d;
-    g.x = run.x + g.view * run.kept + (a.start ? g.first * MIN(a.n, a.d) : 0);
-    g.y = run.y + (g.view * a.n + g.first) * a.d;
-    return g;
+    return rows_of((const T *)a.z + view * a.n * a.d, a.order ? a.order + view * a.n + g.first : NULL, g.m, a.n, a.d);
 }
 
-/* Where feature j of the group's point i lies in z; -1: order is no permutation. */
-static __device__ int64_t place(const rate_run &run, const rate_group &g, int64_t i, int64_t j)
+template <typename C> static __device__ C *slot_of(const rate_run &run, int64_t view, const rate_group &g)
 {
+    return (C *)(run.slots + view * run.room + g.first * run.a.d);
+}
+
+/* A tile of X, or of a part of X; blocks (x, view) */
+template <typename T, typename C>
+__global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gram(const rate_run run, int careful)
+{
+    DYNAMIC_SHARED(shared);
     const subspace_coding_rate_args &a = run.a;
-    const int64_t row = a.order ? a.order[g.view * a.n + g.first + i] : i;
-    return row >= 0 && row < a.n ? (g.view * a.n + row) * a.d + j : -1;
-}
-
-/* Entry (i, l) of Y, Z or Z' with the smaller side first. */
-template <typename T> static __device__ double entry(const rate_run &run, const rate_group &g, int64_t i, int64_t l)
-{
-    const int64_t at = g.points ? place(run, g, i, l) : place(run, g, l, i);
-    return at < 0 ? NAN : (double)((const T *)run.a.z)[at];
-}
-
-/* X = a Y Y', a tile of SIDE x SIDE by 16 x 16 threads */
-template <typename T> __global__ void gram(const rate_run run)
-{
-    __shared__ double left[STEP][SIDE + 1], right[STEP][SIDE + 1];
-    for (int64_t at = blockIdx.y; at < run.a.v * run.groups; at += gridDim.y) {
-        const rate_group g = group(run, at);
-        const int64_t tiles = CEIL_DIV(g.s, SIDE);
-        const double alpha = (double)run.a.d / ((double)g.m * run.a.eps);
-        for (int64_t tile = blockIdx.x; tile < tiles * tiles; tile += gridDim.x) {
-            const int64_t i0 = tile / tiles * SIDE, j0 = tile % tiles * SIDE;
-            double sum[2][2] = {};
-            if (j0 < i0) continue;
-            for (int64_t l0 = 0; l0 < g.len; l0 += STEP) {
-                const int thread = (int)(threadIdx.y * blockDim.x + threadIdx.x);
-                for (int q = thread; q < STEP * SIDE; q += (int)(blockDim.x * blockDim.y)) {
-                    /* neighbours read neighbours of a row of z */
-                    const int r = g.points ? q / STEP : q % SIDE, l = g.points ? q % STEP : q / SIDE;
-                    const bool inside = l0 + l < g.len;
-                    left[l][r] = inside && i0 + r < g.s ? entry<T>(run, g, i0 + r, l0 + l) : 0;
-                    right[l][r] = inside && j0 + r < g.s ? entry<T>(run, g, j0 + r, l0 + l) : 0;
-                }
-                __syncthreads();
-                for (int l = 0; l < STEP; l++)
-                    for (int r = 0; r < 2; r++)
-                        for (int c = 0; c < 2; c++)
-                            sum[r][c] += left[l][threadIdx.y + 16 * r] * right[l][threadIdx.x + 16 * c];
-                __syncthreads();
-            }
-            for (int r = 0; r < 2; r++)
-                for (int c = 0; c < 2; c++) {
-                    const int64_t i = i0 + threadIdx.y + 16 * r, j = j0 + threadIdx.x + 16 * c;
-                    if (i < g.s && j < g.s) g.x[i * g.s + j] = alpha * sum[r][c];
+    const rate_list &l = careful ? run.careful : run.fast;
+    for (int64_t view = blockIdx.y; view < a.v; view += gridDim.y) {
+        const rate_group *each = l.each + view * (run.groups + 1);
+        const int64_t count = l.count[2 * view], items = each[count].grams;
+        for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+            const int64_t at = group_of(each, count, false, item);
+            const rate_group g = each[at];
+            const rate_shape shape = shape_of(g.m, a.d);
+            const int64_t part = (item - g.grams) / shape.upper, s = shape.s;
+            const int64_t from = rate_part_from(shape.len, part, shape.parts),
+                          to = rate_part_from(shape.len, part + 1, shape.parts);
+            const C alpha = shape.parts > 1 ? (C)1 : (C)((double)a.d / ((double)g.m * a.eps));
+            const rows<T> z = points_of<T>(run, view, g);
+            C *const x = shape.parts > 1 ? slot_of<C>(run, view, g) + part * s * s
+                                         : (C *)l.x + l.small[view * run.groups + at].at;
+            C sum[MY_ROWS][MY_COLS];
+            int i, j;
+            tile_of((int)((item - g.grams) % shape.upper), (int)rate_ceil(s, RATE_TILE), &i, &j);
+            const int64_t i0 = (int64_t)i * RATE_TILE, j0 = (int64_t)j * RATE_TILE;
+            if (shape.points) product<T, T, C, true, true>(z, i0, z, j0, i == j, from, to, (C *)shared, sum);
+            else product<T, T, C, false, false>(z, i0, z, j0, i == j, from, to, (C *)shared, sum);
+#pragma unroll
+            for (int r = 0; r < MY_ROWS; r++)
+#pragma unroll
+                for (int c = 0; c < MY_COLS; c++) {
+                    const int64_t row = i0 + my_row() + r, col = j0 + my_col() + c;
+                    if (row < s && col < s) x[row * s + col] = alpha * sum[r][c];
                 }
         }
     }
 }
 
-/* U in place of X, a block a group; what X has left at a pivot is the argument of log1p */
-static __global__ void factor(const rate_run run)
+/* X from its parts, by the blocks that made the first of them; the library's come without a */
+template <typename C> __global__ void __launch_bounds__(RATE_THREADS) fold(const rate_run run, int careful)
 {
-    for (int64_t at = blockIdx.x; at < run.a.v * run.groups; at += gridDim.x) {
-        const rate_group g = group(run, at);
-        const int64_t s = g.s;
-        double half = 0;
-        for (int64_t k = 0; k < s; k++) {
-            const double rest = g.x[k * s + k], root = sqrt(1 + rest);
-            half += 0.5 * log1p(rest);
-            __syncthreads(); /* rest has been read */
-            for (int64_t j = k + threadIdx.x; j < s; j += blockDim.x)
-                g.x[k * s + j] = j == k ? root : g.x[k * s + j] / root;
-            __syncthreads();
-            const int64_t left = s - k - 1;
-            for (int64_t q = threadIdx.x; q < left * left; q += blockDim.x) {
-                const int64_t i = k + 1 + q / left, j = k + 1 + q % left;
-                if (j >= i) g.x[i * s + j] -= g.x[k * s + i] * g.x[k * s + j];
-            }
-            __syncthreads();
-        }
-        if (threadIdx.x == 0) run.half[at] = g.m ? (double)g.m / (double)run.a.n * half : 0;
-    }
-}
-
-template <typename T> __global__ void rate_of(const rate_run run)
-{
-    double sum = 0;
-    for (int64_t g = threadIdx.x; g < run.groups; g += blockDim.x) sum += run.half[blockIdx.x * run.groups + g];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) ((T *)run.a.rate)[blockIdx.x] = (T)sum;
-}
-
-/* dZ: a thread solves for a column of Y, beside its neighbours */
-template <typename T> __global__ void gradient(const rate_run run)
-{
-    for (int64_t at = blockIdx.y; at < run.a.v * run.groups; at += gridDim.y) {
-        const rate_group g = group(run, at);
-        const int64_t s = g.s, len = g.len;
-        if (g.m == 0) continue;
-        const double scale = (double)((const T *)run.a.drate)[g.view] / (double)run.a.n * (double)run.a.d / run.a.eps;
-        for (int64_t l = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; l < len;
-             l += (int64_t)gridDim.x * blockDim.x) {
-            double *y = g.y + l;
-            for (int64_t i = 0; i < s; i++) {
-                double sum = scale * entry<T>(run, g, i, l);
-                for (int64_t q = 0; q < i; q++) sum -= g.x[q * s + i] * y[q * len];
-                y[i * len] = sum / g.x[i * s + i];
-            }
-            for (int64_t i = s - 1; i >= 0; i--) {
-                double sum = y[i * len];
-                for (int64_t q = i + 1; q < s; q++) sum -= g.x[i * s + q] * y[q * len];
-                y[i * len] = sum / g.x[i * s + i];
-                const int64_t to = g.points ? place(run, g, i, l) : place(run, g, l, i);
-                if (to >= 0) ((T *)run.a.dz)[to] = (T)y[i * len];
+    const subspace_coding_rate_args &a = run.a;
+    const rate_list &l = careful ? run.careful : run.fast;
+    for (int64_t view = blockIdx.y; view < a.v; view += gridDim.y) {
+        const rate_group *each = l.each + view * (run.groups + 1);
+        const int64_t count = l.count[2 * view], items = each[count].grams;
+        for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+            const int64_t at = group_of(each, count, false, item);
+            const rate_group g = each[at];
+            const rate_shape shape = shape_of(g.m, a.d);
+            const int64_t s = shape.s;
+            if (item - g.grams >= shape.upper || (shape.parts == 1 && (careful || !run.library))) continue;
+            const C alpha = (C)((double)a.d / ((double)g.m * a.eps));
+            const C *const parts = slot_of<C>(run, view, g);
+            C *const x = (C *)l.x + l.small[view * run.groups + at].at;
+            int i, j;
+            tile_of((int)(item - g.grams), (int)rate_ceil(s, RATE_TILE), &i, &j);
+            for (int e = (int)threadIdx.x; e < RATE_TILE * RATE_TILE; e += RATE_THREADS) {
+                const int64_t row = (int64_t)i * RATE_TILE + e / RATE_TILE,
+                              col = (int64_t)j * RATE_TILE + e % RATE_TILE;
+                if (row >= s || col >= s) continue;
+                C sum = 0;
+#pragma unroll 8
+                for (int64_t part = 0; part < shape.parts; part++) sum += parts[part * s * s + row * s + col];
+                x[row * s + col] = alpha * sum;
             }
         }
     }
+}
+
+/* ------------------------------------------------------------------------------------ results */
+
+/* One block a view; NaN where a group failed, or start does not lead from 0 to n. */
+template <typename T> __global__ void __launch_bounds__(ROW_THREADS) rate_of(const rate_run run)
+{
+    for (int64_t view = blockIdx.x; view < run.a.v; view += gridDim.x) {
+        const rate_group *each = run.fast.each + view * (run.groups + 1);
+        double sum = 0, points = 0;
+        for (int64_t i = threadIdx.x; i < run.fast.count[2 * view]; i += blockDim.x) {
+            const verdict of = run.of[view * run.groups + i];
+            const double m = (double)each[i].m;
+            points += m;
+            sum += of.good ? m / (double)run.a.n * of.half : NAN;
+        }
+        sum = block_sum(sum), points = block_sum(points);
+        if (threadIdx.x == 0) ((T *)run.a.rate)[view] = points == (double)run.a.n ? (T)sum : (T)NAN;
+    }
+}
+
+/* A tile of dZ; blocks (x, view) */
+template <typename T, typename C>
+__global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gradient(const rate_run run, int careful)
+{
+    DYNAMIC_SHARED(shared);
+    const subspace_coding_rate_args &a = run.a;
+    const rate_list &l = careful ? run.careful : run.fast;
+    const int64_t across = rate_ceil(a.d, RATE_TILE);
+    for (int64_t view = blockIdx.y; view < a.v; view += gridDim.y) {
+        const rate_group *each = l.each + view * (run.groups + 1);
+        const int64_t count = l.count[2 * view], items = each[count].gradients;
+        const C scale = (C)((double)((const T *)a.drate)[view] / (double)a.n * (double)a.d / a.eps);
+        for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+            const int64_t at = group_of(each, count, true, item);
+            if (sizeof(C) == 4 && needs_care(run, view, at)) continue;
+            const rate_group g = each[at];
+            const int64_t s = MIN(g.m, a.d);
+            const int64_t i0 = (item - g.gradients) / across * RATE_TILE,
+                          j0 = (item - g.gradients) % across * RATE_TILE;
+            const rows<T> z = points_of<T>(run, view, g);
+            const rows<C> inverse =
+                rows_of((const C *)l.x + l.small[view * run.groups + at].at, (const int64_t *)NULL, s, s, s);
+            C sum[MY_ROWS][MY_COLS];
+            if (g.m <= a.d) product<C, T, C, false, false>(inverse, i0, z, j0, false, 0, s, (C *)shared, sum);
+            else product<T, C, C, true, false>(z, i0, inverse, j0, false, 0, s, (C *)shared, sum);
+#pragma unroll
+            for (int r = 0; r < MY_ROWS; r++) {
+                const int64_t row = i0 + my_row() + r, col = j0 + my_col();
+                const T *const from = row < g.m ? row_at(z, row) : NULL;
+                if (!from) continue;
+                T *const to = (T *)a.dz + (from - (const T *)a.z);
+#pragma unroll
+                for (int c = 0; c < MY_COLS; c++)
+                    if (col + c < a.d) to[col + c] = (T)(scale * sum[r][c]);
+            }
+        }
+    }
+}
+
+/* drate m/n a times the one inverse of each view, for the library */
+template <typename T> __global__ void __launch_bounds__(ROW_THREADS) scale_inverses(const rate_run run)
+{
+    const subspace_coding_rate_args &a = run.a;
+    const int64_t count = run.side * run.side;
+    for (int64_t view = blockIdx.y; view < a.v; view += gridDim.y) {
+        const T scale = (T)((double)((const T *)a.drate)[view] / (double)a.n * (double)a.d / a.eps);
+        const T *const from = (const T *)run.fast.x + run.fast.unit * view * run.fast.stride;
+        T *const to = (T *)(run.slots + view * run.room);
+        for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
+             i += (int64_t)gridDim.x * blockDim.x)
+            to[i] = scale * from[i];
+    }
+}
+
+/* ---------------------------------------------------------------------------------- on the host */
+
+static void carve_list(rate_list *l, const rate_run *run, char *base, size_t *bytes)
+{
+    const int64_t v = run->a.v;
+    l->each = (rate_group *)carve(base, bytes, v * (run->groups + 1), sizeof(rate_group));
+    l->small = (square *)carve(base, bytes, v * run->groups, sizeof(square));
+    l->large = (square *)carve(base, bytes, v * run->most_large, sizeof(square));
+    l->count = (int64_t *)carve(base, bytes, v * 2, sizeof(int64_t));
 }
 
 static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backward, char *base, size_t *bytes)
 {
+    const bool f64 = a->dtype == SUBSPACE_F64;
+    const int64_t limit = rate_small(sizeof(double)), v = a->v;
     *run = rate_run{};
+    if (a->n <= 0 || a->d <= 0 || v <= 0) return;
     run->a = *a;
-    run->groups = a->start ? a->n : 1;
-    run->kept = subspace_coding_rate_factor(a);
     run->backward = backward;
-    run->x = (double *)carve(base, bytes, a->v * run->kept, sizeof(double));
-    run->half = (double *)carve(base, bytes, a->v * run->groups, sizeof(double));
-    if (backward) run->y = (double *)carve(base, bytes, a->v * a->n * a->d, sizeof(double));
+    run->groups = a->start ? a->n : 1;
+    run->side = MIN(a->n, a->d);
+    run->kept = subspace_coding_rate_factor(a);
+    run->room = a->start ? a->n * a->d : rate_parts(a->n, a->d) * run->side * run->side; /* at least parts s s <= m d */
+    run->most_large = run->side <= limit ? 0 : a->start ? a->n / (limit + 1) + 1 : 1;
+    run->rows = run->most_large == 0 ? 0 : a->start ? a->n + RATE_TILE * run->most_large : run->side + RATE_TILE;
+    run->library = !a->start && (double)run->side * (double)a->n * (double)a->d >= RATE_LARGE;
+    run->slots = (double *)carve(base, bytes, v * run->room, sizeof(double));
+    run->of = (verdict *)carve(base, bytes, v * run->groups, sizeof(verdict));
+    carve_list(&run->fast, run, base, bytes);
+    if (!f64) carve_list(&run->careful, run, base, bytes);
+    run->y = carve(base, bytes, v * run->rows * RATE_TILE, sizeof(double));
+    run->rest = (double *)carve(base, bytes, v * run->rows, sizeof(double));
+    run->bands = (double *)carve(base, bytes, v * run->rows * 2, sizeof(double));
+    run->meeting = (unsigned *)carve(base, bytes, 2, sizeof(unsigned));
+    run->fast.x = a->factor ? a->factor : run->slots;
+    run->fast.unit = a->factor || f64 ? 1 : 2;
+    run->fast.stride = a->factor ? run->kept : run->room, run->fast.width = a->factor ? run->side : a->d;
+    run->careful.x = run->slots, run->careful.unit = 1, run->careful.stride = run->room, run->careful.width = a->d;
+}
+
+/* The parts of each view's only X, without a, by the library: all views at once, or all parts but a shorter last. */
+template <typename T> static subspace_status library_grams(subspace_ctx *ctx, const rate_run *run)
+{
+    const subspace_coding_rate_args *a = &run->a;
+    const rate_shape shape = shape_of(a->n, a->d);
+    const int64_t s = shape.s, whole = rate_part_from(shape.len, 1, shape.parts), along = shape.points ? 1 : a->d;
+    gemms g = {};
+    g.m = g.n = s, g.transa = !shape.points, g.transb = shape.points, g.exact = true;
+    g.ab = g.cc = a->dtype, g.alpha = 1, g.lda = g.ldb = a->d, g.ldc = s;
+    if (shape.parts == 1) {
+        g.k = shape.len, g.count = a->v, g.a = g.b = a->z, g.c = run->slots;
+        g.stride_a = g.stride_b = a->n * a->d, g.stride_c = run->room * (int64_t)(sizeof(double) / sizeof(T));
+        return gemm_all(ctx, &g);
+    }
+    g.stride_a = g.stride_b = whole * along, g.stride_c = s * s;
+    for (int64_t view = 0; view < a->v; view++)
+        for (int last = 0; last < 2; last++) {
+            const int64_t part = last ? shape.parts - 1 : 0;
+            g.count = last ? 1 : shape.parts - 1, g.k = last ? shape.len - part * whole : whole;
+            g.a = g.b = (const T *)a->z + view * a->n * a->d + part * whole * along;
+            g.c = (T *)(run->slots + view * run->room) + part * s * s;
+            TRY(gemm_all(ctx, &g));
+        }
+    return SUBSPACE_OK;
+}
+
+/* dZ of each view's only group by the library. */
+template <typename T>
+static subspace_status library_gradient(subspace_ctx *ctx, const rate_run *run, const device_limits *limits)
+{
+    const subspace_coding_rate_args *a = &run->a;
+    const unsigned views = (unsigned)MIN(a->v, MOST_VIEWS);
+    const int64_t s = run->side, inverse = run->room * (int64_t)(sizeof(double) / sizeof(T));
+    const bool points = a->n <= a->d;
+    gemms g = {};
+    LAUNCH(ctx, scale_inverses<T>,
+           dim3(rate_blocks(rate_ceil(s * s, ROW_THREADS), views, limits->multiprocessors), views), ROW_THREADS, 0,
+           *run);
+    g.m = a->n, g.n = a->d, g.k = s, g.count = a->v, g.exact = true, g.ab = g.cc = a->dtype, g.alpha = 1;
+    g.a = points ? (const void *)run->slots : a->z, g.b = points ? a->z : (const void *)run->slots, g.c = a->dz;
+    g.lda = points ? s : a->d, g.ldb = points ? a->d : s, g.ldc = a->d;
+    g.stride_a = points ? inverse : a->n * a->d, g.stride_b = points ? a->n * a->d : inverse, g.stride_c = a->n * a->d;
+    return gemm_all(ctx, &g);
+}
+
+/* X and its factor in one precision, of all groups or of those that need care. */
+template <typename T, typename C>
+static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const device_limits *limits, bool careful)
+{
+    const subspace_coding_rate_args *a = &run->a;
+    const rate_list *l = careful ? &run->careful : &run->fast;
+    const unsigned views = (unsigned)MIN(a->v, MOST_VIEWS);
+    const int64_t most = a->start ? a->n * rate_ceil(run->side, RATE_TILE) : RATE_BLOCKS + rate_upper(run->side);
+    const dim3 grid(rate_blocks(most, views, limits->multiprocessors), views);
+    const bool library = run->library && !careful;
+    squares b = {};
+    if (library) TRY(library_grams<T>(ctx, run));
+    else LAUNCH(ctx, (gram<T, C>), grid, RATE_THREADS, rate_product_shared(sizeof(C)), *run, careful);
+    if (library || MAX(a->n, a->d) >= 2 * RATE_PART) LAUNCH(ctx, fold<C>, grid, RATE_THREADS, 0, *run, careful);
+    b.small = l->small, b.large = l->large, b.count = l->count, b.lists = a->v;
+    b.most = b.slots = run->groups, b.most_large = run->most_large;
+    b.wanted = run->backward || (a->factor && !careful) ? INVERSE : LOGDET;
+    b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.bands = run->bands, b.meeting = run->meeting;
+    b.worst = sizeof(C) == 4 ? CAREFUL : (double)INFINITY, b.failed = sizeof(C) == 4 ? 0 : (double)NAN;
+    return sweep_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side);
+}
+
+static subspace_status list(subspace_ctx *ctx, const rate_run *run, bool careful)
+{
+    const int limit = rate_small(careful || run->a.dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float));
+    LAUNCH(ctx, list_groups, (unsigned)MIN(run->a.v, MOST_VIEWS), LISTERS, 0, *run, careful, limit);
+    return SUBSPACE_OK;
+}
+
+template <typename T, typename C>
+static subspace_status gradients(subspace_ctx *ctx, const rate_run *run, const device_limits *limits, bool careful)
+{
+    const subspace_coding_rate_args *a = &run->a;
+    const unsigned views = (unsigned)MIN(a->v, MOST_VIEWS);
+    const int64_t most = (a->start ? a->n : rate_ceil(a->n, RATE_TILE)) * rate_ceil(a->d, RATE_TILE);
+    if (run->library && !careful) return library_gradient<T>(ctx, run, limits);
+    LAUNCH(ctx, (gradient<T, C>), dim3(rate_blocks(most, views, limits->multiprocessors), views), RATE_THREADS,
+           rate_product_shared(sizeof(C)), *run, careful);
+    return SUBSPACE_OK;
 }
 
 template <typename T> static subspace_status every_group(subspace_ctx *ctx, const rate_run *run)
 {
-    const subspace_coding_rate_args *a = &run->a;
-    const int64_t all = a->v * run->groups, tiles = CEIL_DIV(MIN(a->n, a->d), SIDE);
-    if (all == 0) return SUBSPACE_OK;
-    const unsigned groups = (unsigned)MIN(all, GROUPS);
-    const dim3 squares((unsigned)MIN(tiles * tiles, 64 * 64), groups);
-    LAUNCH(ctx, gram<T>, squares, dim3(16, 16), 0, *run);
-    LAUNCH(ctx, factor, groups, ROW_THREADS, 0, *run);
-    if (run->backward) {
-        const dim3 columns((unsigned)CEIL_DIV(MAX(a->n, a->d), ROW_THREADS), groups);
-        LAUNCH(ctx, gradient<T>, columns, ROW_THREADS, 0, *run);
-    } else {
-        if (a->factor)
-            CUDA(ctx, cudaMemsetAsync(a->factor, 0, (size_t)(a->v * run->kept) * sizeof(T), (cudaStream_t)ctx->stream));
-        LAUNCH(ctx, rate_of<T>, (unsigned)a->v, ROW_THREADS, 0, *run);
+    device_limits limits;
+    TRY(limits_of(ctx, &limits));
+    TRY(list(ctx, run, false));
+    if (!run->backward || !run->a.factor) TRY((factor<T, T>(ctx, run, &limits, false)));
+    if (run->backward) TRY((gradients<T, T>(ctx, run, &limits, false)));
+    if (sizeof(T) == 4) {
+        TRY(list(ctx, run, true));
+        TRY((factor<T, double>(ctx, run, &limits, true)));
+        if (run->backward) TRY((gradients<T, double>(ctx, run, &limits, true)));
     }
+    if (!run->backward) LAUNCH(ctx, rate_of<T>, (unsigned)MIN(run->a.v, MOST_VIEWS), ROW_THREADS, 0, *run);
     return SUBSPACE_OK;
 }
 
@@ -197,30 +324,28 @@ extern "C" size_t subspace_coding_rate_workspace_cuda(const subspace_ctx *, cons
 {
     size_t bytes = 0;
     rate_run run;
-    plan(&run, a, a->dz != NULL, NULL, &bytes);
+    plan(&run, a, false, NULL, &bytes);
     return bytes;
 }
 
-static subspace_status prepare(subspace_ctx *ctx, const subspace_coding_rate_args *a, bool backward, rate_run *run)
+static subspace_status run_groups(subspace_ctx *ctx, const subspace_coding_rate_args *a, bool backward)
 {
     size_t bytes = 0;
+    rate_run run;
     TRY(subspace_coding_rate_check(ctx, a));
-    plan(run, a, backward, (char *)ctx->workspace, &bytes);
+    plan(&run, a, backward, (char *)ctx->workspace, &bytes);
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "coding_rate: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
-    return SUBSPACE_OK;
+    if (a->v == 0) return SUBSPACE_OK;
+    return a->dtype == SUBSPACE_F64 ? every_group<double>(ctx, &run) : every_group<float>(ctx, &run);
 }
 
 extern "C" subspace_status subspace_coding_rate_cuda(subspace_ctx *ctx, const subspace_coding_rate_args *a)
 {
-    rate_run run;
-    TRY(prepare(ctx, a, false, &run));
-    return a->dtype == SUBSPACE_F64 ? every_group<double>(ctx, &run) : every_group<float>(ctx, &run);
+    return run_groups(ctx, a, false);
 }
 
 extern "C" subspace_status subspace_coding_rate_backward_cuda(subspace_ctx *ctx, const subspace_coding_rate_args *a)
 {
-    rate_run run;
-    TRY(prepare(ctx, a, true, &run));
-    return a->dtype == SUBSPACE_F64 ? every_group<double>(ctx, &run) : every_group<float>(ctx, &run);
+    return run_groups(ctx, a, true);
 }

@@ -1,315 +1,344 @@
 /* coding_rate_soft.cu - the coding rate of soft memberships on the GPU.
  *
- *     A_k = I + d/(t_k eps) Z' diag(w_k) Z,   h_k = 1/2 logdet A_k,   rate = sum_k t_k h_k / n
+ *     A_k = I + d/(t_k eps) Z' diag(w_k) Z,   t_k = sum_i w_ik,   h_k = 1/2 logdet A_k,   rate = sum_k t_k h_k / n
+ *     dw_ik = (h_k - (d - tr A_k^-1)/2) / n + d/(2n eps) z_i' A_k^-1 z_i
+ *     dz_i  = d/(n eps) sum_k w_ik A_k^-1 z_i
  *
  * The face-splitting product of cpu/face_split.h for any number of classes: a tile of F[i, (a, b)] = z_ia z_ib at a
- * time, and GEMMs of cuBLAS. The factors are swept in float64, a block of threads for a class and a pivot at a time.
+ * time, and products of cuBLAS, never in TF32: 2 n k p flops in the forward, p = d(d+1)/2, and 4 n k p in the backward.
+ * F is written and read once for each product, 1/k of their flops in bytes. The factors are cholesky.cuh's, in place.
  *
- * Unlike the CPU's kernel this one looks at no value on the host. A view with a negative or non-finite weight or
- * feature gets the rate NaN, and no view is run with care: where features have collapsed, or eps is tiny, float32
- * inverses lose digits in proportion to the condition of A_k. Use float64 there.
+ * As cpu/coding_rate_soft.c, but decided on the device: a view that float32 (or the inverse) is too short for is done
+ * again with care, class by class in float64 and with the root R = U^-1 of A^-1 = R R': v = R' z, q = |v|^2,
+ * A^-1 z = R v cancel no more than triangular solves do. One cooperative launch, whose blocks leave at once where all
+ * was well. A view with a negative or non-finite weight or feature has the rate NaN.
  */
+#include "coding_rate_soft.cuh"
 #include "linalg.cuh"
 
-enum { THREADS = 256 };
-static const int64_t MOST_BLOCKS = 1 << 20;
-static const int64_t TILE = 1 << 24;    /* entries of F at a time, where one row of pairs allows */
-static const int64_t SQUARES = 1 << 23; /* entries of the matrices that are factored at a time */
-static const int64_t CHUNK = 1 << 26;   /* entries of the inverses that are not kept */
-
-#define EACH(i, count)                                                                                                 \
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (int64_t)gridDim.x * blockDim.x)
-
-static unsigned blocks(int64_t count)
+static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
 {
-    return (unsigned)MAX(1, MIN(CEIL_DIV(count, THREADS), MOST_BLOCKS));
-}
-
-/* The pairs (a, b), a <= b, of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
-struct tile {
-    int64_t a0, a1, at, width;
-};
-
-struct plan {
-    int64_t p, chunk, width, squares; /* d(d+1)/2; classes, pairs and factorisations at a time */
-    double *t, *h, *trace;            /* [k] */
-    double *square;                   /* [squares, d, d + 1]: matrices and a pivot's row of each */
-    void *f;                          /* [n, width] */
-    void *own_inverse;                /* [chunk, p], or NULL */
-};
-
-static tile tile_from(const plan *p, int64_t d, int64_t a0, int64_t at)
-{
+    const int64_t d = r->a.d;
     tile t = {a0, a0, at, 0};
-    while (t.a1 < d && (t.width == 0 || t.width + d - t.a1 <= p->width)) t.width += d - t.a1++;
+    while (t.a1 < d && (t.width == 0 || t.width + d - t.a1 <= r->width)) t.width += d - t.a1++;
     return t;
 }
 
-/* First pair of row a in the packed upper half. */
-static __host__ __device__ inline int64_t row_start(int64_t d, int64_t a)
+/* --------------------------------------------------------------------------------- the fast way */
+
+/* f[i, (a, b)] = z_ia z_ib, or with a factor of 2 that where a < b; a block for a point, a warp for a row of pairs */
+template <typename T>
+__global__ void __launch_bounds__(ROW_THREADS) pairs(int64_t n, int64_t d, const T *z, tile t, T factor, T *f)
 {
-    return a * d - a * (a - 1) / 2;
+    for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+        const T *const zi = z + i * d;
+        for (int64_t a = t.a0 + threadIdx.x / WARP; a < t.a1; a += WARPS) {
+            T *const row = f + i * t.width + row_begins(1, d, a) - t.at;
+            const T za = zi[a];
+            for (int64_t b = a + threadIdx.x % WARP; b < d; b += WARP) row[b] = (b > a ? factor : (T)1) * za * zi[b];
+        }
+    }
 }
 
-/* f[i, (a, b)] = z_ia z_ib, or with a factor of 2 that where a < b: a block for each row of a tile and each point */
-template <typename T> __global__ void pairs(int64_t n, int64_t d, const T *z, tile t, T factor, T *f)
+/* dz_ic += sum_b M_i(c, b) z_ib + sum_{a < c} M_i(a, c) z_ia over the pairs of a tile; a block for a point, and a warp
+ * for a row of M, then a thread for a column. */
+template <typename T>
+__global__ void __launch_bounds__(ROW_THREADS) apply_pairs(int64_t n, int64_t d, const T *z, tile t, const T *m, T *dz)
 {
-    for (int64_t item = blockIdx.x; item < n * (t.a1 - t.a0); item += gridDim.x) {
-        const int64_t i = item / (t.a1 - t.a0), a = t.a0 + item % (t.a1 - t.a0);
-        T *row = f + i * t.width + row_start(d, a) - t.at - a;
-        for (int64_t b = a + threadIdx.x; b < d; b += blockDim.x)
-            row[b] = (b > a ? factor : (T)1) * z[i * d + a] * z[i * d + b];
+    for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+        const T *const zi = z + i * d, *const mi = m + i * t.width - t.at;
+        T *const to = dz + i * d;
+        for (int64_t a = t.a0 + threadIdx.x / WARP; a < t.a1; a += WARPS) {
+            const T *const row = mi + row_begins(1, d, a);
+            T sum = 0;
+            for (int64_t b = a + threadIdx.x % WARP; b < d; b += WARP) sum += row[b] * zi[b];
+            sum = warp_sum(sum);
+            if (threadIdx.x % WARP == 0) to[a] += sum;
+        }
+        __syncthreads();
+        for (int64_t c = t.a0 + threadIdx.x; c < d; c += blockDim.x) {
+            T sum = 0;
+#pragma unroll 4
+            for (int64_t a = t.a0; a < MIN(t.a1, c); a++) sum += mi[row_begins(1, d, a) + c] * zi[a];
+            to[c] += sum;
+        }
+        __syncthreads();
     }
+}
+
+static unsigned point_blocks(const soft_run *r)
+{
+    return (unsigned)MIN(r->a.n, MOST_BLOCKS);
+}
+
+/* A product of this op's: float32 in full. */
+static subspace_status exactly(subspace_ctx *ctx, const soft_run *r, bool transa, bool transb, int64_t m, int64_t n,
+                               int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, bool onto, void *c,
+                               int64_t ldc)
+{
+    gemms g = {};
+    g.m = m, g.n = n, g.k = k, g.count = 1, g.transa = transa, g.transb = transb, g.exact = true;
+    g.ab = g.cc = r->a.dtype, g.alpha = 1, g.beta = onto;
+    g.a = a, g.b = b, g.c = c, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
+    return gemm_all(ctx, &g);
 }
 
 /* G = W' F of a chunk of classes, packed, into `inverse` */
 template <typename T>
-static subspace_status grams_split(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, const plan *p,
-                                   int64_t kc, const T *z, const T *w, T *inverse)
+static subspace_status grams_split(subspace_ctx *ctx, const soft_run *r, int64_t kc, const T *z, const T *w, T *inverse)
 {
-    T *f = (T *)p->f;
-    for (tile t = tile_from(p, a->d, 0, 0); t.width > 0; t = tile_from(p, a->d, t.a1, t.at + t.width)) {
-        LAUNCH(ctx, pairs<T>, (unsigned)MIN(a->n * (t.a1 - t.a0), MOST_BLOCKS), THREADS, 0, a->n, a->d, z, t, (T)1, f);
-        TRY(gemm(ctx, true, false, kc, t.width, a->n, a->dtype, w, a->k, f, t.width, 0, a->dtype, inverse + t.at,
-                 p->p));
+    const subspace_coding_rate_soft_args *a = &r->a;
+    T *f = (T *)r->f;
+    for (tile t = tile_from(r, 0, 0); t.width > 0; t = tile_from(r, t.a1, t.at + t.width)) {
+        LAUNCH(ctx, pairs<T>, point_blocks(r), ROW_THREADS, 0, a->n, a->d, z, t, (T)1, f);
+        TRY(exactly(ctx, r, true, false, kc, t.width, a->n, w, a->k, f, t.width, false, inverse + t.at, r->p));
     }
     return SUBSPACE_OK;
-}
-
-/* dz_ic += sum_b M_i(c, b) z_ib + sum_{a < c} M_i(a, c) z_ia over the pairs of a tile */
-template <typename T> __global__ void apply_pairs(int64_t n, int64_t d, const T *z, tile t, const T *m, T *dz)
-{
-    EACH(at, n * d)
-    {
-        const int64_t i = at / d, c = at % d;
-        const T *row = m + i * t.width - t.at, *zi = z + i * d;
-        T sum = 0;
-        for (int64_t a = t.a0; a < MIN(t.a1, c); a++) sum += row[row_start(d, a) + c - a] * zi[a];
-        if (c >= t.a0 && c < t.a1)
-            for (int64_t b = c; b < d; b++) sum += row[row_start(d, c) + b - c] * zi[b];
-        dz[at] += sum;
-    }
 }
 
 /* q = F2 B' into dw, and dz += the use of M = W B, of a chunk of classes */
 template <typename T>
-static subspace_status gradients_split(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, const plan *p,
-                                       int64_t kc, const T *z, const T *w, const T *inverse, T *dz, T *dw)
+static subspace_status gradients_split(subspace_ctx *ctx, const soft_run *r, int64_t kc, const T *z, const T *w,
+                                       const T *inverse, T *dz, T *dw)
 {
-    T *f = (T *)p->f;
-    for (tile t = tile_from(p, a->d, 0, 0); t.width > 0; t = tile_from(p, a->d, t.a1, t.at + t.width)) {
+    const subspace_coding_rate_soft_args *a = &r->a;
+    T *f = (T *)r->f;
+    for (tile t = tile_from(r, 0, 0); t.width > 0; t = tile_from(r, t.a1, t.at + t.width)) {
         if (dw) {
-            LAUNCH(ctx, pairs<T>, (unsigned)MIN(a->n * (t.a1 - t.a0), MOST_BLOCKS), THREADS, 0, a->n, a->d, z, t, (T)2,
-                   f);
-            TRY(gemm(ctx, false, true, a->n, kc, t.width, a->dtype, f, t.width, inverse + t.at, p->p, t.at > 0,
-                     a->dtype, dw, a->k));
+            LAUNCH(ctx, pairs<T>, point_blocks(r), ROW_THREADS, 0, a->n, a->d, z, t, (T)2, f);
+            TRY(exactly(ctx, r, false, true, a->n, kc, t.width, f, t.width, inverse + t.at, r->p, t.at > 0, dw, a->k));
         }
         if (!dz) continue;
-        TRY(gemm(ctx, false, false, a->n, t.width, kc, a->dtype, w, a->k, inverse + t.at, p->p, 0, a->dtype, f,
-                 t.width));
-        LAUNCH(ctx, apply_pairs<T>, blocks(a->n * a->d), THREADS, 0, a->n, a->d, z, t, (const T *)f, dz);
+        TRY(exactly(ctx, r, false, false, a->n, t.width, kc, w, a->k, inverse + t.at, r->p, false, f, t.width));
+        LAUNCH(ctx, apply_pairs<T>, point_blocks(r), ROW_THREADS, 0, a->n, a->d, z, t, (const T *)f, dz);
     }
     return SUBSPACE_OK;
 }
 
-/* t_k, or NaN when a weight of the class is negative; a block for each class */
-template <typename T> __global__ void column_sums(int64_t n, int64_t k, const T *w, double *t)
-{
-    for (int64_t c = blockIdx.x; c < k; c += gridDim.x) {
-        double sum = 0;
-        for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += w[i * k + c] >= 0 ? (double)w[i * k + c] : NAN;
-        sum = block_sum(sum);
-        if (threadIdx.x == 0) t[c] = sum;
-        __syncthreads();
-    }
-}
-
-/* G_k becomes A_k^-1 in place, and h_k and tr A_k^-1, by the sweep operator on the upper half of a float64 copy:
- * pivot by pivot A <- A - r r'/p outside the pivot's row r, which becomes r/p, and the pivot -1/p. A block for each
- * class, and so for each square. */
+/* Packed G of some classes as squares of X; blocks (x, class). And back: the inverses, or 0 of an empty class. */
 template <typename T>
-__global__ void factor(int64_t d, int64_t kc, int64_t p, double eps, const double *t, double *square, T *inverse,
-                       double *h, double *trace)
+__global__ void __launch_bounds__(ROW_THREADS)
+    unpack(int64_t d, int64_t count, const square *each, T *packed, T *x, int back)
 {
-    double *a = square + blockIdx.x * d * (d + 1), *row = a + d * d;
-    for (int64_t k = blockIdx.x; k < kc; k += gridDim.x) {
-        T *packed = inverse + k * p;
-        const double scale = (double)d / (t[k] * eps);
-        double logdet = 0, sum = 0;
-        for (int64_t at = threadIdx.x; at < d * d; at += blockDim.x) {
-            const int64_t i = at / d, j = at % d;
-            if (i <= j) a[at] = scale * (double)packed[row_start(d, i) + j - i] + (i == j);
-        }
-        for (int64_t q = 0; q < d; q++) {
-            __syncthreads();
-            const double pivot = a[q * d + q];
-            for (int64_t x = threadIdx.x; x < d; x += blockDim.x) row[x] = x < q ? a[x * d + q] : a[q * d + x];
-            logdet += pivot > 0 ? log(pivot) : NAN;
-            __syncthreads();
-            for (int64_t at = threadIdx.x; at < d * d; at += blockDim.x) {
-                const int64_t i = at / d, j = at % d;
-                if (i > j) continue;
-                if (i == q && j == q) a[at] = -1 / pivot;
-                else if (i == q || j == q) a[at] /= pivot;
-                else a[at] -= row[i] * row[j] / pivot;
+    for (int64_t c = blockIdx.y; c < count; c += gridDim.y) {
+        const square q = each[c];
+        T *const from = packed + c * (d * (d + 1) / 2), *const to = x + q.at;
+        for (int64_t i = blockIdx.x; i < d; i += gridDim.x)
+            for (int64_t j = i + threadIdx.x; j < d; j += blockDim.x) {
+                T *const entry = from + row_begins(1, d, i) + j;
+                if (back) *entry = q.side ? to[i * d + j] : (T)0;
+                else to[i * d + j] = (T)q.scale * *entry;
             }
-        }
-        __syncthreads();
-        const bool empty = t[k] == 0;
-        for (int64_t i = threadIdx.x; i < d; i += blockDim.x) sum -= a[i * d + i];
-        for (int64_t at = threadIdx.x; at < d * d; at += blockDim.x) {
-            const int64_t i = at / d, j = at % d;
-            if (i <= j) packed[row_start(d, i) + j - i] = empty ? (T)0 : (T)-a[at];
-        }
-        sum = block_sum(sum);
-        if (threadIdx.x == 0) h[k] = empty ? 0 : 0.5 * logdet, trace[k] = empty ? (double)d : sum;
-        __syncthreads();
     }
 }
 
+/* Gram matrices and factors of a chunk of classes from k0 on. */
 template <typename T>
-static subspace_status make_factors(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, const plan *p,
-                                    int64_t k0, int64_t kc, const T *z, const T *w, T *inverse)
+static subspace_status make_factors(subspace_ctx *ctx, const device_limits *limits, const soft_run *r, int64_t k0,
+                                    int64_t kc, const T *z, const T *w, T *inverse)
 {
-    TRY(grams_split<T>(ctx, a, p, kc, z, w, inverse));
-    LAUNCH(ctx, factor<T>, (unsigned)MIN(kc, p->squares), ROW_THREADS, 0, a->d, kc, p->p, a->eps, p->t + k0, p->square,
-           inverse, p->h + k0, p->trace + k0);
+    const int64_t d = r->a.d, at_once = r->square_x ? r->squares : r->chunk;
+    squares b = {};
+    TRY(grams_split<T>(ctx, r, kc, z, w, inverse));
+    b.lists = 1, b.wanted = INVERSE, b.packed = r->square_x == NULL;
+    b.most = b.slots = b.most_large = at_once;
+    b.of = r->of, b.worst = INFINITY, b.failed = 0;
+    b.y = r->y, b.rest = r->rest, b.bands = r->bands, b.meeting = r->meeting;
+    b.x = r->square_x ? r->square_x : inverse;
+    for (int64_t k = k0; k < k0 + kc; k += at_once) { /* chunks are whole numbers of that */
+        const int64_t count = MIN(at_once, k0 + kc - k);
+        const dim3 grid((unsigned)MIN(d, 4096), (unsigned)MIN(count, 65535));
+        T *const packed = inverse + (k - k0) * r->p;
+        b.small = b.large = r->each + k, b.count = r->count + k / at_once * 2;
+        if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 0);
+        TRY(sweep_all<T>(ctx, limits, &b, d, d));
+        if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 1);
+    }
     return SUBSPACE_OK;
 }
 
-/* rate, and unless NULL the statistics [2, k]; one block */
-template <typename T>
-__global__ void finish_rate(int64_t n, int64_t k, const double *t, const double *h, const double *trace, T *rate,
-                            T *stats)
+/* --------------------------------------------------------------------------------------- a view */
+
+/* The rate, and the statistics; no inverses are left of a view that needed care. */
+template <typename T> __global__ void __launch_bounds__(ROW_THREADS) finish_rate(const soft_run run, int64_t v)
 {
+    const subspace_coding_rate_soft_args &a = run.a;
+    const int64_t is = run.state->is;
+    T *const inverse = (T *)a.inverse + (a.inverse ? v * a.k * run.p : 0), *const stats = (T *)a.stats;
     double sum = 0;
-    for (int64_t c = threadIdx.x; c < k; c += blockDim.x) {
-        sum += t[c] * h[c];
-        if (stats) stats[c] = (T)h[c], stats[k + c] = (T)trace[c];
+    if (is == CARE && inverse)
+        for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < a.k * run.p;
+             i += (int64_t)gridDim.x * blockDim.x)
+            inverse[i] = 0;
+    if (blockIdx.x > 0) return;
+    for (int64_t c = threadIdx.x; c < a.k; c += blockDim.x) {
+        const verdict of = run.of[c];
+        sum += of.good ? run.t[c] * of.half : (double)NAN;
+        if (stats)
+            stats[2 * v * a.k + c] = (T)of.half, stats[(2 * v + 1) * a.k + c] = (T)(is == CARE ? CAREFUL : of.trace);
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *rate = (T)(sum / (double)n);
-}
-
-template <typename T>
-static subspace_status forward_view(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, const plan *p,
-                                    int64_t v)
-{
-    const T *z = (const T *)a->z + v * a->n * a->d, *w = (const T *)a->weights + v * a->n * a->k;
-    if (a->k > 0) LAUNCH(ctx, column_sums<T>, (unsigned)MIN(a->k, MOST_BLOCKS), ROW_THREADS, 0, a->n, a->k, w, p->t);
-    for (int64_t k0 = 0; k0 < a->k; k0 += p->chunk) {
-        T *inverse = a->inverse ? (T *)a->inverse + (v * a->k + k0) * p->p : (T *)p->own_inverse;
-        TRY(make_factors<T>(ctx, a, p, k0, MIN(p->chunk, a->k - k0), z, w + k0, inverse));
-    }
-    LAUNCH(ctx, finish_rate<T>, 1, ROW_THREADS, 0, a->n, a->k, (const double *)p->t, (const double *)p->h,
-           (const double *)p->trace, (T *)a->rate + v, a->stats ? (T *)a->stats + v * 2 * a->k : (T *)NULL);
-    return SUBSPACE_OK;
+    if (threadIdx.x == 0) ((T *)a.rate)[v] = is == BAD ? (T)NAN : (T)(sum / (double)a.n);
 }
 
 /* q becomes dw, columns k0 .. k0 + kc - 1 of [n, k]; h and trace from the forward's stats, or its own */
 template <typename T>
-__global__ void finish_dw(int64_t n, int64_t d, int64_t k, int64_t kc, double eps, const T *drate, const T *stats,
-                          const double *h, const double *trace, T *dw)
+__global__ void __launch_bounds__(ROW_THREADS) finish_dw(const soft_run run, int64_t v, int64_t k0, int64_t kc)
 {
-    EACH(at, n * kc)
-    {
-        const int64_t i = at / kc, c = at % kc;
-        const double half = stats ? (double)stats[c] : h[c],
-                     left = (double)d - (stats ? (double)stats[k + c] : trace[c]);
-        dw[i * k + c] =
-            (T)((double)*drate / (double)n * ((double)d / (2 * eps) * (double)dw[i * k + c] + half - left / 2));
+    const subspace_coding_rate_soft_args &a = run.a;
+    const T *const stats = run.kept ? (const T *)a.stats + 2 * v * a.k : NULL;
+    const double drate = (double)((const T *)a.drate)[v] / (double)a.n, d = (double)a.d;
+    for (int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; at < a.n * kc;
+         at += (int64_t)gridDim.x * blockDim.x) {
+        const int64_t c = k0 + at % kc;
+        T *const dw = (T *)a.dweights + (v * a.n + at / kc) * a.k + c;
+        const double half = stats ? (double)stats[c] : run.of[c].half,
+                     left = d - (stats ? (double)stats[a.k + c] : run.of[c].trace);
+        *dw = (T)(drate * (d / (2 * a.eps) * (double)*dw + half - left / 2));
     }
 }
 
-template <typename T> __global__ void clear(int64_t count, T *x)
+template <typename T> __global__ void __launch_bounds__(ROW_THREADS) finish_dz(const soft_run run, int64_t v)
 {
-    EACH(i, count) x[i] = 0;
+    const subspace_coding_rate_soft_args &a = run.a;
+    const double scale = (double)((const T *)a.drate)[v] * (double)a.d / ((double)a.n * a.eps);
+    T *const dz = (T *)a.dz + v * a.n * a.d;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < a.n * a.d;
+         i += (int64_t)gridDim.x * blockDim.x)
+        dz[i] = (T)(scale * (double)dz[i]);
 }
 
-template <typename T> __global__ void finish_dz(int64_t count, double scale, const T *drate, T *dz)
+static unsigned blocks_for(int64_t count)
 {
-    EACH(i, count) dz[i] = (T)((double)*drate * scale * (double)dz[i]);
+    return (unsigned)MAX(1, MIN(CEIL_DIV(count, ROW_THREADS), MOST_BLOCKS));
 }
 
-template <typename T>
-static subspace_status backward_view(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, const plan *p,
-                                     int64_t v)
+template <typename T> static subspace_status look_at_view(subspace_ctx *ctx, const soft_run *r, int64_t v)
 {
-    const T *z = (const T *)a->z + v * a->n * a->d, *w = (const T *)a->weights + v * a->n * a->k;
-    const T *drate = (const T *)a->drate + v, *stats = a->inverse ? (const T *)a->stats + v * 2 * a->k : NULL;
-    T *dz = a->dz ? (T *)a->dz + v * a->n * a->d : NULL, *dw = a->dweights ? (T *)a->dweights + v * a->n * a->k : NULL;
-    if (dz) LAUNCH(ctx, clear<T>, blocks(a->n * a->d), THREADS, 0, a->n * a->d, dz);
-    if (!a->inverse && a->k > 0)
-        LAUNCH(ctx, column_sums<T>, (unsigned)MIN(a->k, MOST_BLOCKS), ROW_THREADS, 0, a->n, a->k, w, p->t);
-    for (int64_t k0 = 0; k0 < a->k; k0 += p->chunk) {
-        const int64_t kc = MIN(p->chunk, a->k - k0);
-        T *inverse = a->inverse ? (T *)a->inverse + (v * a->k + k0) * p->p : (T *)p->own_inverse;
-        if (!a->inverse) TRY(make_factors<T>(ctx, a, p, k0, kc, z, w + k0, inverse));
-        TRY(gradients_split<T>(ctx, a, p, kc, z, w + k0, inverse, dz, dw ? dw + k0 : NULL));
-        if (dw)
-            LAUNCH(ctx, finish_dw<T>, blocks(a->n * kc), THREADS, 0, a->n, a->d, a->k, kc, a->eps, drate,
-                   stats ? stats + k0 : stats, (const double *)p->h + k0, (const double *)p->trace + k0, dw + k0);
-    }
-    if (dz)
-        LAUNCH(ctx, finish_dz<T>, blocks(a->n * a->d), THREADS, 0, a->n * a->d, (double)a->d / ((double)a->n * a->eps),
-               drate, dz);
+    const int64_t blocks = MIN(MAX(CEIL_DIV(r->a.k, COLUMNS), MIN(LONGEST, CEIL_DIV(r->a.n, ROW_LANES))), MOST_BLOCKS);
+    LAUNCH(ctx, examine<T>, (unsigned)blocks, dim3(COLUMNS, ROW_LANES), 0, *r, v);
+    LAUNCH(ctx, begin<T>, 1, ROW_THREADS, 0, *r, v, (int)MIN(blocks, LONGEST));
     return SUBSPACE_OK;
 }
 
-static void make_plan(plan *p, const subspace_coding_rate_soft_args *a, char *base, size_t *bytes)
+template <typename T>
+static subspace_status forward_view(subspace_ctx *ctx, const device_limits *limits, const soft_run *r, int64_t v)
+{
+    const subspace_coding_rate_soft_args *a = &r->a;
+    const T *z = (const T *)a->z + v * a->n * a->d, *w = (const T *)a->weights + v * a->n * a->k;
+    TRY(look_at_view<T>(ctx, r, v));
+    for (int64_t k0 = 0; k0 < a->k; k0 += r->chunk) {
+        T *inverse = a->inverse ? (T *)a->inverse + (v * a->k + k0) * r->p : (T *)r->own_inverse;
+        TRY(make_factors<T>(ctx, limits, r, k0, MIN(r->chunk, a->k - k0), z, w + k0, inverse));
+    }
+    LAUNCH(ctx, examine_factors<T>, 1, ROW_THREADS, 0, *r);
+    TRY(with_care<T>(ctx, limits, r, v));
+    LAUNCH(ctx, finish_rate<T>, (unsigned)(4 * limits->multiprocessors), ROW_THREADS, 0, *r, v);
+    return SUBSPACE_OK;
+}
+
+template <typename T>
+static subspace_status backward_view(subspace_ctx *ctx, const device_limits *limits, const soft_run *r, int64_t v)
+{
+    const subspace_coding_rate_soft_args *a = &r->a;
+    const T *z = (const T *)a->z + v * a->n * a->d, *w = (const T *)a->weights + v * a->n * a->k;
+    T *dz = a->dz ? (T *)a->dz + v * a->n * a->d : NULL, *dw = a->dweights ? (T *)a->dweights + v * a->n * a->k : NULL;
+    if (dz) CUDA(ctx, cudaMemsetAsync(dz, 0, (size_t)(a->n * a->d) * sizeof(T), (cudaStream_t)ctx->stream));
+    TRY(look_at_view<T>(ctx, r, v));
+    for (int64_t k0 = 0; k0 < a->k; k0 += r->chunk) {
+        const int64_t kc = MIN(r->chunk, a->k - k0);
+        T *inverse = r->kept ? (T *)a->inverse + (v * a->k + k0) * r->p : (T *)r->own_inverse;
+        if (!r->kept) TRY(make_factors<T>(ctx, limits, r, k0, kc, z, w + k0, inverse));
+        TRY(gradients_split<T>(ctx, r, kc, z, w + k0, inverse, dz, dw ? dw + k0 : NULL));
+        if (dw) LAUNCH(ctx, finish_dw<T>, blocks_for(a->n * kc), ROW_THREADS, 0, *r, v, k0, kc);
+    }
+    if (dz) LAUNCH(ctx, finish_dz<T>, blocks_for(a->n * a->d), ROW_THREADS, 0, *r, v);
+    if (!r->kept) LAUNCH(ctx, examine_factors<T>, 1, ROW_THREADS, 0, *r);
+    return with_care<T>(ctx, limits, r, v);
+}
+
+static void plan(soft_run *r, const subspace_coding_rate_soft_args *a, bool backward, char *base, size_t *bytes)
 {
     const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const int64_t d = a->d;
-    *p = plan{};
-    p->p = d * (d + 1) / 2;
-    p->chunk = MAX(1, a->inverse ? a->k : MIN(a->k, CHUNK / p->p));
-    p->width = MAX(d, MIN(TILE / a->n, p->p));
-    p->squares = MAX(1, MIN(p->chunk, SQUARES / (d * (d + 1))));
-    p->t = (double *)carve(base, bytes, a->k, sizeof(double));
-    p->h = (double *)carve(base, bytes, a->k, sizeof(double));
-    p->trace = (double *)carve(base, bytes, a->k, sizeof(double));
-    p->square = (double *)carve(base, bytes, p->squares * d * (d + 1), sizeof(double));
-    p->f = carve(base, bytes, a->n * p->width, item);
-    if (!a->inverse) p->own_inverse = carve(base, bytes, p->chunk * p->p, item);
+    const int64_t n = a->n, d = a->d, k = a->k;
+    *r = soft_run{};
+    r->a = *a;
+    r->backward = backward, r->kept = backward && a->inverse;
+    r->p = d * (d + 1) / 2, r->pad = rate_ceil(d, RATE_TILE) * RATE_TILE;
+    const bool large = d > rate_small(item);
+    r->squares = MAX(1, MIN(k, SQUARES / (d * d)));
+    r->chunk = MAX(1, r->kept || a->inverse ? k : MIN(k, CHUNK / r->p));
+    if (large && r->chunk < k) r->chunk = MAX(1, r->chunk / r->squares) * r->squares;
+    r->width = MAX(d, MIN(TILE / n, r->p));
+    r->again = MAX(1, MIN(k, AGAIN / (d * d + r->pad * RATE_TILE + (r->backward ? n * d : 0))));
+    r->t = (double *)carve(base, bytes, k, sizeof(double));
+    r->longest = (double *)carve(base, bytes, LONGEST, sizeof(double));
+    r->of = (verdict *)carve(base, bytes, k, sizeof(verdict));
+    r->each = (square *)carve(base, bytes, k, sizeof(square));
+    r->careful = (square *)carve(base, bytes, k, sizeof(square));
+    r->count = (int64_t *)carve(base, bytes, 2 * k, sizeof(int64_t));
+    r->careful_count = (int64_t *)carve(base, bytes, 2 * k, sizeof(int64_t));
+    r->state = (soft_state *)carve(base, bytes, 1, sizeof(soft_state));
+    r->meeting = (unsigned *)carve(base, bytes, 2, sizeof(unsigned));
+
+    size_t fast = *bytes, careful = *bytes;
+    r->f = carve(base, &fast, n * r->width, item);
+    if (!a->inverse) r->own_inverse = carve(base, &fast, r->chunk * r->p, item);
+    if (large && !r->kept) {
+        r->square_x = carve(base, &fast, r->squares * d * d, item);
+        r->y = carve(base, &fast, r->squares * r->pad * RATE_TILE, item);
+        r->rest = (double *)carve(base, &fast, r->squares * r->pad, sizeof(double));
+        r->bands = (double *)carve(base, &fast, r->squares * r->pad * 2, sizeof(double));
+    }
+    r->x64 = (double *)carve(base, &careful, r->again * d * d, sizeof(double));
+    r->y64 = (double *)carve(base, &careful, r->again * r->pad * RATE_TILE, sizeof(double));
+    r->rest64 = (double *)carve(base, &careful, r->again * r->pad, sizeof(double));
+    r->bands64 = (double *)carve(base, &careful, r->again * r->pad * 2, sizeof(double));
+    if (r->backward) r->v64 = (double *)carve(base, &careful, r->again * n * d, sizeof(double));
+    if (r->backward && a->dz) r->dz64 = (double *)carve(base, &careful, n * d, sizeof(double));
+    *bytes = MAX(fast, careful);
 }
 
 extern "C" size_t subspace_coding_rate_soft_workspace_cuda(const subspace_ctx *,
                                                            const subspace_coding_rate_soft_args *a)
 {
     size_t bytes = 0;
-    plan p;
-    if (a->n <= 0 || a->d <= 0) return 0;
-    make_plan(&p, a, NULL, &bytes);
+    soft_run r;
+    if (a->n <= 0 || a->d <= 0 || a->v <= 0 || a->k < 0) return 0;
+    plan(&r, a, a->drate != NULL, NULL, &bytes);
     return bytes;
 }
 
-static subspace_status prepare(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, plan *p)
+static subspace_status run_views(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, bool backward)
 {
     size_t bytes = 0;
+    soft_run r;
+    device_limits limits;
     TRY(subspace_coding_rate_soft_check(ctx, a));
     CHECK(ctx, a->d < 1 << 16, SUBSPACE_INVALID_ARGUMENT, "coding_rate_soft: %lld features are too many",
           (long long)a->d);
-    make_plan(p, a, (char *)ctx->workspace, &bytes);
+    if (a->v == 0) return SUBSPACE_OK;
+    plan(&r, a, backward, (char *)ctx->workspace, &bytes);
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "coding_rate_soft: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
+    TRY(limits_of(ctx, &limits));
+    for (int64_t v = 0; v < a->v; v++)
+        if (backward)
+            TRY(a->dtype == SUBSPACE_F64 ? backward_view<double>(ctx, &limits, &r, v)
+                                         : backward_view<float>(ctx, &limits, &r, v));
+        else
+            TRY(a->dtype == SUBSPACE_F64 ? forward_view<double>(ctx, &limits, &r, v)
+                                         : forward_view<float>(ctx, &limits, &r, v));
     return SUBSPACE_OK;
 }
 
 extern "C" subspace_status subspace_coding_rate_soft_cuda(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
 {
-    plan p;
-    TRY(prepare(ctx, a, &p));
-    for (int64_t v = 0; v < a->v; v++)
-        TRY(a->dtype == SUBSPACE_F64 ? forward_view<double>(ctx, a, &p, v) : forward_view<float>(ctx, a, &p, v));
-    return SUBSPACE_OK;
+    return run_views(ctx, a, false);
 }
 
 extern "C" subspace_status subspace_coding_rate_soft_backward_cuda(subspace_ctx *ctx,
                                                                    const subspace_coding_rate_soft_args *a)
 {
-    plan p;
-    TRY(prepare(ctx, a, &p));
-    for (int64_t v = 0; v < a->v; v++)
-        TRY(a->dtype == SUBSPACE_F64 ? backward_view<double>(ctx, a, &p, v) : backward_view<float>(ctx, a, &p, v));
-    return SUBSPACE_OK;
+    return run_views(ctx, a, true);
 }

@@ -123,7 +123,7 @@ def _grouped(z: Tensor, labels: Tensor | None, eps: float) -> Tensor:
     if transformed():
         return _plain(z, labels, eps)
     order, start = _groups(z, labels)
-    keep = torch.is_grad_enabled() and z.requires_grad and z.device.type == "cpu"  # on CUDA it is made again
+    keep = torch.is_grad_enabled() and z.requires_grad
     return _op.coding_rate(z, order, start, eps, keep)[0]
 
 

@@ -11,7 +11,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 OP = torch.ops.torch_subspace.coding_rate
 BACKWARD = torch.ops.torch_subspace.coding_rate_backward
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-SHAPES = [(1, 1, 0), (7, 5, 0), (20, 33, 3), (300, 130, 0), (130, 300, 0), (600, 64, 30), (500, 20, 400), (700, 96, 2)]
+SHAPES = [  # tiles and their borders, long groups in parts, many groups; registers, all blocks together, the library
+    (1, 1, 0), (7, 5, 0), (20, 33, 3), (300, 130, 0), (130, 300, 0), (600, 64, 30), (500, 20, 400), (700, 96, 2),
+    (65, 64, 1), (128, 129, 1), (177, 300, 1), (256, 256, 1), (257, 300, 1), (1500, 700, 3), (2048, 1024, 0),
+    (20000, 12, 3), (9, 5000, 2), (3000, 3, 2500),
+]  # fmt: skip
 
 
 def points(n, d, dtype=torch.float64):
@@ -58,6 +62,61 @@ def test_float32_where_it_is_hard(size, eps):
         close(run(z, some, torch.float32, "cuda", eps), run(z, some, torch.float64, "cpu", eps), 1e-5)
 
 
+@pytest.mark.parametrize("n, d, classes", [(50, 20, 4), (300, 270, 0), (300, 290, 1), (20, 700, 2)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_factor_may_be_kept_or_not(n, d, classes, dtype):
+    z = points(n, d, dtype)[None].cuda()
+    order, start = groups(z, labels_of(n, classes)[None].cuda() if classes else None)
+    rate, factor = OP(z, order, start, 0.5, True)
+    again, none = OP(z, order, start, 0.5, False)
+    assert torch.equal(rate, again) and none.shape == (1, 0)
+    drate = torch.ones(1, dtype=dtype, device="cuda")
+    kept, made = (BACKWARD(drate, z, order, start, f, 0.5) for f in (factor, none))
+    assert torch.equal(kept, made)
+
+
+@pytest.mark.parametrize("n, d", [(20, 512), (200, 128), (300, 310)])
+def test_one_hard_class_among_easy_ones(n, d):
+    z = torch.cat([points(n, d), points(n, d)[:1] + 1e-3 * points(n, d), 1e3 * points(n, d)])
+    z, labels = z.float(), torch.arange(3 * n) // n
+    close(run(z, labels, torch.float32, "cuda", 1e-2), run(z, labels, torch.float64, "cpu", 1e-2), 1e-5)
+
+
+def test_tf32_is_never_used():
+    z = points(700, 300, torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        found = []
+        for torch.backends.cuda.matmul.allow_tf32 in (False, True):
+            found.append(run(z, None, torch.float32, "cuda"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("n, d, classes", [(300, 40, 7), (600, 320, 2), (700, 300, 0)])
+def test_a_graph_finds_its_groups_itself(n, d, classes):
+    """Recorded with some groups, played with others."""
+    z = points(n, d, torch.float32)[None].cuda()
+    some = [groups(z, labels_of(n, c)[None].cuda() if c else None) for c in (classes, (classes + 1) // 2)]
+    order, start = (t.contiguous().clone() for t in some[0])
+    drate = torch.ones(1, device="cuda")
+
+    def step():
+        rate, factor = OP(z, order, start, 0.5, True)
+        return rate, BACKWARD(drate, z, order, start, factor, 0.5)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    for other in some:
+        order.copy_(other[0]), start.copy_(other[1])
+        z.mul_(1.25)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(recorded, step()))
+
+
 def test_derivatives():
     z, labels = points(9, 4).cuda().requires_grad_(), labels_of(9, 3).cuda()
     for some in (None, labels):
@@ -66,7 +125,7 @@ def test_derivatives():
 
 
 def test_opcheck():
-    z = points(12, 5, torch.float32)[None].cuda()
+    z = points(12, 4, torch.float32)[None].cuda()  # with groups of d points the whole factor is used
     for labels in (None, torch.arange(12, device="cuda")[None] // 4):
         order, start = (t.contiguous() for t in groups(z, labels))
         for keep in (False, True):

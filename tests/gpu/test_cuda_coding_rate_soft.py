@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 SHAPES = [(1, 1, 1, 1), (2, 30, 7, 3), (1, 40, 5, 33), (3, 60, 33, 40), (1, 300, 130, 5), (1, 9, 30, 40),
-          (1, 512, 64, 512), (2, 2048, 96, 12)]  # fmt: skip
+          (1, 512, 64, 512), (2, 2048, 96, 12), (1, 400, 256, 3), (1, 700, 300, 40), (1, 6000, 80, 3)]  # fmt: skip
 
 
 def problem(v, n, d, k):
@@ -46,6 +46,30 @@ def test_values(monkeypatch, shape, dtype, keep):
     if not keep:
         monkeypatch.setattr(module, "KEEP_INVERSES", 0)
     close(both(z.to("cuda", dtype), weights.to("cuda", dtype)), truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(2, 60, 8, 40), (1, 300, 130, 5), (1, 300, 200, 300)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_care_where_features_have_collapsed(shape, dtype):
+    z, weights = problem(*shape)
+    z[-1] = (z[-1, :1] + 1e-3 * z[-1]) * 300
+    z = z.float().double()
+    op = torch.ops.torch_subspace.coding_rate_soft
+    _, inverse, stats = op(z.to("cuda", dtype), weights.to("cuda", dtype), 0.5, True)
+    assert (stats[-1, 1] == -1).all() and not inverse[-1].any() and (stats[:-1, 1] >= 0).all()
+    close(both(z.to("cuda", dtype), weights.to("cuda", dtype)), both(z, weights), 1e-5)
+
+
+def test_tf32_is_never_used():
+    z, weights = (t.float().cuda() for t in problem(1, 512, 64, 512))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        found = []
+        for torch.backends.cuda.matmul.allow_tf32 in (False, True):
+            found.append(both(z, weights))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_bad_values_give_nan():
