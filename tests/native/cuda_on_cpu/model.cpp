@@ -314,6 +314,7 @@ void run(block *b)
 }
 
 bool crews_taken = false;
+char crews_token; // orders the OS threads, not the fibers
 std::vector<std::unique_ptr<crew>> crews;
 
 struct hired { // a crew for as long as this lives
@@ -321,13 +322,16 @@ struct hired { // a crew for as long as this lives
     hired()
     {
         lock own(&crews_taken);
+        ACQUIRE(&crews_token);
         if (crews.empty()) c = std::make_unique<crew>();
         else c = std::move(crews.back()), crews.pop_back();
     }
     ~hired()
     {
         lock own(&crews_taken);
+        ACQUIRE(&crews_token);
         crews.push_back(std::move(c));
+        RELEASE(&crews_token);
     }
 };
 
