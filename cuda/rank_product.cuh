@@ -1,0 +1,225 @@
+/* rank_product.cuh - products with one short side, the rank, where more happens on the way in or out than cuBLAS has.
+ *
+ *     out[z, i, j] = base[z, i, j] + drop(alpha sum_K left[z, i, K] right[z, K, j])
+ *
+ * Entries of either side may be of a half type, be dropped, and come in two halves, high + weight low; a step K of the
+ * sum is a pair (p, q) with a stride for each, so that unfoldings of a tensor are read where they lie. The result is
+ * rounded once; base may be out itself. A sum may be cut into slices, which `join` adds up in order.
+ *
+ * A tile of out is made by 256 threads from 16 steps of the sum at a time in shared memory, 4 x 4 entries a thread.
+ * All arithmetic is in float32 (double for double) by plain multiply-adds. With rank r an entry of the long operand
+ * takes 2 r flops, for 2 to 8 bytes: the memory is the limit up to r of about 16 for half types and 32 for float32 on
+ * an H100 (67 TFLOP/s to 3.35 TB/s: 20 flops a byte); the long operand is read, and out written, once while the rank
+ * fits a tile (64).
+ */
+#ifndef SUBSPACE_RANK_PRODUCT_CUH
+#define SUBSPACE_RANK_PRODUCT_CUH
+#include "dropout.h"
+#include "linalg.cuh"
+#include "rank_product_shape.h"
+
+typedef struct dropping { /* see dropout.h; an entry's place is its distance from the start of its array */
+    const int64_t *seed;  /* NULL: nothing is dropped */
+    double rate;
+} dropping;
+
+template <typename A> struct keeps { /* the same, read once by each thread */
+    uint64_t seed;
+    float rate;
+    A kept;
+
+    __device__ keeps(const dropping &d)
+        : seed(d.seed ? (uint64_t)*d.seed : 0), rate(d.seed ? (float)d.rate : 0), kept((A)(1. / (1. - d.rate)))
+    {
+    }
+    __device__ A operator()(int64_t place) const
+    {
+        return dropout_uniform(seed, (uint64_t)place) < rate ? (A)0 : kept;
+    }
+};
+
+/* Entry (z, line, K = (p, q)) is at[z batch + line step + p outer + q inner], plus weight times the entry `low` further
+ * on unless low is 0. */
+template <typename E> struct operand {
+    const E *at;
+    int64_t batch, line, outer, inner, low;
+    double weight;
+};
+
+enum rank_side { NOTHING, LEFT, RIGHT, CHANGE }; /* what is dropped; CHANGE: what is added to base */
+
+template <typename L, typename R, typename O> struct rank_job {
+    int64_t count, rows, cols, depth, steps; /* products; K = (K / steps, K % steps) */
+    operand<L> left;
+    operand<R> right;
+    double alpha;
+    const O *base; /* like out, or NULL: zero; may be out */
+    O *out;        /* [count, slices, rows, cols] */
+    dropping drop;
+    rank_side dropped;
+    double split; /* not 0: out is [rows, 3 cols], high | low split | high; count = slices = 1 */
+    rank_shape shape;
+    int64_t tiles;
+    bool aligned; /* four entries of out at a time */
+};
+
+/* Where an entry's low half is a power of two too small for float16: it is kept times this. */
+template <typename T> struct low_half {
+    static constexpr double scale = 1;
+};
+template <> struct low_half<__half> {
+    static constexpr double scale = 2048;
+};
+
+template <typename E> struct __align__(4 * sizeof(E) < 16 ? 4 * sizeof(E) : 16) four
+{
+    E v[4];
+};
+
+/* k / steps; without the long division, which no size needs a device has memory for */
+static __device__ inline int64_t quotient(int64_t k, int64_t steps)
+{
+    if (k < steps) return 0;
+    if ((k >> 32) == 0) return (uint32_t)k / (uint32_t)steps;
+    const int64_t p = (int64_t)((double)k / (double)steps); /* off by one at most: k < 2^53 */
+    return p * steps > k ? p - 1 : (p + 1) * steps <= k ? p + 1 : p;
+}
+
+/* LINES lines of RANK_DEPTH steps into shared memory, to[step][line]; zero beyond the ends. */
+template <int LINES, typename E, typename A>
+static __device__ void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, const keeps<A> &drop, bool dropped,
+                            int64_t z, int64_t first, int64_t lines, int64_t k0, int64_t last, int64_t steps)
+{
+    enum { TURNS = LINES * RANK_DEPTH / RANK_THREADS, FLIGHT = TURNS < 4 ? TURNS : 4 }; /* loads in flight */
+    const bool along = from.inner == 1 && from.line != 1; /* neighbouring threads take neighbouring steps */
+#pragma unroll 1
+    for (int turn = 0; turn < TURNS; turn += FLIGHT) {
+        A value[FLIGHT];
+#pragma unroll
+        for (int f = 0; f < FLIGHT; f++) {
+            const int at = (turn + f) * RANK_THREADS + (int)threadIdx.x;
+            const int64_t i = first + (along ? at / RANK_DEPTH : at % LINES);
+            const int64_t k = k0 + (along ? at % RANK_DEPTH : at / LINES);
+            value[f] = 0;
+            if (i >= lines || k >= last) continue;
+            const int64_t p = quotient(k, steps);
+            const int64_t place = z * from.batch + i * from.line + p * from.outer + (k - p * steps) * from.inner;
+            value[f] = (A)from.at[place];
+            if (from.low) value[f] += (A)from.weight * (A)from.at[place + from.low];
+            if (dropped) value[f] *= drop(place);
+        }
+#pragma unroll
+        for (int f = 0; f < FLIGHT; f++) {
+            const int at = (turn + f) * RANK_THREADS + (int)threadIdx.x;
+            to[along ? at % RANK_DEPTH : at / LINES][along ? at / RANK_DEPTH : at % LINES] = value[f];
+        }
+    }
+}
+
+template <typename L, typename R, typename O, int TY>
+__global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) rank_product(rank_job<L, R, O> g)
+{
+    typedef acc_t<O> A;
+    enum { TX = RANK_THREADS / TY, ROWS = RANK_SIDE * TY, COLS = RANK_SIDE * TX };
+    __shared__ __align__(16) A left[RANK_DEPTH][ROWS + RANK_PAD];
+    __shared__ __align__(16) A right[RANK_DEPTH][COLS + RANK_PAD];
+    const keeps<A> drop(g.drop);
+    const int tx = threadIdx.x % TX, ty = threadIdx.x / TX;
+    for (int64_t tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
+        int64_t rest = tile;
+        const int64_t j0 = rest % g.shape.col_tiles * COLS;
+        rest /= g.shape.col_tiles;
+        const int64_t i0 = rest % g.shape.row_tiles * ROWS;
+        rest /= g.shape.row_tiles;
+        const int64_t slice = rest % g.shape.slices, z = rest / g.shape.slices;
+        const int64_t first = slice * g.shape.slice, last = MIN(g.depth, first + g.shape.slice);
+        const int64_t place = rest * g.rows * g.cols, i1 = i0 + RANK_SIDE * ty, j1 = j0 + RANK_SIDE * tx;
+
+        four<O> old[RANK_SIDE] = {}; /* base is on its way while the sum is made */
+        if (g.base)
+            for (int i = 0; i < RANK_SIDE; i++) {
+                const O *from = g.base + place + (i1 + i) * g.cols + j1;
+                if (i1 + i >= g.rows) break;
+                if (g.aligned && j1 + RANK_SIDE <= g.cols) old[i] = *(const four<O> *)from;
+                else
+                    for (int j = 0; j < RANK_SIDE; j++)
+                        if (j1 + j < g.cols) old[i].v[j] = from[j];
+            }
+
+        A sum[RANK_SIDE][RANK_SIDE] = {};
+        for (int64_t k0 = first; k0 < last; k0 += RANK_DEPTH) {
+            fill<ROWS>(left, g.left, drop, g.dropped == LEFT, z, i0, g.rows, k0, last, g.steps);
+            fill<COLS>(right, g.right, drop, g.dropped == RIGHT, z, j0, g.cols, k0, last, g.steps);
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < RANK_DEPTH; k++) {
+                const four<A> l = *(const four<A> *)&left[k][RANK_SIDE * ty];
+                const four<A> r = *(const four<A> *)&right[k][RANK_SIDE * tx];
+                for (int i = 0; i < RANK_SIDE; i++)
+                    for (int j = 0; j < RANK_SIDE; j++) sum[i][j] += l.v[i] * r.v[j];
+            }
+            __syncthreads();
+        }
+
+        for (int i = 0; i < RANK_SIDE; i++) {
+            if (i1 + i >= g.rows) break;
+            const int64_t at = place + (i1 + i) * g.cols + j1;
+            four<O> made;
+            for (int j = 0; j < RANK_SIDE; j++) {
+                A value = (A)g.alpha * sum[i][j];
+                if (g.dropped == CHANGE) value *= drop(at + j);
+                made.v[j] = (O)(g.base ? (A)old[i].v[j] + value : value);
+                sum[i][j] = value;
+            }
+            if (g.split) {
+                O *to = g.out + (i1 + i) * 3 * g.cols + j1;
+                for (int j = 0; j < RANK_SIDE; j++) {
+                    if (j1 + j >= g.cols) break;
+                    to[j] = to[2 * g.cols + j] = made.v[j];
+                    to[g.cols + j] = (O)((sum[i][j] - (A)made.v[j]) * (A)g.split);
+                }
+            } else if (g.aligned && j1 + RANK_SIDE <= g.cols) *(four<O> *)(g.out + at) = made;
+            else
+                for (int j = 0; j < RANK_SIDE; j++)
+                    if (j1 + j < g.cols) g.out[at + j] = made.v[j];
+        }
+    }
+}
+
+/* out[i] = scale sum_s part[s count + i], the slices in order */
+template <typename A> __global__ void join(const A *part, int64_t slices, int64_t count, double scale, A *out)
+{
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+        double sum = 0;
+        for (int64_t s = 0; s < slices; s++) sum += (double)part[s * count + i];
+        out[i] = (A)(scale * sum);
+    }
+}
+
+static inline unsigned rank_grid(int64_t count)
+{
+    return (unsigned)MIN(CEIL_DIV(count, RANK_THREADS), 1 << 20);
+}
+
+/* Launch a job whose sizes, operands, alpha, base, out, drop and split are given. Sliced: out has room for
+ * rank_shape_of(..., true).slices parts of each product. */
+template <typename L, typename R, typename O>
+static subspace_status rank_multiply(subspace_ctx *ctx, rank_job<L, R, O> g, bool sliced)
+{
+    enum { ALIGNMENT = alignof(four<O>) };
+    g.shape = rank_shape_of(g.rows, g.cols, g.depth, g.count, sliced);
+    g.tiles = g.count * g.shape.slices * g.shape.row_tiles * g.shape.col_tiles;
+    g.aligned = g.cols % RANK_SIDE == 0 && (uintptr_t)g.out % ALIGNMENT == 0 && (uintptr_t)g.base % ALIGNMENT == 0;
+    if (g.tiles == 0) return SUBSPACE_OK;
+    const unsigned grid = (unsigned)MIN(g.tiles, INT32_MAX);
+    switch (g.shape.ty) {
+    case 4: LAUNCH(ctx, (rank_product<L, R, O, 4>), grid, RANK_THREADS, 0, g); break;
+    case 8: LAUNCH(ctx, (rank_product<L, R, O, 8>), grid, RANK_THREADS, 0, g); break;
+    case 32: LAUNCH(ctx, (rank_product<L, R, O, 32>), grid, RANK_THREADS, 0, g); break;
+    case 64: LAUNCH(ctx, (rank_product<L, R, O, 64>), grid, RANK_THREADS, 0, g); break;
+    default: LAUNCH(ctx, (rank_product<L, R, O, 16>), grid, RANK_THREADS, 0, g);
+    }
+    return SUBSPACE_OK;
+}
+
+#endif
