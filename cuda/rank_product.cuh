@@ -58,9 +58,9 @@ template <typename L, typename R, typename O> struct rank_job {
     dropping drop;
     rank_side dropped;
     double split; /* not 0: out is [rows, 3 cols], high | low split | high; count = slices = 1 */
-    rank_shape shape;
-    int64_t tiles;
-    bool aligned; /* four entries of out at a time */
+    rank_shape shape = {};
+    int64_t tiles = 0;
+    bool aligned = false; /* four entries of out at a time */
 };
 
 /* Where an entry's low half is a power of two too small for float16: it is kept times this. */
