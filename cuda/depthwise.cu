@@ -6,7 +6,7 @@
  * memory: both are read once, but for margins between bands. A thread has 3, 5 or 7 taps of one row of the kernel in
  * registers and slides along rows of dy: with stride and dilation 1 across, a step is one entry of x, one of dy and as
  * many multiply-adds as taps, so that 7 x 7 taps take 14 + 2 entries of shared memory for 49 multiply-adds. At the end
- * threads of the same taps add up; channels too few to fill the device are shared by blocks whose sums `join` adds.
+ * threads of the same taps add up; channels too few to fill the device are shared by blocks whose sums join.cuh adds.
  * Every order is fixed; sums are in float32 (double for double) in a thread, in double beyond.
  *
  * On an H100 7 x 7 of b = 64, c = 96, 56^2 in float32: 154 MB, 46 us from memory; 0.94 G multiply-adds, 33 us; 0.37 G
@@ -14,6 +14,7 @@
  */
 #include "cuda.cuh"
 #include "depthwise_shape.h"
+#include "join.cuh"
 
 enum { THREADS = DEPTHWISE_THREADS, SEGMENT = DEPTHWISE_SEGMENT };
 
@@ -134,16 +135,6 @@ __global__ void __launch_bounds__(THREADS, 4)
     }
 }
 
-/* dweight = the sum of the slices, in order */
-template <typename A> __global__ void join(const A *part, int64_t slices, int64_t count, A *dweight)
-{
-    const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    double sum = 0;
-    for (int64_t slice = 0; slice < slices; slice++) sum += (double)part[slice * count + i];
-    dweight[i] = (A)sum;
-}
-
 /* Kernels that fit no shared memory: a block for each entry of dweight. */
 template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
@@ -216,10 +207,7 @@ template <typename T> static subspace_status gradient(subspace_ctx *ctx, const s
     }
     acc_t<T> *part = s.slices > 1 ? (acc_t<T> *)ctx->workspace : dweight;
     TRY((s.taps == 3 ? slide<T, 3> : s.taps == 5 ? slide<T, 5> : slide<T, 7>)(ctx, a, &s, part));
-    if (s.slices > 1)
-        LAUNCH(ctx, join<acc_t<T>>, (unsigned)CEIL_DIV(count, THREADS), THREADS, 0, (const acc_t<T> *)part, s.slices,
-               count, dweight);
-    return SUBSPACE_OK;
+    return s.slices > 1 ? join(ctx, (const acc_t<T> *)part, s.slices, count, 1, dweight) : SUBSPACE_OK;
 }
 
 extern "C" size_t subspace_depthwise_workspace_cuda(const subspace_ctx *, const subspace_depthwise_args *a)

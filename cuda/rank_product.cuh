@@ -4,7 +4,7 @@
  *
  * Entries of either side may be of a half type, be dropped, and come in two halves, high + weight low; a step K of the
  * sum is a pair (p, q) with a stride for each, so that unfoldings of a tensor are read where they lie. The result is
- * rounded once; base may be out itself. A sum may be cut into slices, which `join` adds up in order.
+ * rounded once; base may be out itself. A sum may be cut into slices, which join.cuh adds up in order.
  *
  * A tile of out is made by 256 threads from 16 steps of the sum at a time in shared memory, 4 x 4 entries a thread.
  * All arithmetic is in float32 (double for double) by plain multiply-adds. With rank r an entry of the long operand
@@ -15,6 +15,7 @@
 #ifndef SUBSPACE_RANK_PRODUCT_CUH
 #define SUBSPACE_RANK_PRODUCT_CUH
 #include "dropout.h"
+#include "join.cuh"
 #include "linalg.cuh"
 #include "rank_product_shape.h"
 
@@ -38,7 +39,7 @@ template <typename A> struct keeps { /* the same, read once by each thread */
     }
 };
 
-/* Entry (z, line, K = (p, q)) is at[z batch + line step + p outer + q inner], plus weight times the entry `low` further
+/* Entry (z, line, K = (p, q)) is at[z batch + line line + p outer + q inner], plus weight times the entry `low` further
  * on unless low is 0. */
 template <typename E> struct operand {
     const E *at;
@@ -60,6 +61,7 @@ template <typename L, typename R, typename O> struct rank_job {
     double split; /* not 0: out is [rows, 3 cols], high | low split | high; count = slices = 1 */
     rank_shape shape = {};
     int64_t tiles = 0;
+    int64_t period = 0;   /* not 0: cols are those of several products, so many each, side by side */
     bool aligned = false; /* four entries of out at a time */
 };
 
@@ -85,10 +87,12 @@ static __device__ inline int64_t quotient(int64_t k, int64_t steps)
     return p * steps > k ? p - 1 : (p + 1) * steps <= k ? p + 1 : p;
 }
 
-/* LINES lines of RANK_DEPTH steps into shared memory, to[step][line]; zero beyond the ends. */
+/* LINES lines of RANK_DEPTH steps into shared memory, to[step][line]; zero beyond the ends. With a period, lines are
+ * those of several products. */
 template <int LINES, typename E, typename A>
 static __device__ void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, const keeps<A> &drop, bool dropped,
-                            int64_t z, int64_t first, int64_t lines, int64_t k0, int64_t last, int64_t steps)
+                            int64_t z, int64_t period, int64_t first, int64_t lines, int64_t k0, int64_t last,
+                            int64_t steps)
 {
     enum { TURNS = LINES * RANK_DEPTH / RANK_THREADS, FLIGHT = TURNS < 4 ? TURNS : 4 }; /* loads in flight */
     const bool along = from.inner == 1 && from.line != 1; /* neighbouring threads take neighbouring steps */
@@ -102,8 +106,10 @@ static __device__ void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, c
             const int64_t k = k0 + (along ? at % RANK_DEPTH : at / LINES);
             value[f] = 0;
             if (i >= lines || k >= last) continue;
-            const int64_t p = quotient(k, steps);
-            const int64_t place = z * from.batch + i * from.line + p * from.outer + (k - p * steps) * from.inner;
+            const int64_t p = quotient(k, steps), product = period ? quotient(i, period) : z;
+            const int64_t line = period ? i - product * period : i;
+            const int64_t place =
+                product * from.batch + line * from.line + p * from.outer + (k - p * steps) * from.inner;
             value[f] = (A)from.at[place];
             if (from.low) value[f] += (A)from.weight * (A)from.at[place + from.low];
             if (dropped) value[f] *= drop(place);
@@ -133,66 +139,71 @@ __global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) r
         rest /= g.shape.row_tiles;
         const int64_t slice = rest % g.shape.slices, z = rest / g.shape.slices;
         const int64_t first = slice * g.shape.slice, last = MIN(g.depth, first + g.shape.slice);
-        const int64_t place = rest * g.rows * g.cols, i1 = i0 + RANK_SIDE * ty, j1 = j0 + RANK_SIDE * tx;
+        const int64_t i1 = i0 + RANK_SIDE * ty, j1 = j0 + RANK_SIDE * tx, ld = g.period ? g.period : g.cols;
+        const bool whole = g.aligned && j1 + RANK_SIDE <= g.cols;
+
+        /* where out's entry (i1, j1) lies; each of its neighbours to the right is one further, and a jump for every
+         * product that ends between */
+        const int64_t product = g.period ? quotient(j1, g.period) : rest, jump = (g.rows - 1) * g.period;
+        int64_t column = g.period ? j1 - product * g.period : j1;
+        const int64_t place = (product * g.rows + i1) * ld + column;
+        unsigned ends = 0; /* 4 bits a neighbour */
+        for (int j = 0, end = 0; g.period && j < RANK_SIDE; j++, column++) {
+            if (column == g.period) column = 0, end++;
+            ends |= (unsigned)end << 4 * j;
+        }
 
         four<O> old[RANK_SIDE] = {}; /* base is on its way while the sum is made */
-        if (g.base)
+        if (g.base) {
+#pragma unroll
             for (int i = 0; i < RANK_SIDE; i++) {
-                const O *from = g.base + place + (i1 + i) * g.cols + j1;
-                if (i1 + i >= g.rows) break;
-                if (g.aligned && j1 + RANK_SIDE <= g.cols) old[i] = *(const four<O> *)from;
-                else
-                    for (int j = 0; j < RANK_SIDE; j++)
-                        if (j1 + j < g.cols) old[i].v[j] = from[j];
+                const O *from = g.base + place + i * ld;
+                if (whole && i1 + i < g.rows) old[i] = *(const four<O> *)from;
+                for (int j = 0; j < RANK_SIDE; j++)
+                    if (!whole && i1 + i < g.rows && j1 + j < g.cols)
+                        old[i].v[j] = from[j + (ends >> 4 * j & 15) * jump];
             }
+        }
 
         A sum[RANK_SIDE][RANK_SIDE] = {};
         for (int64_t k0 = first; k0 < last; k0 += RANK_DEPTH) {
-            fill<ROWS>(left, g.left, drop, g.dropped == LEFT, z, i0, g.rows, k0, last, g.steps);
-            fill<COLS>(right, g.right, drop, g.dropped == RIGHT, z, j0, g.cols, k0, last, g.steps);
+            fill<ROWS>(left, g.left, drop, g.dropped == LEFT, z, 0, i0, g.rows, k0, last, g.steps);
+            fill<COLS>(right, g.right, drop, g.dropped == RIGHT, z, g.period, j0, g.cols, k0, last, g.steps);
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < RANK_DEPTH; k++) {
                 const four<A> l = *(const four<A> *)&left[k][RANK_SIDE * ty];
                 const four<A> r = *(const four<A> *)&right[k][RANK_SIDE * tx];
+#pragma unroll
                 for (int i = 0; i < RANK_SIDE; i++)
+#pragma unroll
                     for (int j = 0; j < RANK_SIDE; j++) sum[i][j] += l.v[i] * r.v[j];
             }
             __syncthreads();
         }
 
+#pragma unroll
         for (int i = 0; i < RANK_SIDE; i++) {
-            if (i1 + i >= g.rows) break;
-            const int64_t at = place + (i1 + i) * g.cols + j1;
-            four<O> made;
+            if (i1 + i >= g.rows) continue;
+            const int64_t at = place + i * ld;
+            four<O> made, low;
+#pragma unroll
             for (int j = 0; j < RANK_SIDE; j++) {
                 A value = (A)g.alpha * sum[i][j];
-                if (g.dropped == CHANGE) value *= drop(at + j);
+                if (g.dropped == CHANGE) value *= drop(at + j + (ends >> 4 * j & 15) * jump);
                 made.v[j] = (O)(g.base ? (A)old[i].v[j] + value : value);
-                sum[i][j] = value;
+                low.v[j] = (O)((value - (A)made.v[j]) * (A)g.split);
             }
-            if (g.split) {
-                O *to = g.out + (i1 + i) * 3 * g.cols + j1;
-                for (int j = 0; j < RANK_SIDE; j++) {
-                    if (j1 + j >= g.cols) break;
-                    to[j] = to[2 * g.cols + j] = made.v[j];
-                    to[g.cols + j] = (O)((sum[i][j] - (A)made.v[j]) * (A)g.split);
-                }
-            } else if (g.aligned && j1 + RANK_SIDE <= g.cols) *(four<O> *)(g.out + at) = made;
+            if (whole && !g.split) *(four<O> *)(g.out + at) = made;
             else
-                for (int j = 0; j < RANK_SIDE; j++)
-                    if (j1 + j < g.cols) g.out[at + j] = made.v[j];
+#pragma unroll
+                for (int j = 0; j < RANK_SIDE; j++) {
+                    if (j1 + j >= g.cols) continue;
+                    O *to = g.out + (g.split ? (i1 + i) * 3 * g.cols + j1 + j : at + j + (ends >> 4 * j & 15) * jump);
+                    *to = made.v[j];
+                    if (g.split) to[g.cols] = low.v[j], to[2 * g.cols] = made.v[j];
+                }
         }
-    }
-}
-
-/* out[i] = scale sum_s part[s count + i], the slices in order */
-template <typename A> __global__ void join(const A *part, int64_t slices, int64_t count, double scale, A *out)
-{
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
-        double sum = 0;
-        for (int64_t s = 0; s < slices; s++) sum += (double)part[s * count + i];
-        out[i] = (A)(scale * sum);
     }
 }
 
@@ -207,9 +218,12 @@ template <typename L, typename R, typename O>
 static subspace_status rank_multiply(subspace_ctx *ctx, rank_job<L, R, O> g, bool sliced)
 {
     enum { ALIGNMENT = alignof(four<O>) };
+    if (g.count > 1 && g.left.batch == 0 && !sliced) /* no tile ends with a product */
+        g.period = g.cols, g.cols *= g.count, g.count = 1;
+    const int64_t ld = g.period ? g.period : g.cols;
     g.shape = rank_shape_of(g.rows, g.cols, g.depth, g.count, sliced);
     g.tiles = g.count * g.shape.slices * g.shape.row_tiles * g.shape.col_tiles;
-    g.aligned = g.cols % RANK_SIDE == 0 && (uintptr_t)g.out % ALIGNMENT == 0 && (uintptr_t)g.base % ALIGNMENT == 0;
+    g.aligned = ld % RANK_SIDE == 0 && (uintptr_t)g.out % ALIGNMENT == 0 && (uintptr_t)g.base % ALIGNMENT == 0;
     if (g.tiles == 0) return SUBSPACE_OK;
     const unsigned grid = (unsigned)MIN(g.tiles, INT32_MAX);
     switch (g.shape.ty) {

@@ -16,7 +16,7 @@ enum {
     RANK_PAD = 4,      /* entries behind a line of shared memory: stores across lines meet few conflicts */
     RANK_BLOCKS = 512, /* blocks that fill a device */
     RANK_SLICE = 256,  /* steps of the sum in a slice, at least */
-    RANK_MOST_SLICES = 128
+    RANK_MOST_SLICES = 512
 };
 
 typedef struct rank_shape {

@@ -8,14 +8,13 @@
  * little more. A stage is `pre` products [d, r] [r, post], or one where pre or post is 1. The last one adds to base in
  * float32 and rounds once: base is read and out written once, 2 item bytes an entry, by rank_product.cuh (2 r flops an
  * entry: memory is the limit up to r of 32 to 64). Deeper products of float32 are GEMMs of cuBLAS, never in TF32, on a
- * copy of base; products too small for tiles take a thread an entry. dU_m is one sum over all of pre and post, in
- * slices added up in order. The backward reads dout twice, once for dU and once for D, half types as they are.
+ * copy of base. dU_m is one sum over all of pre and post, in slices added up in order. The backward reads dout twice,
+ * once for dU and once for D, half types as they are.
  */
 #include <string.h>
 #include "rank_product.cuh"
 
-enum { DEEP = 64 };                     /* ranks above it go to cuBLAS */
-static const int64_t SMALL_TILE = 1024; /* entries of one of many products below which a thread makes each */
+enum { DEEP = 64 }; /* ranks above it go to cuBLAS */
 
 /* One mode of the chain. */
 typedef struct stage {
@@ -36,21 +35,6 @@ typedef struct plan {
 #define EACH(i, count)                                                                                                 \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (int64_t)gridDim.x * blockDim.x)
 
-/* out[p, i, q] = base + scale sum_j u[i ui + j uj] x[p, j, q], i < rows, j < depth; base may be out or NULL */
-template <typename W, typename X, typename O>
-__global__ void apply(int64_t pre, int64_t rows, int64_t depth, int64_t post, const W *u, int64_t ui, int64_t uj,
-                      const X *x, W scale, const O *base, O *out)
-{
-    EACH(at, pre * rows * post)
-    {
-        const int64_t line = quotient(at, post), q = at - line * post, p = quotient(line, rows), i = line - p * rows;
-        W sum = 0;
-        for (int64_t j = 0; j < depth; j++) sum += u[i * ui + j * uj] * (W)x[(p * depth + j) * post + q];
-        sum *= scale;
-        out[at] = (O)(base ? (W)base[at] + sum : sum);
-    }
-}
-
 /* out = base + scale x, entry by entry */
 template <typename I, typename W, typename O>
 __global__ void scale_into(int64_t count, const I *x, W scale, const O *base, O *out)
@@ -62,23 +46,12 @@ __global__ void scale_into(int64_t count, const I *x, W scale, const O *base, O 
     }
 }
 
-/* Too small for tiles, and many? */
-static bool small(int64_t pre, int64_t rows, int64_t post)
-{
-    return pre > 1 && post > 1 && rows * post < SMALL_TILE;
-}
-
 /* [pre, d, post] = base + scale U [pre, r, post] for every one of pre; base may be out or NULL */
 template <typename W, typename O>
 static subspace_status expand(subspace_ctx *ctx, const stage *s, const W *u, const W *x, double scale, const O *base,
                               O *out)
 {
     const int64_t d = s->d, r = s->r, pre = s->pre, post = s->post, entries = pre * d * post;
-    if (small(pre, d, post)) {
-        LAUNCH(ctx, (apply<W, W, O>), rank_grid(entries), RANK_THREADS, 0, pre, d, r, post, u, r, (int64_t)1, x,
-               (W)scale, base, out);
-        return SUBSPACE_OK;
-    }
     if (r > DEEP && sizeof(O) == sizeof(W)) {
         const subspace_dtype w = sizeof(W) == sizeof(double) ? SUBSPACE_F64 : SUBSPACE_F32;
         const double beta = base ? 1 : 0;
@@ -131,8 +104,7 @@ static subspace_status in_slices(subspace_ctx *ctx, const plan *p, rank_job<L, R
     if (slices == 1) return rank_multiply(ctx, job, true);
     job.out = (W *)p->slices, job.alpha = 1;
     TRY(rank_multiply(ctx, job, true));
-    LAUNCH(ctx, join<W>, rank_grid(count), RANK_THREADS, 0, (const W *)p->slices, slices, count, scale, out);
-    return SUBSPACE_OK;
+    return join(ctx, (const W *)p->slices, slices, count, scale, out);
 }
 
 /* dU_m = scale sum_{p, q} x[p, :, q] g[p, :, q]' */
@@ -170,11 +142,6 @@ static subspace_status contract(subspace_ctx *ctx, const plan *p, const stage *s
 {
     const int64_t d = s->d, r = s->r, pre = s->pre, post = s->post;
     const subspace_dtype w = sizeof(W) == sizeof(double) ? SUBSPACE_F64 : SUBSPACE_F32;
-    if (small(pre, r, post) && d * post < SMALL_TILE) {
-        LAUNCH(ctx, (apply<W, X, W>), rank_grid(pre * r * post), RANK_THREADS, 0, pre, r, d, post, u, (int64_t)1, r, x,
-               (W)scale, (const W *)NULL, dg);
-        return SUBSPACE_OK;
-    }
     if (sizeof(X) == sizeof(W)) {
         const gemms all = {r, post, d, pre, true, false, false, w, w,        scale,
                            0, u,    x, dg,  r,    post,  post,  0, d * post, r * post};
