@@ -31,6 +31,7 @@ typedef struct panels {
     void *proj; /* [rows of all, b] z kept by the forward, or NULL */
     panels_shape s;
     void *rnorm;   /* [b]           1 / |x_b|; NULL: not normalised */
+    double *exact; /* [b]           the same in double, for the backward */
     void *xhat;    /* [b, n]        float16, for dweight: r is not part of dz then; else NULL */
     void *z, *dz;  /* [rows, block] acc_t; of x's type, the same memory where it can be */
     void *dweight; /* [rows of all, n] half types in more than one block: dweight in float32 */
@@ -222,7 +223,7 @@ static __device__ inline double row_sum(double value)
 /* r = 1 / max(|x|, 1e-12), and xhat where asked; the length is summed in double: it cannot overflow. */
 template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
-    normalise_rows(const T *x, int64_t rows, int64_t n, acc_t<T> *rnorm, T *xhat)
+    normalise_rows(const T *x, int64_t rows, int64_t n, acc_t<T> *rnorm, double *exact, T *xhat)
 {
     const int64_t b = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, step = 4 * blockDim.x;
     const bool whole = in_fours(x, n);
@@ -235,6 +236,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
     const double length = sqrt(row_sum(sum)), r = 1 / MAX(length, NORM_EPS);
     if (threadIdx.x == 0) rnorm[b] = (acc_t<T>)r;
+    if (threadIdx.x == 0 && exact) exact[b] = r;
     for (int64_t j = 4 * threadIdx.x; xhat && j < n; j += step) {
         quad<T> q = load4(x + b * n + j, whole, n - j);
         for (int i = 0; i < 4; i++) q.v[i] = (T)(acc_t<T>)(r * (double)(acc_t<T>)q.v[i]);
@@ -242,32 +244,41 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-/* dx = d - xhat <xhat, d>: the part along x does not change a normalised row. r is still to come unless `folded`. */
+/* dx = d - xhat <xhat, d>: the part along x does not change a normalised row. r is still to come unless `folded`.
+ *
+ * Where d is along x it cancels altogether, so that xhat must not be rounded: with 2^e near r it is (r / 2^e) (2^e x),
+ * the last exact, and dx = d - (high + low) 2^e x. */
 template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
-    finish_dx(const T *x, int64_t rows, int64_t n, const acc_t<T> *rnorm, bool folded, const acc_t<T> *d, T *dx)
+    finish_dx(const T *x, int64_t rows, int64_t n, const double *exact, bool folded, const acc_t<T> *d, T *dx)
 {
     typedef acc_t<T> A;
     const int64_t b = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, step = 4 * blockDim.x;
     const bool whole = in_fours(x, n) && in_fours(d, n) && in_fours(dx, n);
     if (b >= rows) return;
-    const A r = rnorm ? rnorm[b] : 1, factor = folded ? 1 : r;
-    double dot = 0;
-    if (rnorm) {
+    const double r = exact ? exact[b] : 1;
+    const A power = exact ? (A)ldexp(1., ilogb(r)) : 0, factor = folded ? 1 : (A)r;
+    A high = 0, low = 0;
+    if (exact) {
+        double dot = 0;
 #pragma unroll 2
         for (int64_t j = 4 * threadIdx.x; j < n; j += step) {
             const quad<T> q = load4(x + b * n + j, whole, n - j);
             const quad<A> g = load4(d + b * n + j, whole, n - j);
-            for (int i = 0; i < 4; i++) dot += (double)(r * (A)q.v[i]) * (double)g.v[i];
+            for (int i = 0; i < 4; i++) dot += (double)(power * (A)q.v[i]) * (double)g.v[i];
         }
-        dot = row_sum(dot);
-        if (r >= (A)(1 / NORM_EPS)) dot = 0; /* the clamped length is a constant */
+        dot = row_sum(dot) * (r / (double)power) * (r / (double)power);
+        if (r >= 1 / NORM_EPS) dot = 0; /* the clamped length is a constant */
+        high = (A)dot, low = (A)(dot - (double)high);
     }
 #pragma unroll 2
     for (int64_t j = 4 * threadIdx.x; j < n; j += step) {
         const quad<A> g = load4(d + b * n + j, whole, n - j);
         quad<T> q = load4(x + b * n + j, whole, n - j);
-        for (int i = 0; i < 4; i++) q.v[i] = (T)(rnorm ? factor * (g.v[i] - (A)dot * (r * (A)q.v[i])) : g.v[i]);
+        for (int i = 0; i < 4; i++) {
+            const A along = power * (A)q.v[i];
+            q.v[i] = (T)(exact ? factor * (fma(-high, along, g.v[i]) - low * along) : g.v[i]);
+        }
         store4(dx + b * n + j, q, whole, n - j);
     }
 }
@@ -299,6 +310,7 @@ static inline void panels_plan(panels *p, subspace_ctx *ctx, const subspace_logi
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, wide);
     if (!proj) p->z = carve(base, bytes, elements, wide);
     if (!backward) return;
+    if (a->normalize) p->exact = (double *)carve(base, bytes, a->b, sizeof(double));
     p->dz = half || proj ? carve(base, bytes, elements, item) : p->z;
     if (a->normalize && a->dweight && !panels_fold(a)) p->xhat = carve(base, bytes, a->b * a->n, item);
     if (half && a->dweight && p->s.blocks > 1) p->dweight = carve(base, bytes, a->rows * a->n, wide);
@@ -310,7 +322,7 @@ template <typename T> static subspace_status normalise(const panels *p)
     const subspace_logits_args *a = p->a;
     if (p->rnorm)
         LAUNCH(p->ctx, normalise_rows<T>, row_grid(a->b), row_block(a->b), 0, (const T *)a->x, a->b, a->n,
-               (acc_t<T> *)p->rnorm, (T *)p->xhat);
+               (acc_t<T> *)p->rnorm, p->exact, (T *)p->xhat);
     return SUBSPACE_OK;
 }
 
@@ -376,10 +388,9 @@ template <typename T> static subspace_status panels_backward(const panels *p, pa
                          panel > 0, wide, d, n));
         }
         const int64_t nb = MIN(p->s.block, a->b - block * p->s.block);
-        if (dx && (p->rnorm || p->dx))
+        if (dx && (p->exact || p->dx))
             LAUNCH(ctx, finish_dx<T>, row_grid(nb), row_block(nb), 0, x, nb, n,
-                   p->rnorm ? (const acc_t<T> *)p->rnorm + block * p->s.block : NULL, panels_fold(a),
-                   (const acc_t<T> *)d, dx);
+                   p->exact ? p->exact + block * p->s.block : NULL, panels_fold(a), (const acc_t<T> *)d, dx);
     }
     if (p->dweight)
         LAUNCH(ctx, narrow<T>, (unsigned)MIN(CEIL_DIV(a->rows * n, 1024), 4096), 256, 0, (const acc_t<T> *)p->dweight,
