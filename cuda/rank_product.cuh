@@ -78,21 +78,11 @@ template <typename E> struct __align__(4 * sizeof(E) < 16 ? 4 * sizeof(E) : 16) 
     E v[4];
 };
 
-/* k / steps; without the long division, which no size needs a device has memory for */
-static __device__ inline int64_t quotient(int64_t k, int64_t steps)
-{
-    if (k < steps) return 0;
-    if ((k >> 32) == 0) return (uint32_t)k / (uint32_t)steps;
-    const int64_t p = (int64_t)((double)k / (double)steps); /* off by one at most: k < 2^53 */
-    return p * steps > k ? p - 1 : (p + 1) * steps <= k ? p + 1 : p;
-}
-
 /* LINES lines of RANK_DEPTH steps into shared memory, to[step][line]; zero beyond the ends. With a period, lines are
  * those of several products. */
 template <int LINES, typename E, typename A>
-static __device__ void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, const keeps<A> &drop, bool dropped,
-                            int64_t z, int64_t period, int64_t first, int64_t lines, int64_t k0, int64_t last,
-                            int64_t steps)
+static __device__ inline void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, const keeps<A> &drop,
+                                   bool dropped, int z, int period, int first, int lines, int k0, int last, int steps)
 {
     enum { TURNS = LINES * RANK_DEPTH / RANK_THREADS, FLIGHT = TURNS < 4 ? TURNS : 4 }; /* loads in flight */
     const bool along = from.inner == 1 && from.line != 1; /* neighbouring threads take neighbouring steps */
@@ -102,14 +92,13 @@ static __device__ void fill(A (*to)[LINES + RANK_PAD], const operand<E> &from, c
 #pragma unroll
         for (int f = 0; f < FLIGHT; f++) {
             const int at = (turn + f) * RANK_THREADS + (int)threadIdx.x;
-            const int64_t i = first + (along ? at / RANK_DEPTH : at % LINES);
-            const int64_t k = k0 + (along ? at % RANK_DEPTH : at / LINES);
+            const int i = first + (along ? at / RANK_DEPTH : at % LINES);
+            const int k = k0 + (along ? at % RANK_DEPTH : at / LINES);
             value[f] = 0;
             if (i >= lines || k >= last) continue;
-            const int64_t p = quotient(k, steps), product = period ? quotient(i, period) : z;
-            const int64_t line = period ? i - product * period : i;
-            const int64_t place =
-                product * from.batch + line * from.line + p * from.outer + (k - p * steps) * from.inner;
+            const int p = k < steps ? 0 : k / steps, product = period ? i / period : z;
+            const int64_t place = product * from.batch + (period ? i - product * period : i) * from.line +
+                                  p * from.outer + (k - p * steps) * from.inner;
             value[f] = (A)from.at[place];
             if (from.low) value[f] += (A)from.weight * (A)from.at[place + from.low];
             if (dropped) value[f] *= drop(place);
@@ -131,25 +120,26 @@ __global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) r
     __shared__ __align__(16) A right[RANK_DEPTH][COLS + RANK_PAD];
     const keeps<A> drop(g.drop);
     const int tx = threadIdx.x % TX, ty = threadIdx.x / TX;
+    const int rows = (int)g.rows, cols = (int)g.cols, period = (int)g.period, steps = (int)g.steps;
     for (int64_t tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
         int64_t rest = tile;
-        const int64_t j0 = rest % g.shape.col_tiles * COLS;
+        const int j0 = (int)(rest % g.shape.col_tiles) * COLS;
         rest /= g.shape.col_tiles;
-        const int64_t i0 = rest % g.shape.row_tiles * ROWS;
+        const int i0 = (int)(rest % g.shape.row_tiles) * ROWS;
         rest /= g.shape.row_tiles;
-        const int64_t slice = rest % g.shape.slices, z = rest / g.shape.slices;
-        const int64_t first = slice * g.shape.slice, last = MIN(g.depth, first + g.shape.slice);
-        const int64_t i1 = i0 + RANK_SIDE * ty, j1 = j0 + RANK_SIDE * tx, ld = g.period ? g.period : g.cols;
-        const bool whole = g.aligned && j1 + RANK_SIDE <= g.cols;
+        const int slice = (int)(rest % g.shape.slices), z = (int)(rest / g.shape.slices);
+        const int first = slice * (int)g.shape.slice, last = (int)MIN(g.depth, first + g.shape.slice);
+        const int i1 = i0 + RANK_SIDE * ty, j1 = j0 + RANK_SIDE * tx, ld = period ? period : cols;
+        const bool whole = g.aligned && j1 + RANK_SIDE <= cols;
 
         /* where out's entry (i1, j1) lies; each of its neighbours to the right is one further, and a jump for every
          * product that ends between */
-        const int64_t product = g.period ? quotient(j1, g.period) : rest, jump = (g.rows - 1) * g.period;
-        int64_t column = g.period ? j1 - product * g.period : j1;
-        const int64_t place = (product * g.rows + i1) * ld + column;
+        const int64_t product = period ? j1 / period : rest, jump = (int64_t)(rows - 1) * period;
+        int column = period ? j1 % period : j1;
+        const int64_t place = (product * rows + i1) * ld + column;
         unsigned ends = 0; /* 4 bits a neighbour */
-        for (int j = 0, end = 0; g.period && j < RANK_SIDE; j++, column++) {
-            if (column == g.period) column = 0, end++;
+        for (int j = 0, end = 0; period && j < RANK_SIDE; j++, column++) {
+            if (column == period) column = 0, end++;
             ends |= (unsigned)end << 4 * j;
         }
 
@@ -157,18 +147,17 @@ __global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) r
         if (g.base) {
 #pragma unroll
             for (int i = 0; i < RANK_SIDE; i++) {
-                const O *from = g.base + place + i * ld;
-                if (whole && i1 + i < g.rows) old[i] = *(const four<O> *)from;
+                const O *from = g.base + place + (int64_t)i * ld;
+                if (whole && i1 + i < rows) old[i] = *(const four<O> *)from;
                 for (int j = 0; j < RANK_SIDE; j++)
-                    if (!whole && i1 + i < g.rows && j1 + j < g.cols)
-                        old[i].v[j] = from[j + (ends >> 4 * j & 15) * jump];
+                    if (!whole && i1 + i < rows && j1 + j < cols) old[i].v[j] = from[j + (ends >> 4 * j & 15) * jump];
             }
         }
 
         A sum[RANK_SIDE][RANK_SIDE] = {};
         for (int64_t k0 = first; k0 < last; k0 += RANK_DEPTH) {
-            fill<ROWS>(left, g.left, drop, g.dropped == LEFT, z, 0, i0, g.rows, k0, last, g.steps);
-            fill<COLS>(right, g.right, drop, g.dropped == RIGHT, z, g.period, j0, g.cols, k0, last, g.steps);
+            fill<ROWS>(left, g.left, drop, g.dropped == LEFT, z, 0, i0, rows, k0, last, steps);
+            fill<COLS>(right, g.right, drop, g.dropped == RIGHT, z, period, j0, cols, k0, last, steps);
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < RANK_DEPTH; k++) {
@@ -184,8 +173,8 @@ __global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) r
 
 #pragma unroll
         for (int i = 0; i < RANK_SIDE; i++) {
-            if (i1 + i >= g.rows) continue;
-            const int64_t at = place + i * ld;
+            if (i1 + i >= rows) continue;
+            const int64_t at = place + (int64_t)i * ld;
             four<O> made, low;
 #pragma unroll
             for (int j = 0; j < RANK_SIDE; j++) {
@@ -198,10 +187,11 @@ __global__ void __launch_bounds__(RANK_THREADS, sizeof(acc_t<O>) == 8 ? 2 : 3) r
             else
 #pragma unroll
                 for (int j = 0; j < RANK_SIDE; j++) {
-                    if (j1 + j >= g.cols) continue;
-                    O *to = g.out + (g.split ? (i1 + i) * 3 * g.cols + j1 + j : at + j + (ends >> 4 * j & 15) * jump);
+                    if (j1 + j >= cols) continue;
+                    O *to = g.out +
+                            (g.split ? (int64_t)(i1 + i) * 3 * cols + j1 + j : at + j + (ends >> 4 * j & 15) * jump);
                     *to = made.v[j];
-                    if (g.split) to[g.cols] = low.v[j], to[2 * g.cols] = made.v[j];
+                    if (g.split) to[cols] = low.v[j], to[2 * (int64_t)cols] = made.v[j];
                 }
         }
     }
@@ -218,8 +208,12 @@ template <typename L, typename R, typename O>
 static subspace_status rank_multiply(subspace_ctx *ctx, rank_job<L, R, O> g, bool sliced)
 {
     enum { ALIGNMENT = alignof(four<O>) };
-    if (g.count > 1 && g.left.batch == 0 && !sliced) /* no tile ends with a product */
+    const int64_t most = INT32_MAX - 1024; /* a dimension's; places are counted in 64 bits */
+    if (g.count > 1 && g.left.batch == 0 && !sliced && g.cols <= most / g.count) /* no tile ends with a product */
         g.period = g.cols, g.cols *= g.count, g.count = 1;
+    CHECK(ctx, MAX(MAX(g.rows, g.cols), MAX(g.depth, g.count)) <= most, SUBSPACE_INVALID_ARGUMENT,
+          "%lld products of %lld x %lld x %lld are too large", (long long)g.count, (long long)g.rows, (long long)g.cols,
+          (long long)g.depth);
     const int64_t ld = g.period ? g.period : g.cols;
     g.shape = rank_shape_of(g.rows, g.cols, g.depth, g.count, sliced);
     g.tiles = g.count * g.shape.slices * g.shape.row_tiles * g.shape.col_tiles;
