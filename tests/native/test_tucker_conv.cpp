@@ -184,7 +184,7 @@ TEST(TuckerConv, HalfTypesAreWidenedAndRoundedOnce)
 
 TEST(TuckerConv, BadArgumentsAreNamed)
 {
-    Problem<double> p({2, 3, 4, 2}, false, 0);
+    Problem<double> p({4, 3, 300, 2}, false, 0);
     Context ctx;
     ctx.size(subspace_tucker_conv_workspace_cpu(&ctx, &p.a) - 1);
     EXPECT_EQ(SUBSPACE_WORKSPACE_TOO_SMALL, subspace_tucker_conv_project_cpu(&ctx, &p.a));
