@@ -31,7 +31,6 @@ extern "C" {
 #endif
 #endif
 #ifdef ASAN
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -176,6 +175,8 @@ struct cluster {
     }
 };
 
+void entry();
+
 struct crew { // stacks, kept from block to block
     std::vector<std::unique_ptr<fiber>> fibers;
     std::vector<warp> warps;
@@ -186,7 +187,12 @@ struct crew { // stacks, kept from block to block
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
             if (memory == MAP_FAILED || mprotect(memory, GUARD, PROT_NONE)) stop("no memory for stacks", "launch");
             fibers.push_back(std::make_unique<fiber>());
-            fibers.back()->stack = static_cast<char *>(memory) + GUARD;
+            fiber *f = fibers.back().get();
+            f->stack = static_cast<char *>(memory) + GUARD;
+            f->sp = first_frame(f->stack + STACK, entry);
+#ifdef RACECHECK // kept from block to block, as they are dear: a thread is never accused of racing with its own number
+            f->watched = __tsan_create_fiber(0);
+#endif
         }
         return fibers[i].get();
     }
@@ -219,6 +225,16 @@ void release(block *b)
     b->counted = b->votes, b->votes = 0, b->arrived = 0, b->round++;
 }
 
+// First thing on a fiber's stack; out of line, as it may run on another OS thread than before, with its own `current`.
+__attribute__((noinline)) void arrive(void *fake)
+{
+#ifdef ASAN
+    __sanitizer_finish_switch_fiber(fake, &current->bottom, &current->bottom_size);
+#else
+    (void)fake;
+#endif
+}
+
 // Back to the scheduler, until the gate has moved.
 void wait(const unsigned *gate, unsigned key, int line)
 {
@@ -230,9 +246,7 @@ void wait(const unsigned *gate, unsigned key, int line)
 #endif
     SWITCH_TO(b->watched);
     swap_stacks(&f->sp, b->scheduler);
-#ifdef ASAN
-    __sanitizer_finish_switch_fiber(f->fake, nullptr, nullptr);
-#endif
+    arrive(f->fake);
     f->gate = nullptr;
 }
 
@@ -254,25 +268,22 @@ void meet(int line, bool of_cluster)
     ACQUIRE(token);
 }
 
-void entry()
+__attribute__((noinline)) void run_thread()
 {
     block *b = current;
-#ifdef ASAN
-    __sanitizer_finish_switch_fiber(nullptr, &b->bottom, &b->bottom_size);
-#endif
     ACQUIRE(&begun);
     ACQUIRE(&b->begun);
     (*b->body)();
     RELEASE(&ended);
-    b = current;
     b->now->done = true;
     if (--b->live && b->arrived == b->live) release(b); // who has left is not waited for
-#ifdef ASAN
-    __sanitizer_start_switch_fiber(nullptr, b->bottom, b->bottom_size);
-#endif
-    void *nowhere;
-    SWITCH_TO(b->watched);
-    swap_stacks(&nowhere, b->scheduler);
+    wait(nullptr, 0, 0);
+}
+
+void entry() // a fiber's whole life: one thread after the other
+{
+    arrive(nullptr);
+    for (;;) run_thread();
 }
 
 void enter(block *b, fiber *f)
@@ -370,13 +381,6 @@ void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *ma
                       static_cast<unsigned>(index / g.blocks.x / g.blocks.y)};
         f->p.threads = g.threads, f->p.blocks = g.blocks;
         f->gate = nullptr, f->done = false;
-#ifdef ASAN // what the last frames there have left
-        __asan_unpoison_memory_region(f->stack + STACK - GUARD, GUARD);
-#endif
-        f->sp = first_frame(f->stack + STACK, entry);
-#ifdef RACECHECK // kept from block to block, as they are dear: a thread is never accused of racing with its own number
-        if (!f->watched) f->watched = __tsan_create_fiber(0);
-#endif
         b.fibers.push_back(f);
     }
     b.order.resize(threads);
