@@ -125,9 +125,12 @@ struct fiber {
     int line = 0;
     bool done = false;
     void *watched = nullptr; // the thread sanitizer's
+    struct warp *mine = nullptr;
+    int lane = 0;
 };
 
 struct warp {
+    unsigned here;                      // lanes that wait
     unsigned asked[WARP], passed[WARP]; // the mask that a lane waits with; how often it has got through
     int line[WARP], from[WARP];
     unsigned char value[WARP][16], result[WARP][16];
@@ -203,7 +206,6 @@ struct block {
     const std::function<void()> *body;
     std::vector<fiber *> fibers;
     std::vector<unsigned> order;
-    warp *warps;
     char *shared;
     size_t shared_bytes;
     cluster *mates;
@@ -346,7 +348,7 @@ struct hired { // a crew for as long as this lives
     }
 };
 
-template <typename I> void arrange(std::vector<I> &order, std::mt19937_64 &random)
+template <typename I> void arrange(std::vector<I> &order, std::minstd_rand &random)
 {
     std::iota(order.begin(), order.end(), I(0));
     if (gpu->order == 1) std::reverse(order.begin(), order.end());
@@ -363,7 +365,7 @@ struct grid {
 void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *mates, unsigned rank)
 {
     const unsigned threads = g.threads.x * g.threads.y * g.threads.z;
-    std::mt19937_64 random(index + 1);
+    std::minstd_rand random(static_cast<unsigned>(index + 1));
     block b{};
     b.kernel = g.kernel, b.body = g.body, b.shared = shared, b.shared_bytes = g.shared, b.mates = mates, b.rank = rank;
     b.live = threads;
@@ -373,13 +375,13 @@ void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *ma
     RELEASE(&b.begun);
 #endif
     c->warps.assign((threads + WARP - 1) / WARP, warp{});
-    b.warps = c->warps.data();
     for (unsigned i = 0; i < threads; i++) {
         fiber *f = c->get(i);
         f->p.thread = {i % g.threads.x, i / g.threads.x % g.threads.y, i / g.threads.x / g.threads.y};
         f->p.block = {static_cast<unsigned>(index % g.blocks.x), static_cast<unsigned>(index / g.blocks.x % g.blocks.y),
                       static_cast<unsigned>(index / g.blocks.x / g.blocks.y)};
         f->p.threads = g.threads, f->p.blocks = g.blocks;
+        f->mine = &c->warps[i / WARP], f->lane = static_cast<int>(i % WARP);
         f->gate = nullptr, f->done = false;
         b.fibers.push_back(f);
     }
@@ -409,14 +411,12 @@ void run_together(const grid &g, uint64_t first, unsigned count, bool of_cluster
     ACQUIRE(&ended);
 }
 
-warp *own_warp(int line, unsigned mask, int *lane)
+warp *own_warp(unsigned mask, int *lane)
 {
-    const int thread =
-        static_cast<int>((here->thread.z * here->threads.y + here->thread.y) * here->threads.x + here->thread.x);
-    *lane = thread % WARP;
-    if (!(mask >> *lane & 1)) stop("a lane calls a warp function whose mask leaves it out", current->kernel);
-    (void)line;
-    return &current->warps[thread / WARP];
+    fiber *f = current->now;
+    *lane = f->lane;
+    if (!(mask >> f->lane & 1)) stop("a lane calls a warp function whose mask leaves it out", current->kernel);
+    return f->mine;
 }
 
 // By moves, not by the library's memcpy, which the thread sanitizer watches even from here.
@@ -437,15 +437,18 @@ void copy(void *to, const void *from, size_t bytes)
 void gather(warp *w, int line, unsigned mask, int lane)
 {
     w->asked[lane] = mask, w->line[lane] = line;
+    w->here |= 1u << lane;
+    if ((w->here & mask) != mask) return wait(&w->passed[lane], w->passed[lane], line);
     for (int l = 0; l < WARP; l++)
         if ((mask >> l & 1) && w->asked[l] != mask) return wait(&w->passed[lane], w->passed[lane], line);
+    w->here &= ~mask;
     for (int l = 0; l < WARP; l++) {
         if (!(mask >> l & 1)) continue;
         if (w->line[l] != line) stop("lanes of a warp meet at different warp functions", current->kernel);
         copy(w->result[l], w->value[w->from[l]], 16);
     }
     for (int l = 0; l < WARP; l++)
-        if (mask >> l & 1) w->asked[l] = 0, w->passed[l]++;
+        if (mask >> l & 1) w->passed[l]++;
 }
 
 // __syncwarp orders memory, a shuffle does not. Lanes release into the token of their group's lowest lane.
@@ -483,7 +486,7 @@ int vote(int line, bool value, int kind)
 void lanes(int line, unsigned mask)
 {
     int lane;
-    warp *w = own_warp(line, mask, &lane);
+    warp *w = own_warp(mask, &lane);
     w->from[lane] = lane;
     order(w, line, mask, lane);
 }
@@ -491,7 +494,7 @@ void lanes(int line, unsigned mask)
 void shuffle(int line, unsigned mask, void *value, size_t bytes, int from)
 {
     int lane;
-    warp *w = own_warp(line, mask, &lane);
+    warp *w = own_warp(mask, &lane);
     if (!(mask >> from & 1)) stop("a shuffle reads a lane that its mask leaves out", current->kernel);
     copy(w->value[lane], value, bytes);
     w->from[lane] = from;
@@ -567,7 +570,7 @@ void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads
     }
     last = cudaSuccess;
     RELEASE(&begun);
-    std::mt19937_64 random(total);
+    std::minstd_rand random(static_cast<unsigned>(total));
     std::vector<uint64_t> order(how == COOPERATIVE ? 1 : how == CLUSTERS ? total / size : total);
     arrange(order, random);
     if (how == COOPERATIVE) return run_together(g, 0, static_cast<unsigned>(total), false);
