@@ -146,9 +146,11 @@ def gpu():
     """What a GPU has shown: the table without its title, or that none has run this."""
     text = gpu_table.write()
     if text == gpu_table.UNVERIFIED:
-        return ("**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120, and on a CPU, run a fiber a thread,\n"
-                "they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,\n"
-                "`make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures.")  # fmt: skip
+        return "\n".join([
+            "**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120, and on a CPU, run a fiber a thread,",
+            "they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,",
+            "`make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures.",
+        ])
     return text.split("\n", 2)[2].strip()
 
 
@@ -156,7 +158,8 @@ def main():
     """Replace what stands between the markers."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    tables = {"demo": demo_table(), "cluster": cluster_table(), "represent": represent_table(), "bench": bench_table(), "gpu": gpu()}
+    tables = {"demo": demo_table(), "cluster": cluster_table(), "represent": represent_table()}
+    tables |= {"bench": bench_table(), "gpu": gpu()}
     tables |= {name: finetune_table(name) for name in ("finetune", "finetune_text")}
     for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
