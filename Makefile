@@ -68,7 +68,7 @@ pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. T
 
 cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills and shared memory within cuda/resources.txt
 	cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))
-	cmake --build --preset cuda --parallel
+	cmake --build --preset cuda --parallel --target torch_subspace_cuda
 	$(py) tests/cuda_check.py build/cuda $(if $(UPDATE),--update)
 
 bench: build    ## benchmarks on the CPU

@@ -147,7 +147,7 @@ def gpu():
     text = gpu_table.write()
     if text == gpu_table.UNVERIFIED:
         return "\n".join([
-            "**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120, and on a CPU, run a fiber a thread,",
+            "**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120. On a CPU, a fiber a thread,",
             "they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,",
             "`make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures.",
         ])
