@@ -55,7 +55,7 @@ def inside(part):
 
 def our_kernels():
     """Names of all __global__ functions in cuda/."""
-    bounds = r"(?:__launch_bounds__\([^)]*\)\s*)?"
+    bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"  # one parenthesis within another
     kernel = re.compile(rf"__global__\s+{bounds}(?:static\s+)?void\s+{bounds}(\w+)")
     return {name for path in (ROOT / "cuda").glob("*.cu*") for name in kernel.findall(path.read_text())}
 
