@@ -72,7 +72,7 @@ def test_a_zero_core_gives_the_base_bit_for_bit(form, groups):
     x, w = torch.randn(2, 16, 9, 8, device="cuda"), torch.randn(16, 16 // groups, 3, 3, device="cuda")
     core, u, v = (torch.zeros(4, 1 if groups > 1 else 4, 3, 3), torch.randn(16, 4),
                   torch.randn(16 // groups, 1 if groups > 1 else 4))
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         y = ts.tucker_conv(x, w, None, core.cuda(), [u.cuda(), v.cuda(), None, None], form=form, groups=groups)
         assert torch.equal(y, torch.nn.functional.conv2d(x, w, None, groups=groups))
 
