@@ -159,7 +159,7 @@ static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int
     enum { whole = 16 / sizeof(C), PACKS = PANEL / whole };
     const int threads = (int)(blockDim.x * blockDim.y);
     for (int p = 0; p < tiles; p++) {
-        C *const y = space.y[p % 2];
+        C *const y = p % 2 ? space.y[1] : space.y[0]; /* an index would put them into local memory */
         if (mine && ti == p && tj == p) {
             factor_corner(t, space.corner, space.rest + p * PANEL);
         } else if (mine && ti == p) {
