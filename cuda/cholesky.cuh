@@ -135,8 +135,8 @@ static __device__ inline void update(const squares &b, const square &q, int64_t 
         }
     for (int e = (int)threadIdx.x * whole; e < RATE_TILE * RATE_TILE; e += RATE_THREADS * whole) {
         const int at = e / RATE_TILE * RATE_PAD + e % RATE_TILE;
-        *(pack<C> *)(left + at) = *(const pack<C> *)(y + i * RATE_TILE * RATE_TILE + e);
-        *(pack<C> *)(right + at) = *(const pack<C> *)(y + j * RATE_TILE * RATE_TILE + e);
+        *(pack16<C> *)(left + at) = *(const pack16<C> *)(y + i * RATE_TILE * RATE_TILE + e);
+        *(pack16<C> *)(right + at) = *(const pack16<C> *)(y + j * RATE_TILE * RATE_TILE + e);
     }
     __syncthreads();
     if (corner && b.wanted == ROOT)

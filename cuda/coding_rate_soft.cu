@@ -4,7 +4,7 @@
  *     dw_ik = (h_k - (d - tr A_k^-1)/2) / n + d/(2n eps) z_i' A_k^-1 z_i
  *     dz_i  = d/(n eps) sum_k w_ik A_k^-1 z_i
  *
- * The face-splitting product of cpu/face_split.h for any number of classes: a tile of F[i, (a, b)] = z_ia z_ib at a
+ * The face-splitting product of cpu/face_split.h for any number of classes: a stripe of F[i, (a, b)] = z_ia z_ib at a
  * time, and products of cuBLAS, never in TF32: 2 n k p flops in the forward, p = d(d+1)/2, and 4 n k p in the backward.
  * F is written and read once for each product, 1/k of their flops in bytes. The factors are cholesky.cuh's, in place.
  *
@@ -16,10 +16,10 @@
 #include "coding_rate_soft.cuh"
 #include "linalg.cuh"
 
-static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
+static stripe stripe_from(const soft_run *r, int64_t a0, int64_t at)
 {
     const int64_t d = r->a.d;
-    tile t = {a0, a0, at, 0};
+    stripe t = {a0, a0, at, 0};
     while (t.a1 < d && (t.width == 0 || t.width + d - t.a1 <= r->width)) t.width += d - t.a1++;
     return t;
 }
@@ -28,7 +28,7 @@ static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
 
 /* f[i, (a, b)] = z_ia z_ib, or with a factor of 2 that where a < b; a block for a point, a warp for a row of pairs */
 template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS) pairs(int64_t n, int64_t d, const T *z, tile t, T factor, T *f)
+__global__ void __launch_bounds__(ROW_THREADS) pairs(int64_t n, int64_t d, const T *z, stripe t, T factor, T *f)
 {
     for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
         const T *const zi = z + i * d;
@@ -40,10 +40,11 @@ __global__ void __launch_bounds__(ROW_THREADS) pairs(int64_t n, int64_t d, const
     }
 }
 
-/* dz_ic += sum_b M_i(c, b) z_ib + sum_{a < c} M_i(a, c) z_ia over the pairs of a tile; a block for a point, and a warp
- * for a row of M, then a thread for a column. */
+/* dz_ic += sum_b M_i(c, b) z_ib + sum_{a < c} M_i(a, c) z_ia over the pairs of a stripe; a block for a point, and a
+ * warp for a row of M, then a thread for a column. */
 template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS) apply_pairs(int64_t n, int64_t d, const T *z, tile t, const T *m, T *dz)
+__global__ void __launch_bounds__(ROW_THREADS)
+    apply_pairs(int64_t n, int64_t d, const T *z, stripe t, const T *m, T *dz)
 {
     for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
         const T *const zi = z + i * d, *const mi = m + i * t.width - t.at;
@@ -89,7 +90,7 @@ static subspace_status grams_split(subspace_ctx *ctx, const soft_run *r, int64_t
 {
     const subspace_coding_rate_soft_args *a = &r->a;
     T *f = (T *)r->f;
-    for (tile t = tile_from(r, 0, 0); t.width > 0; t = tile_from(r, t.a1, t.at + t.width)) {
+    for (stripe t = stripe_from(r, 0, 0); t.width > 0; t = stripe_from(r, t.a1, t.at + t.width)) {
         LAUNCH(ctx, pairs<T>, point_blocks(r), ROW_THREADS, 0, a->n, a->d, z, t, (T)1, f);
         TRY(exactly(ctx, r, true, false, kc, t.width, a->n, w, a->k, f, t.width, false, inverse + t.at, r->p));
     }
@@ -103,7 +104,7 @@ static subspace_status gradients_split(subspace_ctx *ctx, const soft_run *r, int
 {
     const subspace_coding_rate_soft_args *a = &r->a;
     T *f = (T *)r->f;
-    for (tile t = tile_from(r, 0, 0); t.width > 0; t = tile_from(r, t.a1, t.at + t.width)) {
+    for (stripe t = stripe_from(r, 0, 0); t.width > 0; t = stripe_from(r, t.a1, t.at + t.width)) {
         if (dw) {
             LAUNCH(ctx, pairs<T>, point_blocks(r), ROW_THREADS, 0, a->n, a->d, z, t, (T)2, f);
             TRY(exactly(ctx, r, false, true, a->n, kc, t.width, f, t.width, inverse + t.at, r->p, t.at > 0, dw, a->k));

@@ -24,9 +24,9 @@ static const double OUTLIER = 10;
 static const double CAREFUL = -1; /* in place of tr A_k^-1: the kept inverses are no use */
 
 /* The pairs (a, b), a <= b, of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
-typedef struct tile {
+typedef struct stripe {
     int64_t a0, a1, at, width;
-} tile;
+} stripe;
 
 typedef struct soft_state { /* of a view */
     double spread;          /* d/eps max |z_i|^2 */

@@ -195,15 +195,15 @@ static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int
                 for (int r = 0; r < PANEL; r++)
 #pragma unroll
                     for (int c = 0; c < PANEL; c++) t[r][c] = 0;
-            const pack<C> *a = (const pack<C> *)y + ti, *b = (const pack<C> *)y + tj;
+            const pack16<C> *a = (const pack16<C> *)y + ti, *b = (const pack16<C> *)y + tj;
 #pragma unroll 1
             for (int k = 0; k < PANEL; k++, a += PACKS * tiles, b += PACKS * tiles) {
-                pack<C> right[PACKS];
+                pack16<C> right[PACKS];
 #pragma unroll
                 for (int c = 0; c < PACKS; c++) right[c] = b[c * tiles];
 #pragma unroll
                 for (int r = 0; r < PANEL; r += whole) {
-                    const pack<C> left = a[r / whole * tiles];
+                    const pack16<C> left = a[r / whole * tiles];
 #pragma unroll
                     for (int e = 0; e < whole; e++)
 #pragma unroll

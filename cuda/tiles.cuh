@@ -10,7 +10,7 @@
 #include "cuda.cuh"
 #include "coding_rate_shape.h"
 
-template <typename T> struct alignas(16) pack {
+template <typename T> struct alignas(16) pack16 {
     T v[16 / sizeof(T)];
 };
 
@@ -59,13 +59,13 @@ template <typename T> static __device__ inline const T *row_at(const rows<T> &m,
 }
 
 /* Entries j .. of row i; 0 outside, NaN where order is no permutation. */
-template <typename T> static __device__ inline pack<T> pack_of(const rows<T> &m, unsigned i, unsigned j)
+template <typename T> static __device__ inline pack16<T> pack_of(const rows<T> &m, unsigned i, unsigned j)
 {
     const unsigned whole = 16 / sizeof(T);
-    pack<T> p = {};
+    pack16<T> p = {};
     if (i >= m.count || j >= m.width) return p;
     const T *row = row_at(m, i);
-    if (row && m.packed) return *(const pack<T> *)(row + j);
+    if (row && m.packed) return *(const pack16<T> *)(row + j);
 #pragma unroll
     for (unsigned e = 0; e < whole; e++)
         if (j + e < m.width) p.v[e] = row ? row[j + e] : (T)NAN;
@@ -74,7 +74,7 @@ template <typename T> static __device__ inline pack<T> pack_of(const rows<T> &m,
 
 /* A thread's share of a slab. */
 template <typename T> struct slab {
-    pack<T> v[sizeof(T)]; /* RATE_SLAB * RATE_TILE / RATE_THREADS entries */
+    pack16<T> v[sizeof(T)]; /* RATE_SLAB * RATE_TILE / RATE_THREADS entries */
 };
 
 /* Where the i-th pack of a thread's share lies in the matrix: `across` if the sum goes along its rows, which become the
@@ -99,7 +99,7 @@ static __device__ inline void fetch(const rows<T> &m, unsigned from, unsigned to
     for (unsigned i = 0; i < sizeof(T); i++) {
         unsigned along, side;
         place<T, across>(i, &along, &side);
-        if (from + along >= to) s.v[i] = pack<T>{};
+        if (from + along >= to) s.v[i] = pack16<T>{};
         else s.v[i] = across ? pack_of(m, at + side, from + along) : pack_of(m, from + along, at + side);
     }
 }
@@ -131,15 +131,15 @@ static __device__ inline void multiply(int depth, const C *a, const C *b, C (&su
     const int whole = 16 / sizeof(C), row = my_row(), col = my_col();
 #pragma unroll 2
     for (int k = 0; k < depth; k++) {
-        pack<C> left[MY_ROWS / whole], right[MY_COLS / whole];
+        pack16<C> left[MY_ROWS / whole], right[MY_COLS / whole];
 #pragma unroll
         for (int r = 0; r < MY_ROWS; r++)
             if (turned) left[r / whole].v[r % whole] = a[(row + r) * RATE_PAD + k];
 #pragma unroll
         for (int r = 0; r < MY_ROWS; r += whole)
-            if (!turned) left[r / whole] = *(const pack<C> *)(a + k * RATE_PAD + row + r);
+            if (!turned) left[r / whole] = *(const pack16<C> *)(a + k * RATE_PAD + row + r);
 #pragma unroll
-        for (int c = 0; c < MY_COLS; c += whole) right[c / whole] = *(const pack<C> *)(b + k * RATE_PAD + col + c);
+        for (int c = 0; c < MY_COLS; c += whole) right[c / whole] = *(const pack16<C> *)(b + k * RATE_PAD + col + c);
 #pragma unroll
         for (int r = 0; r < MY_ROWS; r++)
 #pragma unroll
