@@ -45,12 +45,17 @@ def soft_rate(z: Tensor, weights: Tensor, eps: float) -> Tensor:
     if transformed():
         return _eager(z, weights, eps)
     n, d = z.shape[1:]
-    if n < d:
+    if n < d and not _capturing(z):
         z, eps = _shorter(z), eps * n / d
     grad = torch.is_grad_enabled() and (z.requires_grad or weights.requires_grad)
-    side = min(n, d)
+    side = z.shape[2]
     keep = grad and z.shape[0] * weights.shape[2] * side * (side + 1) // 2 <= KEEP_INVERSES
     return _op.coding_rate_soft(z, weights, float(eps), keep)[0]
+
+
+def _capturing(z: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, into which a QR decomposition may not go; the op takes n < d as well."""
+    return z.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _shorter(z: Tensor) -> Tensor:

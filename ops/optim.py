@@ -111,7 +111,10 @@ class _WholeModel:
             skipped = torch.where(found.to(skipped.device) > 0, 0, skipped)  # GradScaler's own skip is no news
         on_host = skipped.device.type == "cpu"
         skipped = int(skipped) if on_host else skipped  # elsewhere a look at the number would wait for the device
-        self.skipped_frames = self.skipped_frames + skipped
+        if isinstance(self.skipped_frames, torch.Tensor) and not on_host:
+            self.skipped_frames += skipped.to(self.skipped_frames.device)  # in place: a replayed CUDA graph counts
+        else:
+            self.skipped_frames = self.skipped_frames + skipped
         if on_host and skipped and not self._warned:
             self._warned = True
             warnings.warn(

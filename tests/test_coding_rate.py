@@ -7,6 +7,7 @@ import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
+from kernels import only_cpu
 
 import torch_subspace as ts
 from torch_subspace.coding_rate import _groups as groups
@@ -239,6 +240,7 @@ def test_one_hard_class_among_easy_ones():
     close(ours(z, labels, 1e-3), truth(z, labels, 1e-3), 1e-5)
 
 
+@only_cpu
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("n, d", [(30, 8), (8, 30), (300, 400)])
 def test_values_that_are_not_finite_are_reported(n, d, bad):
@@ -393,6 +395,7 @@ def test_rate_reduction_needs_a_membership():
         ts.rate_reduction(Z, None)
 
 
+@only_cpu
 def test_the_op_itself_checks_too():
     """Whoever calls torch.ops directly gets an error, never a crash."""
     z, order, start = Z[None], torch.arange(6)[None], torch.tensor([[0, 2, 6, 6, 6, 6, 6]])

@@ -6,6 +6,7 @@ import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
+from kernels import only_cpu
 
 from torch_subspace import coding_rate_soft as module
 from torch_subspace.coding_rate_soft import soft_rate
@@ -332,6 +333,7 @@ def test_dtypes_are_checked():
             soft_rate(a, b, 0.5)
 
 
+@only_cpu
 @pytest.mark.parametrize("classes", [4, 40])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_values_are_checked(dtype, classes):

@@ -7,6 +7,7 @@ import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
+from kernels import only_cpu
 from test_logits import SHAPES, TOLERANCE, features, frames
 from torch.nn import functional as F
 
@@ -284,6 +285,7 @@ def test_no_classes():
         ts.subspace_cross_entropy(features(4, 7), torch.empty(0, 2, 7).double(), labels(4, 3))
 
 
+@only_cpu
 def test_the_op_itself_checks_too():
     x, w, none = features(4, 7), frames(3, 2, 7), torch.empty(0, dtype=torch.int64)
     ones, rest = torch.empty(0, dtype=torch.float64), (25.0, True, -100, 0.0)

@@ -4,6 +4,7 @@ import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
+from kernels import only_cpu
 
 import torch_subspace as ts
 from torch_subspace import logits as module
@@ -74,6 +75,7 @@ def test_equal_dims_are_the_uniform_case():
     assert torch.equal(ts.subspace_logits(x, w), ts.subspace_logits(x, w.view(21, 20), dims=[3] * 7))
 
 
+@only_cpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)], ids=str)
 @pytest.mark.parametrize("b, c, k, n", [(70, 20, 4, 33), (300, 90, 8, 64), (3, 700, 1, 16)])
 def test_half_types_are_computed_in_float32(b, c, k, n, dtype, tolerance):
