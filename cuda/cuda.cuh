@@ -55,8 +55,7 @@ static inline bool is_half(subspace_dtype dtype)
 #define LAUNCH(ctx, kernel, grid, block, shared, ...)                                                                  \
     do {                                                                                                               \
         const size_t shared_ = (shared);                                                                               \
-        if (shared_ > DEFAULT_SHARED)                                                                                  \
-            CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_));        \
+        if (shared_ > 0) CUDA(ctx, allow_shared(kernel, shared_));                                                     \
         kernel<<<(grid), (block), shared_, (cudaStream_t)(ctx)->stream>>>(__VA_ARGS__);                                \
         CUDA(ctx, cudaGetLastError());                                                                                 \
     } while (0)
@@ -66,9 +65,7 @@ static inline bool is_half(subspace_dtype dtype)
         cudaLaunchConfig_t config_ = {};                                                                               \
         config_.gridDim = (grid), config_.blockDim = (block), config_.dynamicSmemBytes = (shared);                     \
         config_.stream = (cudaStream_t)(ctx)->stream, config_.attrs = &attribute_, config_.numAttrs = 1;               \
-        if (config_.dynamicSmemBytes > DEFAULT_SHARED)                                                                 \
-            CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,                        \
-                                           (int)config_.dynamicSmemBytes));                                            \
+        if (config_.dynamicSmemBytes > 0) CUDA(ctx, allow_shared(kernel, config_.dynamicSmemBytes));                   \
         CUDA(ctx, cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__));                                                  \
     } while (0)
 
@@ -121,7 +118,21 @@ template <typename T> static __device__ inline T *cluster_at(T *mine, unsigned r
 #endif
 
 /* ----------------------------------------------------------------------- the device, on the host */
-enum { DEFAULT_SHARED = 48 << 10 }; /* dynamic shared memory that needs no leave */
+
+/* Leave for a kernel to have `shared` bytes of dynamic shared memory. 48 KiB need none, but what is static counts too.
+ * It is always for all that a block may have: another thread of the program may launch the same kernel with more. */
+template <typename K> static cudaError_t allow_shared(K *kernel, size_t shared)
+{
+    cudaFuncAttributes has;
+    int device = 0, most = 0;
+    cudaError_t error = cudaFuncGetAttributes(&has, kernel);
+    if (error != cudaSuccess || shared <= (size_t)has.maxDynamicSharedSizeBytes) return error;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    most -= (int)has.sharedSizeBytes;
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX(most, (int)shared));
+}
 
 typedef struct device_limits {
     int major, minor; /* compute capability */
@@ -147,8 +158,7 @@ static subspace_status resident_blocks(subspace_ctx *ctx, const device_limits *l
                                        size_t shared, int64_t *blocks)
 {
     int each = 0;
-    if (shared > DEFAULT_SHARED)
-        CUDA(ctx, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    CUDA(ctx, allow_shared(kernel, shared));
     CUDA(ctx, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
     *blocks = (int64_t)each * limits->multiprocessors;
     return SUBSPACE_OK;

@@ -344,22 +344,32 @@ enum cudaDeviceAttr {
 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes; /* static: not known here */
+    int maxDynamicSharedSizeBytes;
+};
 
 cudaError_t cudaGetLastError(); // of the last launch, and forgets it
 const char *cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int *);
 cudaError_t cudaDeviceGetAttribute(int *, cudaDeviceAttr, int device);
-cudaError_t cuda_on_cpu_resident(int *blocks, int threads, size_t shared);
-cudaError_t cuda_on_cpu_allow(int bytes);
+cudaError_t cuda_on_cpu_resident(int *blocks, const void *kernel, int threads, size_t shared);
+int cuda_on_cpu_allowed(const void *kernel); // bytes of dynamic shared memory
+cudaError_t cuda_on_cpu_allow(const void *kernel, int bytes);
 
-template <typename K> cudaError_t cudaFuncSetAttribute(K *, cudaFuncAttribute, int bytes)
+template <typename K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K *kernel)
 {
-    return cuda_on_cpu_allow(bytes);
+    a->sharedSizeBytes = 0, a->maxDynamicSharedSizeBytes = cuda_on_cpu_allowed(reinterpret_cast<const void *>(kernel));
+    return cudaSuccess;
+}
+template <typename K> cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute, int bytes)
+{
+    return cuda_on_cpu_allow(reinterpret_cast<const void *>(kernel), bytes);
 }
 template <typename K>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, K *, int threads, size_t shared)
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, K *kernel, int threads, size_t shared)
 {
-    return cuda_on_cpu_resident(blocks, threads, shared);
+    return cuda_on_cpu_resident(blocks, reinterpret_cast<const void *>(kernel), threads, shared);
 }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 {

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <functional>
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <sched.h>
@@ -551,6 +553,12 @@ unsigned cluster_rank()
     return current->rank;
 }
 
+static int blocks_at_once(int threads, size_t shared) // on a multiprocessor
+{
+    const int by_threads = (gpu->minor == 6 ? 1536 : 2048) / ((threads + 31) / 32 * 32);
+    return std::min({by_threads, static_cast<int>(gpu->shared / (shared + 1024)), 16});
+}
+
 void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads, size_t shared,
             const std::function<void()> &body)
 {
@@ -563,8 +571,7 @@ void launch(kind how, const char *name, unsigned size, dim3 blocks, dim3 threads
     last = cudaErrorInvalidValue;
     if (shared > gpu->block_shared) return;
     if (how == COOPERATIVE) {
-        int resident = 0;
-        cuda_on_cpu_resident(&resident, static_cast<int>(each), shared);
+        const int resident = blocks_at_once(static_cast<int>(each), shared);
         last = cudaErrorCooperativeLaunchTooLarge;
         if (total > uint64_t(resident) * MULTIPROCESSORS) return;
     }
@@ -632,15 +639,28 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int)
     return cudaSuccess;
 }
 
-cudaError_t cuda_on_cpu_allow(int bytes)
+// what a kernel may have, by its address; at first 48 KiB less what is static, for which 8 KiB stand
+static std::mutex asking;
+static std::map<const void *, int> allowed;
+
+int cuda_on_cpu_allowed(const void *kernel)
 {
-    return bytes >= 0 && static_cast<size_t>(bytes) <= gpu->block_shared ? cudaSuccess : cudaErrorInvalidValue;
+    const std::lock_guard<std::mutex> lock(asking);
+    return allowed.emplace(kernel, 40 << 10).first->second;
 }
 
-cudaError_t cuda_on_cpu_resident(int *blocks, int threads, size_t shared)
+cudaError_t cuda_on_cpu_allow(const void *kernel, int bytes)
 {
-    const int by_threads = (gpu->minor == 6 ? 1536 : 2048) / ((threads + 31) / 32 * 32);
-    *blocks = std::min({by_threads, static_cast<int>(gpu->shared / (shared + 1024)), 16});
+    const std::lock_guard<std::mutex> lock(asking);
+    if (bytes < 0 || static_cast<size_t>(bytes) > gpu->block_shared) return cudaErrorInvalidValue;
+    allowed[kernel] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cuda_on_cpu_resident(int *blocks, const void *kernel, int threads, size_t shared)
+{
+    const bool may = shared <= static_cast<size_t>(cuda_on_cpu_allowed(kernel));
+    *blocks = may ? cuda_on_cpu::blocks_at_once(threads, shared) : 0;
     return cudaSuccess;
 }
 

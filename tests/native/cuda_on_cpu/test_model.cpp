@@ -164,6 +164,19 @@ TEST(Model, WhatNoGpuRunsIsAnError)
     EXPECT_EQ(limits.multiprocessors, blocks);
 }
 
+void nothing_static() {}
+
+TEST(Model, StaticSharedMemoryCountsAmongWhatNeedsNoLeave)
+{
+    Context ctx;
+    device_limits limits;
+    int64_t blocks = 0;
+    ASSERT_EQ(SUBSPACE_OK, limits_of(&ctx, &limits));
+    ASSERT_EQ(SUBSPACE_OK, resident_blocks(&ctx, &limits, nothing_static, 256, 48 << 10, &blocks));
+    EXPECT_GE(blocks, limits.multiprocessors);
+    EXPECT_EQ(SUBSPACE_CUDA, resident_blocks(&ctx, &limits, nothing_static, 256, limits.shared + 1, &blocks));
+}
+
 void part_ways()
 {
     if (threadIdx.x < 7) __syncthreads();
