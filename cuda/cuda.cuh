@@ -164,6 +164,16 @@ static subspace_status resident_blocks(subspace_ctx *ctx, const device_limits *l
     return SUBSPACE_OK;
 }
 
+/* May a kernel be launched in clusters? Only if its code knows of them: on a device that does it can still be that of
+ * an older one, from PTX. */
+template <typename K> static subspace_status clusters_of(subspace_ctx *ctx, K *kernel, bool *clusters)
+{
+    cudaFuncAttributes has;
+    CUDA(ctx, cudaFuncGetAttributes(&has, kernel));
+    *clusters = has.ptxVersion >= 90;
+    return SUBSPACE_OK;
+}
+
 /* Carve `count` items off a workspace; with a NULL base it only adds up the size. */
 static inline void *carve(char *base, size_t *at, int64_t count, size_t item)
 {

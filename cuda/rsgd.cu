@@ -223,13 +223,12 @@ static subspace_status launch(subspace_ctx *ctx, const rsgd_chunk *chunk, const 
  * of up to SHARED_K rows and those above. */
 enum { KINDS = 13 };
 
-static int kind_of(const subspace_rsgd_args *a, int64_t i, bool large, const rsgd_rule *rule,
+static int kind_of(const subspace_rsgd_args *a, int64_t i, bool large, const rsgd_rule *rule, bool clusters,
                    const device_limits *limits, rsgd_shape *shape)
 {
     const int64_t k = most_rows(a, i);
     if (k == 0 || (large ? k <= RSGD_SHARED_K : k > RSGD_SHARED_K && !a->start)) return -1;
-    *shape =
-        rsgd_shape_of(k, a->frames[i].n, a->start != NULL, large, rule, limits->major >= 9, (int64_t)limits->shared);
+    *shape = rsgd_shape_of(k, a->frames[i].n, a->start != NULL, large, rule, clusters, (int64_t)limits->shared);
     int kind = shape->per_sm;
     for (int cluster = shape->cluster; cluster > 1; cluster /= 2) kind += RSGD_FULL;
     return large ? 0 : kind;
@@ -241,9 +240,11 @@ template <typename T> static subspace_status step_all(subspace_ctx *ctx, const s
     device_limits limits;
     rsgd_shape shape;
     unsigned present = 0;
+    bool clusters;
     TRY(limits_of(ctx, &limits));
+    TRY(clusters_of(ctx, step_classes<T, false>, &clusters));
     for (int64_t i = 0; i < 2 * a->count; i++) {
-        const int kind = kind_of(a, i / 2, i % 2, rule, &limits, &shape);
+        const int kind = kind_of(a, i / 2, i % 2, rule, clusters, &limits, &shape);
         if (kind >= 0) present |= 1u << kind;
     }
     for (int kind = 0; kind < KINDS; kind++) {
@@ -251,7 +252,7 @@ template <typename T> static subspace_status step_all(subspace_ctx *ctx, const s
         rsgd_chunk chunk = {};
         size_t tile = 0, scratch = 0;
         for (int64_t i = 0; i < a->count; i++) {
-            if (kind_of(a, i, kind == 0, rule, &limits, &shape) == kind) {
+            if (kind_of(a, i, kind == 0, rule, clusters, &limits, &shape) == kind) {
                 chunk.frames[chunk.count] = a->frames[i];
                 chunk.first[chunk.count + 1] = chunk.first[chunk.count] + a->frames[i].c;
                 chunk.count++;

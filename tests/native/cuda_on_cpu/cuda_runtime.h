@@ -347,6 +347,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {
     size_t sharedSizeBytes; /* static: not known here */
     int maxDynamicSharedSizeBytes;
+    int ptxVersion; /* what the kernel was compiled for */
 };
 
 cudaError_t cudaGetLastError(); // of the last launch, and forgets it
@@ -359,7 +360,11 @@ cudaError_t cuda_on_cpu_allow(const void *kernel, int bytes);
 
 template <typename K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K *kernel)
 {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
     a->sharedSizeBytes = 0, a->maxDynamicSharedSizeBytes = cuda_on_cpu_allowed(reinterpret_cast<const void *>(kernel));
+    a->ptxVersion = 10 * major + minor;
     return cudaSuccess;
 }
 template <typename K> cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute, int bytes)
