@@ -2,7 +2,8 @@
 #include "shim.h"
 
 /* target: int64 [b] or floating [b, c]; class_weight: float64 [c], or empty for ones. */
-static bool target_args(call *c, const tensor *target, const tensor *class_weight, subspace_cross_entropy_args *a)
+static bool target_args(call *c, const tensor *x, const tensor *target, const tensor *class_weight,
+                        subspace_cross_entropy_args *a)
 {
     const bool labels = target->dtype == aoti_torch_dtype_int64();
     if (!require(c,
@@ -13,7 +14,9 @@ static bool target_args(call *c, const tensor *target, const tensor *class_weigh
         !require(c,
                  class_weight->numel == 0 ||
                      (class_weight->numel == a->f.c && class_weight->dtype == aoti_torch_dtype_float64()),
-                 "class_weight must be float64 [c], c=%lld", (long long)a->f.c))
+                 "class_weight must be float64 [c], c=%lld", (long long)a->f.c) ||
+        !require(c, together(x, target) && (class_weight->numel == 0 || together(x, class_weight)),
+                 "x, target and class_weight are on different devices"))
         return false;
     if (labels) a->label = target->data;
     else a->soft = target->data;
@@ -36,7 +39,7 @@ void shim_cross_entropy(StableIValue *stack, uint64_t args, uint64_t results)
     taken &= tensor_in(&c, stack[2], &start);
     taken &= tensor_in(&c, stack[3], &target);
     taken &= tensor_in(&c, stack[4], &class_weight);
-    DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
+    DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &x, &target, &class_weight, &a));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &loss, 1, &a.f.b, wide_dtype(&x), &x));
     DO(tensor_empty(&c, &stats, 2, (int64_t[]){2, a.f.b}, wide_dtype(&x), &x));
@@ -67,10 +70,10 @@ void shim_cross_entropy_backward(StableIValue *stack, uint64_t args, uint64_t re
     taken &= tensor_in(&c, stack[4], &target);
     taken &= tensor_in(&c, stack[5], &class_weight);
     taken &= tensor_in(&c, stack[6], &stats);
-    DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &target, &class_weight, &a));
+    DO(taken && logits_args(&c, &x, &weight, &start, &a.f) && target_args(&c, &x, &target, &class_weight, &a));
     DO(require(&c,
                dloss.numel == a.f.b && dloss.dtype == wide_dtype(&x) && stats.numel == 2 * a.f.b &&
-                   stats.dtype == wide_dtype(&x),
+                   stats.dtype == wide_dtype(&x) && together(&dloss, &x) && together(&stats, &x),
                "dloss or stats does not match the forward"));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &dx, x.dim, need_dx ? x.size : (int64_t[]){0, 0}, x.dtype, &x));

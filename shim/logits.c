@@ -9,8 +9,8 @@ bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *s
         !require(c, x->size[1] == weight->size[weight->dim - 1], "x has %lld features but weight has %lld",
                  (long long)x->size[1], (long long)weight->size[weight->dim - 1]) ||
         !require(c, x->dtype == weight->dtype && dtype_of(x) >= 0, "x and weight must share a floating dtype") ||
-        !require(c, x->device == weight->device && x->index == weight->index,
-                 "x and weight are on different devices") ||
+        !require(c, together(x, weight) && (!ragged || together(x, start)),
+                 "x, weight and start are on different devices") ||
         !require(c, !ragged || (start->dtype == aoti_torch_dtype_int64() && start->dim == 1 && start->numel > 0),
                  "a ragged weight needs the int64 starts of its classes"))
         return false;
@@ -71,8 +71,10 @@ void shim_logits_backward(StableIValue *stack, uint64_t args, uint64_t results)
     taken &= tensor_in(&c, stack[3], &start);
     taken &= tensor_in(&c, stack[4], &proj);
     DO(taken && logits_args(&c, &x, &weight, &start, &a));
-    DO(require(&c, dlogits.numel == a.b * a.c && dlogits.dtype == x.dtype, "dlogits does not have the logits' shape"));
-    DO(require(&c, proj.numel == 0 || (proj.numel == a.rows * a.b && proj.dtype == wide_dtype(&x)),
+    DO(require(&c, dlogits.numel == a.b * a.c && dlogits.dtype == x.dtype && together(&dlogits, &x),
+               "dlogits does not have the logits' shape"));
+    DO(require(&c,
+               proj.numel == 0 || (proj.numel == a.rows * a.b && proj.dtype == wide_dtype(&x) && together(&proj, &x)),
                "proj is not the forward's"));
     DO(on_device_of(&c, &x));
     DO(tensor_empty(&c, &dx, x.dim, need_dx ? x.size : (int64_t[]){0, 0}, x.dtype, &x));

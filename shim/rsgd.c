@@ -9,9 +9,10 @@ static bool frames_of(call *c, const tensor *w, const tensor *g, const tensor *m
     const bool ragged = w->dim == 2;
     if (!require(c, w->dim == 3 || (ragged && start->numel > 0),
                  "parameter %zu: expected [c, k, n], or [rows, n] with dims", i) ||
-        !require(c, g->numel == w->numel && g->dtype == w->dtype && g->device == w->device,
+        !require(c, !ragged || together(start, w), "parameter %zu: start is on another device", i) ||
+        !require(c, g->numel == w->numel && g->dtype == w->dtype && together(g, w),
                  "parameter %zu: the gradient does not match the weight", i) ||
-        !require(c, !m || (m->numel == w->numel && m->dtype == w->dtype && m->device == w->device),
+        !require(c, !m || (m->numel == w->numel && m->dtype == w->dtype && together(m, w)),
                  "parameter %zu: the momentum buffer does not match the weight", i))
         return false;
     *f = (subspace_frames){.weight = w->data, .grad = g->data, .buffer = m ? m->data : NULL, .n = w->size[w->dim - 1]};
@@ -66,8 +67,8 @@ void shim_rsgd(StableIValue *stack, uint64_t args, uint64_t results)
     frames = calloc(nw, sizeof *frames);
     DO(require(&c, frames != NULL, "out of memory"));
     for (size_t i = 0; i < nw; i++) {
-        DO(require(&c, w[i].dtype == w[0].dtype && w[i].device == w[0].device && w[i].index == w[0].index,
-                   "parameter %zu: all frames of a call share a dtype and a device", i));
+        DO(require(&c, w[i].dtype == w[0].dtype && w[i].dim == w[0].dim && together(&w[i], &w[0]),
+                   "parameter %zu: all frames of a call share a dtype, a device and whether their dims are ragged", i));
         DO(frames_of(&c, &w[i], &g[i], nm ? &m[i] : NULL, &start, i, &frames[i]));
     }
     a.dtype = (subspace_dtype)dtype_of(&w[0]);
@@ -79,8 +80,7 @@ void shim_rsgd(StableIValue *stack, uint64_t args, uint64_t results)
     if (lr.device == aoti_torch_device_type_cpu() && lr.dim == 0) /* read here: no copy to the device */
         a.lr_value = *(const double *)lr.data;
     else {
-        DO(require(&c, lr.device == w[0].device && lr.index == w[0].index,
-                   "lr must be on the CPU or with the weights"));
+        DO(require(&c, together(&lr, &w[0]), "lr must be on the CPU or with the weights"));
         a.lr = lr.data;
     }
     DO(on_device_of(&c, &w[0]));

@@ -59,6 +59,12 @@ bool workspace(call *c, size_t bytes, const tensor *like);
 
 bool require(call *c, bool condition, const char *format, ...) __attribute__((format(printf, 3, 4)));
 bool run(call *c, subspace_status status);
+/* Are both on one device? */
+static inline bool together(const tensor *a, const tensor *b)
+{
+    return a->device == b->device && a->index == b->index;
+}
+
 /* Device guard, stream and BLAS handle of the tensor's device (nothing to do on the CPU). */
 bool on_device_of(call *c, const tensor *t);
 
