@@ -22,13 +22,13 @@ subspace_status gemm_all(subspace_ctx *ctx, const gemms *g)
     const cublasHandle_t handle = (cublasHandle_t)ctx->blas;
     if (g->m == 0 || g->n == 0 || g->count == 0) return SUBSPACE_OK;
     const cublasStatus_t status =
-        g->count == 1
-            ? cublasGemmEx_64(handle, opb, opa, g->n, g->m, g->k, alpha, g->b, type_of(g->ab), g->ldb, g->a,
-                              type_of(g->ab), g->lda, beta, g->c, type_of(g->cc), g->ldc, compute, CUBLAS_GEMM_DEFAULT)
-            : cublasGemmStridedBatchedEx_64(handle, opb, opa, g->n, g->m, g->k, alpha, g->b, type_of(g->ab), g->ldb,
-                                            g->stride_b, g->a, type_of(g->ab), g->lda, g->stride_a, beta, g->c,
-                                            type_of(g->cc), g->ldc, g->stride_c, g->count, compute,
-                                            CUBLAS_GEMM_DEFAULT);
+        g->count == 1 ? cublasGemmEx_64(handle, opb, opa, g->n, g->m, g->k, alpha, g->b, type_of(g->ab), MAX(g->ldb, 1),
+                                        g->a, type_of(g->ab), MAX(g->lda, 1), beta, g->c, type_of(g->cc), g->ldc,
+                                        compute, CUBLAS_GEMM_DEFAULT)
+                      : cublasGemmStridedBatchedEx_64(handle, opb, opa, g->n, g->m, g->k, alpha, g->b, type_of(g->ab),
+                                                      MAX(g->ldb, 1), g->stride_b, g->a, type_of(g->ab), g->lda,
+                                                      g->stride_a, beta, g->c, type_of(g->cc), g->ldc, g->stride_c,
+                                                      g->count, compute, CUBLAS_GEMM_DEFAULT);
     CHECK(ctx, status == CUBLAS_STATUS_SUCCESS, SUBSPACE_BLAS, "%lld products of %lld x %lld x %lld: %s",
           (long long)g->count, (long long)g->m, (long long)g->n, (long long)g->k, cublasGetStatusString(status));
     return SUBSPACE_OK;
