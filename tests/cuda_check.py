@@ -42,7 +42,7 @@ def compiler():
 def measured(build):
     """{kernel: {kind: most}} of all architectures in a build's objects, and the architectures."""
     found, architectures = collections.defaultdict(lambda: dict.fromkeys(KINDS, 0)), set()
-    for path in sorted(build.rglob("cuda/*.cu.o")):
+    for path in sorted(build.rglob("torch_subspace_cuda.dir/cuda/*.cu.o")):
         usage = [tool(), "--dump-resource-usage", str(path)]
         dump = subprocess.run(usage, check=True, capture_output=True, text=True).stdout
         names = subprocess.run(["c++filt"], input=dump, check=True, capture_output=True, text=True).stdout
@@ -107,7 +107,7 @@ def complaints(found):
 def main():
     """Check, or write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("build", type=Path, help="folder of a CMake build with cuda/*.cu.o somewhere in it")
+    parser.add_argument("build", type=Path, help="folder with a CMake build somewhere in it")
     parser.add_argument("--update", action="store_true", help=f"write {KEPT.name} instead")
     args = parser.parse_args()
     found, architectures = measured(args.build)
