@@ -5,7 +5,7 @@ BUNDLE := gpu-bundle
 
 py             := $(VENV)/bin/python
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
-c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh tests/native/*.cpp tests/native/*.h \
+c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh cuda/*.h tests/native/*.c tests/native/*.cpp tests/native/*.h \
     tests/native/cuda_on_cpu/*.cpp tests/native/cuda_on_cpu/*.h tests/abi/*.cpp)
 
 # A developer's build is for the GPU of this machine, or for none; what ships (make wheel) is for all.
