@@ -5,14 +5,14 @@ BUNDLE := gpu-bundle
 
 py             := $(VENV)/bin/python
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
-c_files        := $(wildcard cpu/*.[ch] shim/*.[ch] cuda/*.cu cuda/*.cuh cuda/*.h tests/native/*.c tests/native/*.cpp tests/native/*.h \
-    tests/native/cuda_on_cpu/*.cpp tests/native/cuda_on_cpu/*.h tests/abi/*.cpp)
+sources        := cpu cuda shim tests/native tests/abi
+c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 # A developer's build is for the GPU of this machine, or for none; what ships (make wheel) is for all.
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
+.PHONY: c-files help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
     pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
@@ -60,8 +60,8 @@ overlay := build/cuda-on-cpu# a torch_subspace whose CPU library is the CUDA ker
 pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. Tests of values that only a CPU looks at fail
 	cmake --preset release -DPython3_EXECUTABLE=$(abspath $(py))
 	cmake --build --preset release --parallel --target torch_subspace_cuda_on_cpu
-	rm -rf $(overlay) && mkdir -p $(overlay)/torch_subspace/lib
-	cp ops/*.py $(overlay)/torch_subspace/
+	rm -rf $(overlay) && mkdir -p $(overlay)/torch_subspace
+	cp -r ops/. $(overlay)/torch_subspace && rm -rf $(overlay)/torch_subspace/lib && mkdir $(overlay)/torch_subspace/lib
 	ln -s $(abspath $(wildcard ops/lib/libscipy_openblas*)) $(abspath build/release/tests/native/libtorch_subspace_cpu.so) \
 	    $(overlay)/torch_subspace/lib/
 	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
@@ -77,8 +77,12 @@ bench: build    ## benchmarks on the CPU
 lint: $(VENV)/.ready ## clang-format, cppcheck, ruff
 	clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
-	    --suppress=missingIncludeSystem -Ishim -Icpu -DSUBSPACE_LEVEL=baseline -U__cplusplus cpu/*.c shim/*.c
+	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
+	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
 	$(py) -m ruff check .
+
+c-files:        # what lint and format look at
+	@echo $(c_files)
 
 format: $(VENV)/.ready ## what lint can repair by itself
 	clang-format -i $(c_files)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -85,7 +85,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["torch_subspace"],
+    packages=["torch_subspace", *(f"torch_subspace.{name}" for name in find_packages("ops"))],
     package_dir={"torch_subspace": "ops"},
     ext_modules=[Extension("torch_subspace.native", sources=[])],  # no pure Python: the wheel is for one platform
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},

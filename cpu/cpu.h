@@ -50,37 +50,12 @@ static inline void share(int64_t count, int64_t slot, int64_t slots, int64_t *be
     *end = count * (slot + 1) / slots;
 }
 
-/* The entry points of one level, see kernels.c. */
+/* The functions of one level, see kernels.c. */
+#define WORKSPACE_POINTER(op) size_t (*op##_workspace)(const subspace_ctx *, const subspace_##op##_args *);
+#define FUNCTION_POINTER(fn, op) subspace_status (*fn)(subspace_ctx *, const subspace_##op##_args *);
 typedef struct subspace_kernels {
     const char *name;
-    size_t (*logits_workspace)(const subspace_ctx *, const subspace_logits_args *);
-    subspace_status (*logits)(subspace_ctx *, const subspace_logits_args *);
-    subspace_status (*logits_backward)(subspace_ctx *, const subspace_logits_args *);
-    size_t (*cross_entropy_workspace)(const subspace_ctx *, const subspace_cross_entropy_args *);
-    subspace_status (*cross_entropy)(subspace_ctx *, const subspace_cross_entropy_args *);
-    subspace_status (*cross_entropy_backward)(subspace_ctx *, const subspace_cross_entropy_args *);
-    size_t (*rsgd_workspace)(const subspace_ctx *, const subspace_rsgd_args *);
-    subspace_status (*rsgd)(subspace_ctx *, const subspace_rsgd_args *);
-    size_t (*tucker_workspace)(const subspace_ctx *, const subspace_tucker_args *);
-    subspace_status (*tucker)(subspace_ctx *, const subspace_tucker_args *);
-    subspace_status (*tucker_backward)(subspace_ctx *, const subspace_tucker_args *);
-    size_t (*tucker_linear_workspace)(const subspace_ctx *, const subspace_tucker_linear_args *);
-    subspace_status (*tucker_linear)(subspace_ctx *, const subspace_tucker_linear_args *);
-    subspace_status (*tucker_linear_backward)(subspace_ctx *, const subspace_tucker_linear_args *);
-    size_t (*tucker_conv_workspace)(const subspace_ctx *, const subspace_tucker_conv_args *);
-    subspace_status (*tucker_conv_project)(subspace_ctx *, const subspace_tucker_conv_args *);
-    subspace_status (*tucker_conv_expand)(subspace_ctx *, const subspace_tucker_conv_args *);
-    size_t (*depthwise_workspace)(const subspace_ctx *, const subspace_depthwise_args *);
-    subspace_status (*depthwise)(subspace_ctx *, const subspace_depthwise_args *);
-    size_t (*coding_rate_workspace)(const subspace_ctx *, const subspace_coding_rate_args *);
-    subspace_status (*coding_rate)(subspace_ctx *, const subspace_coding_rate_args *);
-    subspace_status (*coding_rate_backward)(subspace_ctx *, const subspace_coding_rate_args *);
-    size_t (*coding_rate_soft_workspace)(const subspace_ctx *, const subspace_coding_rate_soft_args *);
-    subspace_status (*coding_rate_soft)(subspace_ctx *, const subspace_coding_rate_soft_args *);
-    subspace_status (*coding_rate_soft_backward)(subspace_ctx *, const subspace_coding_rate_soft_args *);
-    size_t (*sinkhorn_workspace)(const subspace_ctx *, const subspace_sinkhorn_args *);
-    subspace_status (*sinkhorn)(subspace_ctx *, const subspace_sinkhorn_args *);
-    subspace_status (*sinkhorn_backward)(subspace_ctx *, const subspace_sinkhorn_args *);
+    SUBSPACE_EACH(WORKSPACE_POINTER, FUNCTION_POINTER)
 } subspace_kernels;
 
 #endif

@@ -52,142 +52,15 @@ const char *subspace_cpu_isa_available(void)
     return available;
 }
 
-size_t subspace_logits_workspace_cpu(const subspace_ctx *ctx, const subspace_logits_args *a)
-{
-    return kernels->logits_workspace(ctx, a);
-}
-
-subspace_status subspace_logits_cpu(subspace_ctx *ctx, const subspace_logits_args *a)
-{
-    return kernels->logits(ctx, a);
-}
-
-subspace_status subspace_logits_backward_cpu(subspace_ctx *ctx, const subspace_logits_args *a)
-{
-    return kernels->logits_backward(ctx, a);
-}
-
-size_t subspace_cross_entropy_workspace_cpu(const subspace_ctx *ctx, const subspace_cross_entropy_args *a)
-{
-    return kernels->cross_entropy_workspace(ctx, a);
-}
-
-subspace_status subspace_cross_entropy_cpu(subspace_ctx *ctx, const subspace_cross_entropy_args *a)
-{
-    return kernels->cross_entropy(ctx, a);
-}
-
-subspace_status subspace_cross_entropy_backward_cpu(subspace_ctx *ctx, const subspace_cross_entropy_args *a)
-{
-    return kernels->cross_entropy_backward(ctx, a);
-}
-
-size_t subspace_rsgd_workspace_cpu(const subspace_ctx *ctx, const subspace_rsgd_args *a)
-{
-    return kernels->rsgd_workspace(ctx, a);
-}
-
-subspace_status subspace_rsgd_cpu(subspace_ctx *ctx, const subspace_rsgd_args *a)
-{
-    return kernels->rsgd(ctx, a);
-}
-
-size_t subspace_tucker_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_args *a)
-{
-    return kernels->tucker_workspace(ctx, a);
-}
-
-subspace_status subspace_tucker_cpu(subspace_ctx *ctx, const subspace_tucker_args *a)
-{
-    return kernels->tucker(ctx, a);
-}
-
-subspace_status subspace_tucker_backward_cpu(subspace_ctx *ctx, const subspace_tucker_args *a)
-{
-    return kernels->tucker_backward(ctx, a);
-}
-
-size_t subspace_tucker_linear_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_linear_args *a)
-{
-    return kernels->tucker_linear_workspace(ctx, a);
-}
-
-subspace_status subspace_tucker_linear_cpu(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
-{
-    return kernels->tucker_linear(ctx, a);
-}
-
-subspace_status subspace_tucker_linear_backward_cpu(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
-{
-    return kernels->tucker_linear_backward(ctx, a);
-}
-
-size_t subspace_tucker_conv_workspace_cpu(const subspace_ctx *ctx, const subspace_tucker_conv_args *a)
-{
-    return kernels->tucker_conv_workspace(ctx, a);
-}
-
-subspace_status subspace_tucker_conv_project_cpu(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
-{
-    return kernels->tucker_conv_project(ctx, a);
-}
-
-subspace_status subspace_tucker_conv_expand_cpu(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
-{
-    return kernels->tucker_conv_expand(ctx, a);
-}
-
-size_t subspace_depthwise_workspace_cpu(const subspace_ctx *ctx, const subspace_depthwise_args *a)
-{
-    return kernels->depthwise_workspace(ctx, a);
-}
-
-subspace_status subspace_depthwise_cpu(subspace_ctx *ctx, const subspace_depthwise_args *a)
-{
-    return kernels->depthwise(ctx, a);
-}
-
-size_t subspace_coding_rate_workspace_cpu(const subspace_ctx *ctx, const subspace_coding_rate_args *a)
-{
-    return kernels->coding_rate_workspace(ctx, a);
-}
-
-subspace_status subspace_coding_rate_cpu(subspace_ctx *ctx, const subspace_coding_rate_args *a)
-{
-    return kernels->coding_rate(ctx, a);
-}
-
-subspace_status subspace_coding_rate_backward_cpu(subspace_ctx *ctx, const subspace_coding_rate_args *a)
-{
-    return kernels->coding_rate_backward(ctx, a);
-}
-
-size_t subspace_coding_rate_soft_workspace_cpu(const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
-{
-    return kernels->coding_rate_soft_workspace(ctx, a);
-}
-
-subspace_status subspace_coding_rate_soft_cpu(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
-{
-    return kernels->coding_rate_soft(ctx, a);
-}
-
-subspace_status subspace_coding_rate_soft_backward_cpu(subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
-{
-    return kernels->coding_rate_soft_backward(ctx, a);
-}
-
-size_t subspace_sinkhorn_workspace_cpu(const subspace_ctx *ctx, const subspace_sinkhorn_args *a)
-{
-    return kernels->sinkhorn_workspace(ctx, a);
-}
-
-subspace_status subspace_sinkhorn_cpu(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
-{
-    return kernels->sinkhorn(ctx, a);
-}
-
-subspace_status subspace_sinkhorn_backward_cpu(subspace_ctx *ctx, const subspace_sinkhorn_args *a)
-{
-    return kernels->sinkhorn_backward(ctx, a);
-}
+/* Every function of the contract: on to the chosen level's. */
+#define TO_WORKSPACE(op)                                                                                               \
+    size_t subspace_##op##_workspace_cpu(const subspace_ctx *ctx, const subspace_##op##_args *a)                       \
+    {                                                                                                                  \
+        return kernels->op##_workspace(ctx, a);                                                                        \
+    }
+#define TO_FUNCTION(fn, op)                                                                                            \
+    subspace_status subspace_##fn##_cpu(subspace_ctx *ctx, const subspace_##op##_args *a)                              \
+    {                                                                                                                  \
+        return kernels->fn(ctx, a);                                                                                    \
+    }
+SUBSPACE_EACH(TO_WORKSPACE, TO_FUNCTION)

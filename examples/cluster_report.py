@@ -54,7 +54,7 @@ def print_table(rows):
         print(f"{name:<{width}}{cells}{row['seconds']:>9.1f}")
     print("\nmedians over the seeds (Ward's algorithm has none); ACC: clusters matched to digits one to one; –: the\n"
           "algorithm has no way to assign points it has not seen; CPU s: processor time to fit, of all threads"
-          )  # fmt: skip
+          )
 
 
 def print_geometry(features, clusters, directions=3):
@@ -67,7 +67,7 @@ def print_geometry(features, clusters, directions=3):
         apart = angles[~np.eye(len(angles), dtype=bool)].min()
         print(f"{when + ':':<17}effective rank of all features {effective_rank(z):.1f}; a cluster's {directions} main "
               f"directions hold {share:.0%} of it;\n{'':<17}the first ones of two clusters are at least "
-              f"{apart:.0f}° apart")  # fmt: skip
+              f"{apart:.0f}° apart")
 
 
 def write(path, rows, features, digits, clusters, setting):
@@ -105,7 +105,7 @@ def draw_confusion(axes, digits, clusters):
     axes.imshow(table, cmap="Blues")
     for i, j in zip(*np.nonzero(table)):
         axes.text(j, i, table[i, j], ha="center", va="center", fontsize=7.5,
-                  color="white" if table[i, j] > table.max() / 2 else "black")  # fmt: skip
+                  color="white" if table[i, j] > table.max() / 2 else "black")
     axes.set(xticks=range(10), yticks=range(10), xlabel="cluster, matched", ylabel="digit")
     axes.set_title(f"{(digits == clusters).mean():.1%} of the images in their digit's cluster")
     axes.tick_params(length=0)

@@ -41,12 +41,12 @@ def print_table(rows):
         accuracy = f"{row['accuracy']:.2%}" + ("" if row["spread"] is None else f" ± {row['spread']:.2%}")
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
         print(f"{method:<{width}}{row['lr']:>7g}{accuracy:>19}{row['trained_parameters']:>12,}"
-              f"{1e3 * row['seconds_per_step']:>9.1f}{peak:>10}")  # fmt: skip
+              f"{1e3 * row['seconds_per_step']:>9.1f}{peak:>10}")
     print("\naccuracy: on the held-out part after the last epoch, mean ± standard deviation over the seeds\n"
           "trained: parameters that are, the new head included; ms/step: median of all training steps\n"
           "peak: resident memory that training takes beyond the model (activations, gradients, optimiser), each method "
           "in a\nprocess of its own; a frozen body's features are reckoned once: its steps are those of the head alone"
-          )  # fmt: skip
+          )
 
 
 def print_validation(table, grid):
@@ -88,7 +88,7 @@ def write(path, rows, notes, task):
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, rows, task)
     setting = {"task": task.title, "seeds": task.seeds, "epochs": task.epochs, "batch": task.batch, "shots": task.shots,
-               "torch": torch.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+               "torch": torch.__version__, "threads": torch.get_num_threads()}
     found = {"setting": setting, "rows": rows, "notes": notes}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(f"picture: {path}")

@@ -61,7 +61,7 @@ class Packages:
     grid = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     # method: the best of the grid in validation, one seed: 73.6, 71.5, 77.8, 77.1 and 75.6 %
     rates = {"frozen, linear head": 1e-2, "frozen, Grassmann head": 1e-3, "LoRA (peft), linear head": 3e-3,
-             "ours, linear head": 3e-3, "ours, Grassmann head": 1e-3}  # fmt: skip
+             "ours, linear head": 3e-3, "ours, Grassmann head": 1e-3}
     rank, subspace_dim, measured, validated = 8, 8, 125, 100
 
     @staticmethod
@@ -116,7 +116,7 @@ class Packages:
 
             layers = [name for name, module in model.body.named_modules(prefix="body") if isinstance(module, nn.Linear)]
             model = peft.get_peft_model(model, peft.LoraConfig(
-                r=self.rank, lora_alpha=self.rank, target_modules=layers, modules_to_save=["head"]))  # fmt: skip
+                r=self.rank, lora_alpha=self.rank, target_modules=layers, modules_to_save=["head"]))
             return model, [p for p in model.parameters() if p.requires_grad]
         model.body.requires_grad_(False)
         return model, ts.param_groups(model.head, weight_decay=0.01)

@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = {"MCR², nearest subspace": "#1f6fb2", "cross-entropy, linear head": "#c2410c",
-           "cross-entropy, nearest subspace": "#b7791f"}  # fmt: skip
+           "cross-entropy, nearest subspace": "#b7791f"}
 FEATURES, DIRECTIONS, BATCH = 64, 4, 300
 EPOCHS = 40
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of learning rates, tried by --validate with 30 % wrong labels
@@ -45,7 +45,7 @@ class Network(nn.Module):
             nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
             nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, FEATURES),
-        )  # fmt: skip
+        )
         self.head = nn.Linear(FEATURES, 10)
 
     def forward(self, x):
@@ -112,7 +112,7 @@ def draw(path, rows, shares, heats):
     for axis, (title, (heat, overlap)) in zip(axes, heats.items()):
         image = axis.imshow(heat, cmap="viridis", vmin=0, vmax=1, interpolation="antialiased")
         axis.set(title=f"{title}\nmean |cosine| between classes {overlap:.2f}", xticks=[], yticks=[],
-                 xlabel="held-out images, by class")  # fmt: skip
+                 xlabel="held-out images, by class")
     figure.colorbar(image, ax=axes[len(heats) - 1], label="|cosine|", shrink=0.8)
     for method, color in METHODS.items():
         runs = 100 * torch.tensor([rows[method][str(share)] for share in shares])
@@ -120,7 +120,7 @@ def draw(path, rows, shares, heats):
         axes[-1].fill_between(x, runs.amin(1), runs.amax(1), color=color, alpha=0.15, linewidth=0)
         axes[-1].plot(x, runs.mean(1), color=color, marker="o", markersize=3.5, label=method)
     axes[-1].set(xlabel="wrong training labels (%)", ylabel="held-out accuracy (%)",
-                 title="mean and range over the seeds")  # fmt: skip
+                 title="mean and range over the seeds")
     axes[-1].grid(alpha=0.25, linewidth=0.6)
     axes[-1].legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=100)
@@ -145,7 +145,7 @@ def main():
     rows, heats = {method: {str(share): [] for share in shares} for method in METHODS}, {}
     tried = {kind: GRID if args.validate else (lr,) for kind, lr in LR.items()}
     with tqdm(total=args.seeds * len(shares) * sum(map(len, tried.values())) * EPOCHS, unit="epoch",
-              dynamic_ncols=True) as progress:  # fmt: skip
+              dynamic_ncols=True) as progress:
         for share in shares:
             for kind, rates in tried.items():
                 for lr in rates:
@@ -171,7 +171,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, rows, shares, heats)
     setting = {"seeds": args.seeds, "epochs": EPOCHS, "batch": BATCH, "features": FEATURES, "directions": DIRECTIONS,
-               "eps": EPS, "lr": LR, "torch": torch.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+               "eps": EPS, "lr": LR, "torch": torch.__version__, "threads": torch.get_num_threads()}
     overlap = {title: value for title, (_, value) in heats.items()}
     found = {"setting": setting, "accuracy": rows, "mean cosine between classes": overlap}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

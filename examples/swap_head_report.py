@@ -55,7 +55,7 @@ def print_table(rows):
         error = "–" if row["frame_error"] is None else f"{row['frame_error']:.1e}"
         print(f"{head:<12}{row['lr']:>6g}{numbers}{error:>13}{row['seconds_per_step']:>8.3f}")
     print("\naccuracy: on the held-out images after the last epoch, mean over the seeds; spread: standard deviation;\n"
-          "frame error: largest entry of W Wᵀ - I; s/step: median of all training steps")  # fmt: skip
+          "frame error: largest entry of W Wᵀ - I; s/step: median of all training steps")
 
 
 def write(path, rows, head, setting):

@@ -5,24 +5,24 @@ and coding rates (MCR², MLC) as torch ops with pure-C kernels, and the layers, 
 let standard models pick them up.
 """
 from . import library
-from .adapter_config import TuckerConfig
-from .adapter_files import load_adapter, save_adapter
-from .adapter_merge import merge, merge_and_unload, unmerge
-from .adapter_state import active_adapters, adapter_names
-from .adapters import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
-from .coding_rate import coding_rate, rate_reduction
-from .cross_entropy import subspace_cross_entropy
-from .head import swap_head
-from .layers import GrassmannLinear
+from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
+from .adapters.config import TuckerConfig
+from .adapters.files import load_adapter, save_adapter
+from .adapters.merge import merge, merge_and_unload, unmerge
+from .adapters.state import active_adapters, adapter_names
+from .grassmann.cross_entropy import subspace_cross_entropy
+from .grassmann.head import swap_head
+from .grassmann.layers import GrassmannLinear
+from .grassmann.logits import subspace_logits
+from .grassmann.optim import RiemannianAdamW, RiemannianSGD, param_groups
+from .grassmann.rsgd import grassmann_step_
 from .library import show_config
-from .logits import subspace_logits
-from .losses import CodingRateLoss, MCR2Loss, MLCLoss
-from .optim import RiemannianAdamW, RiemannianSGD, param_groups
-from .rsgd import grassmann_step_
-from .sinkhorn import sinkhorn
-from .tucker import tucker_compose
-from .tucker_conv import tucker_conv
-from .tucker_linear import tucker_linear
+from .rates.coding_rate import coding_rate, rate_reduction
+from .rates.losses import CodingRateLoss, MCR2Loss, MLCLoss
+from .transport.sinkhorn import sinkhorn
+from .tucker.tucker import tucker_compose
+from .tucker.tucker_conv import tucker_conv
+from .tucker.tucker_linear import tucker_linear
 
 __version__ = library.__version__
 
@@ -64,7 +64,7 @@ __all__ = [
 
 def __getattr__(name):
     if name == "ManifoldClustering":  # needs scikit-learn, which nothing else here does
-        from .clustering import ManifoldClustering
+        from .clustering.manifold import ManifoldClustering
 
         return ManifoldClustering
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

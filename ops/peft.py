@@ -48,13 +48,14 @@ from peft.tuners import tuners_utils  # noqa: E402
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method  # noqa: E402
 from peft.utils.other import get_pattern_key  # noqa: E402
 
-from . import adapter_config  # noqa: E402
-from .adapted import CONVS, HALF, TRANSPOSED  # noqa: E402
-from .adapter_config import WORDS  # noqa: E402
-from .adapter_merge import LOST, others  # noqa: E402
-from .adapter_targets import has_kind, refusal  # noqa: E402
-from .lora import export_lora, import_lora  # noqa: E402
-from .peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters import config as adapter_config  # noqa: E402
+from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
+from .adapters.config import WORDS  # noqa: E402
+from .adapters.lora import export_lora, import_lora  # noqa: E402
+from .adapters.merge import LOST, others  # noqa: E402
+from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters.targets import has_kind, refusal  # noqa: E402
+from .common import HALF  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
@@ -83,7 +84,7 @@ def _add_peft_type(name: str) -> PeftType:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _drop_peft_type(name)
         raise ImportError(f"torch_subspace.peft can't extend PeftType of peft {peft.__version__}, being tested with "
-                          f"{_tested}: {error}") from error  # fmt: skip
+                          f"{_tested}: {error}") from error
     return member
 
 
@@ -162,7 +163,7 @@ class TuckerConfig(peft.PeftConfig):
             if len(r) > 1 and r[0] == r[1] == _WHOLE:
                 raise ValueError('TuckerConfig: r needs a rank for one of the channel modes, both are "full"')
         return adapter_config.TuckerConfig(rank=r, kernel_rank=self.kernel_rank, alpha=alpha, scaling=self.scaling,
-                                           init=self.init, dropout=self.dropout)  # fmt: skip
+                                           init=self.init, dropout=self.dropout)
 
     def layer(self, key: str, shape: Sequence[int]) -> tuple[list[int | None], float]:
         """Ranks of the modes of layer `key`, None for no factor, and the scale."""
@@ -196,14 +197,14 @@ class TuckerModel(tuners_utils.BaseTuner):
             names = set() if isinstance(found, str) else found - words
             if "all-linear" in words:
                 linear = dataclasses.replace(config, target_modules="all-linear", layers_to_transform=None,
-                                             layers_pattern=None)  # fmt: skip
+                                             layers_pattern=None)
                 names |= tuners_utils._maybe_include_all_linear_layers(linear, model).target_modules
             if "all-conv" in words:
                 names |= {n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED, TuckerConv))
-                          and not n.endswith(".base_layer")}  # fmt: skip
+                          and not n.endswith(".base_layer")}
             modules = dict(model.named_modules())
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
-                                     or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}  # fmt: skip
+                                     or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -232,11 +233,11 @@ class TuckerModel(tuners_utils.BaseTuner):
         own = [n for n, m in found.items() if m._fast is None and not isinstance(m, TuckerLinear)]
         half = [n for n in own if found[n].base_layer._parameters["weight"].dtype in HALF]
         drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
-                and m.tucker_parts[adapter_name].dropout]  # fmt: skip
+                and m.tucker_parts[adapter_name].dropout]
         if half:
             warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
                           "precision: base + change is rounded at every forward, which loses most of a small change",
-                          stacklevel=4)  # fmt: skip
+                          stacklevel=4)
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
 
@@ -284,7 +285,7 @@ def _warn_of_loss(model: nn.Module) -> None:
     if lost:
         worst = max(lost, key=lost.get)
         warnings.warn(f"tucker: half precision swallows {lost[worst]:.0%} of the change of {worst!r}{others(lost)}; "
-                      "merge into a float32 model to keep it", stacklevel=3)  # fmt: skip
+                      "merge into a float32 model to keep it", stacklevel=3)
 
 
 try:

@@ -145,6 +145,7 @@ bool tensor_empty(call *c, tensor *t, int64_t dim, const int64_t *size, int32_t 
 {
     int64_t stride[8], s = 1;
     AtenTensorHandle h = NULL;
+    if (!require(c, dim <= 8, "a result of %lld dimensions: there are 8 at most", (long long)dim)) return false;
     for (int64_t i = dim; i-- > 0;) {
         stride[i] = s;
         s *= size[i] > 0 ? size[i] : 1;

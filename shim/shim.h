@@ -3,6 +3,7 @@
  * A shim file is compiled into both libraries: ON(fn) is fn_cpu in one and fn_cuda in the other.
  * The pattern of a kernel function is
  *
+ *     OP(logits, "logits(Tensor x, ...) -> ...")
  *     call c = begin("logits");
  *     if (!tensor_in(&c, stack[0], &x)) goto done;      every handle is owned by the call
  *     ...
@@ -45,6 +46,19 @@ typedef struct call {
 } call;
 
 typedef void kernel(StableIValue *stack, uint64_t args, uint64_t results);
+
+/* An op of torch's: its schema, and the function that takes those arguments off the stack in that order. What stands
+ * here is all that says so: the linker gathers the section, register.c registers what is in it. */
+typedef struct op {
+    const char *schema;
+    kernel *fn;
+} op;
+
+#define OP(name, schema)                                                                                               \
+    static kernel shim_##name;                                                                                         \
+    static const op op_##name __attribute__((used, section("subspace_ops"))) = {schema, shim_##name};                  \
+    static void shim_##name(StableIValue *stack, __attribute__((unused)) uint64_t args,                                \
+                            __attribute__((unused)) uint64_t results)
 
 call begin(const char *op);
 
@@ -97,11 +111,5 @@ int32_t wide_dtype(const tensor *t);
 
 /* x [b, n], weight [c, k, n] or, with start [c + 1], [rows, n]: the common head of logits and cross_entropy. */
 bool logits_args(call *c, const tensor *x, const tensor *weight, const tensor *start, subspace_logits_args *a);
-
-kernel shim_logits, shim_logits_backward, shim_cross_entropy, shim_cross_entropy_backward, shim_rsgd;
-kernel shim_tucker_compose, shim_tucker_compose_out, shim_tucker_compose_backward, shim_tucker_linear,
-    shim_tucker_linear_backward, shim_tucker_project, shim_tucker_expand, shim_depthwise;
-kernel shim_coding_rate, shim_coding_rate_backward, shim_coding_rate_soft, shim_coding_rate_soft_backward,
-    shim_sinkhorn, shim_sinkhorn_backward;
 
 #endif

@@ -42,7 +42,7 @@ def compiler():
 def measured(build):
     """{kernel: {kind: most}} of all architectures in a build's objects, and the architectures."""
     found, architectures = collections.defaultdict(lambda: dict.fromkeys(KINDS, 0)), set()
-    for path in sorted(build.rglob("torch_subspace_cuda.dir/cuda/*.cu.o")):
+    for path in sorted(build.rglob("torch_subspace_cuda.dir/cuda/**/*.cu.o")):
         usage = [tool(), "--dump-resource-usage", str(path)]
         dump = subprocess.run(usage, check=True, capture_output=True, text=True).stdout
         names = subprocess.run(["c++filt"], input=dump, check=True, capture_output=True, text=True).stdout

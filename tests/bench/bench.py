@@ -25,8 +25,7 @@ import harness
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # tests/reference.py
-OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+OPS = sorted(harness.FILES)
 FIRST = "rsgd", "sinkhorn", "logits", "cross_entropy"  # on a GPU, which may be lent for some minutes only
 
 
@@ -45,7 +44,7 @@ def arguments():
 
 def cases(op, device):
     """The cases of an op's bench file."""
-    return importlib.import_module(f"bench_{op}").cases(device)
+    return importlib.import_module(harness.FILES[op].stem).cases(device)
 
 
 def find(op, device, case, contender):
@@ -68,14 +67,14 @@ def show(case, rows, verdicts):
     width = max(len(row["contender"]) for row in rows)
     loop = "loop" if any("loop_ms" in row for row in rows) else ""
     print(f"  {'':<{width}}  {'p20':>9} {'p50':>9} {'p80':>9} {loop:>9} ms  {'bound':>6} {'error':>8} "
-          f"{'peak':>9} {'extra':>9} {'saved':>9} MiB")  # fmt: skip
+          f"{'peak':>9} {'extra':>9} {'saved':>9} MiB")
     for row in rows:
         name = f"  {row['contender']:<{width}}"
         if "missing" in row:
             print(f"{name}  missing: {row['missing']}")
             continue
         times = " ".join(f"{row[key]:9.4f}" if key in row else " " * 9
-                         for key in ("p20_ms", "p50_ms", "p80_ms", "loop_ms"))  # fmt: skip
+                         for key in ("p20_ms", "p50_ms", "p80_ms", "loop_ms"))
         bound = f"{row['of_bound']:.0%}" if "of_bound" in row else ""
         error = f"{row['error']:.0e}" if "error" in row else ""
         keys = ("peak_mib", "beyond_results_mib", "saved_mib")
@@ -88,7 +87,7 @@ def show(case, rows, verdicts):
         sense = "≤" if v["sense"] == "<=" else "≥"
         what = f"{v['ours']} against {v['against']}" if v["sense"] == "<=" else f"{v['against']} against {v['ours']}"
         print(f"  {v['of']}, {what}: {v['ratio']:.2f} (must {sense} {v['must']:g}, stretch {sense} {v['stretch']:g}): "
-              f"{v['reached']}")  # fmt: skip
+              f"{v['reached']}")
 
 
 def bench(op, args):
@@ -99,7 +98,7 @@ def bench(op, args):
     for case in cases(op, args.device)[: 1 if args.quick else None]:
         torch._dynamo.reset()
         found = harness.run(case, 0.2 if args.quick else 1.0,
-                            lambda name, case=case: peak_in_new_process(op, args, case.name, name))  # fmt: skip
+                            lambda name, case=case: peak_in_new_process(op, args, case.name, name))
         judged = harness.verdicts(case, found)
         show(case, found, judged)
         rows += found
@@ -169,7 +168,7 @@ def main():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         top = gpu_timing.ceilings()
         print(", ".join(f"{name} {value / 1e12:.3g} T{'B' if name in ('copy', 'sum') else 'FLOP'}/s"
-                        for name, value in top.items()))  # fmt: skip
+                        for name, value in top.items()))
         for op in args.op or [*FIRST, *(op for op in OPS if op not in FIRST)]:
             bench_on_gpu(op, args, top, start + args.seconds)
     print(f"\n{time.perf_counter() - start:.0f} s")

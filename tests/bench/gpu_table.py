@@ -12,7 +12,7 @@ WANTED = [
     ("rsgd", "C=1000 k=8 n=2048 ", "ours: geodesic", {"p50_ms": ("≤ 110 µs on an H200", 0.110),
                                                       "over": ("≤ 1.4 × the traffic", 1.4)}),
     ("sinkhorn", "n=1024 ", "ours", {"p50_ms": ("≤ 0.5 ms on an H200", 0.5)}),
-]  # fmt: skip
+]
 UNVERIFIED = "# On a GPU\n\nNo GPU has run this: the figures of DESIGN are unverified.\n"
 
 
@@ -34,7 +34,7 @@ def promises(op, row, device):
 def best_other(rows, case):
     """The fastest contender of a case that is neither ours nor a floor."""
     others = [row for row in rows if row["case"] == case and "p50_ms" in row
-              and not row["contender"].startswith(("ours", "floor"))]  # fmt: skip
+              and not row["contender"].startswith(("ours", "floor"))]
     return min(others, key=lambda row: row["p50_ms"], default=None)
 
 
@@ -50,24 +50,24 @@ def line(op, row, rows, device):
     low, middle, high = (f"{row[key] * scale:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
     time = f"{middle} {unit} ({low} to {high})"
     return (f"| `{op}` | {row['case']} | {row['contender']} | {time} | {', '.join(rates)} | {share} | {against} | "
-            f"{promises(op, row, device)} |")  # fmt: skip
+            f"{promises(op, row, device)} |")
 
 
 def place(where):
     """GPU, versions, clocks and ceilings of a run, in two lines."""
     known = [f"{where['device']} ({where['multiprocessors']} multiprocessors, {where['memory_gib']:.0f} GiB, "
-             f"{where['l2_mib']:.0f} MiB of L2)", f"CUDA {where['cuda']}", f"torch {where['torch']}"]  # fmt: skip
+             f"{where['l2_mib']:.0f} MiB of L2)", f"CUDA {where['cuda']}", f"torch {where['torch']}"]
     known += [f"{name.replace('clocks.', 'clock ')} {where[name]}" for name in
               ("driver version", "clocks.max.sm", "clocks.mem", "power.limit") if name in where]
     top = ", ".join(f"{name} {value / 1e12:.3g} {'TB/s' if name in ('copy', 'sum') else 'TFLOP/s'}"
-                    for name, value in where["ceilings"].items())  # fmt: skip
+                    for name, value in where["ceilings"].items())
     return f"{'; '.join(known)}; commit {where['commit']}; {where['date'][:10]}.", f"Measured ceilings: {top}."
 
 
 def write(results=RESULTS):
     """Write gpu.md, if there are results; returns it."""
     found = [(path.stem.removesuffix("_cuda"), json.loads(path.read_text()))
-             for path in sorted(results.glob("*_cuda.json"))]  # fmt: skip
+             for path in sorted(results.glob("*_cuda.json"))]
     if not found:
         return UNVERIFIED
     order = {op: i for i, (op, *_) in enumerate(WANTED)}
@@ -76,14 +76,14 @@ def write(results=RESULTS):
              "Time of a call on the GPU, the cache swept before it: median (p20 to p80). Rate: the least bytes and "
              "flops of the case over the median; share: of the measured ceiling that binds.", "",
              "| op | case | | time | rate | share | against the best other | promised |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|---|---|---|"]
     places = {}
     for op, one in found:
         where, rows = one["environment"], one["rows"]
         told, top = place(where)
         places.setdefault((told, top), []).append(op)
         lines += [line(op, row, rows, where["device"]) for row in rows
-                  if row["contender"].startswith(("ours", "floor"))]  # fmt: skip
+                  if row["contender"].startswith(("ours", "floor"))]
     for (told, top), ops in places.items():
         lines += ["", f"{', '.join(ops)}: {told}", top]
     text = "\n".join(lines) + "\n"

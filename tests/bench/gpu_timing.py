@@ -97,7 +97,7 @@ def ceilings(side=8192, size=GIB):
     switch = torch.backends.cuda.matmul.allow_tf32
     for name, dtype, n in (("float64", torch.float64, side // 2), ("float32", torch.float32, side),
                            ("tf32", torch.float32, side), ("float16", torch.float16, side),
-                           ("bfloat16", torch.bfloat16, side)):  # fmt: skip
+                           ("bfloat16", torch.bfloat16, side)):
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         c, d, e = (torch.empty(n, n, device="cuda", dtype=torch.float32).normal_().to(dtype) for _ in range(3))
         found[name] = 2 * n**3 / least(lambda c=c, d=d, e=e: torch.mm(c, d, out=e), sweep)
@@ -123,7 +123,7 @@ def describe():
     p = torch.cuda.get_device_properties(0)
     row = {"device": p.name, "cuda": torch.version.cuda, "capability": f"{p.major}.{p.minor}",
            "multiprocessors": p.multi_processor_count, "memory_gib": p.total_memory / GIB,
-           "l2_mib": p.L2_cache_size / 2**20, "tf32": torch.backends.cuda.matmul.allow_tf32}  # fmt: skip
+           "l2_mib": p.L2_cache_size / 2**20, "tf32": torch.backends.cuda.matmul.allow_tf32}
     wanted = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
     try:
         command = ["nvidia-smi", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader", "--id=0"]

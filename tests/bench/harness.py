@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -20,6 +21,8 @@ import gpu_timing
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = {path.stem.removeprefix("bench_"): path for path in (ROOT / "tests/bench").glob("*/bench_*.py")}  # by op
+sys.path[:0] = [str(ROOT / "tests"), *sorted({str(path.parent) for path in FILES.values()})]  # reference.py, and these
 ROUNDS, FEWEST = 60, 5  # samples of a contender: as many as rounds, and of a slow one at least this many
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SLOWEST = 3.0  # seconds of a call on a GPU above which one call is all the timing a contender gets
@@ -110,7 +113,7 @@ def environment(device, threads):
     row = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "commit": commit, "cpu": cpu,
            "instruction set": loaded["CPU"]["instruction set"], "blas": loaded["CPU"]["BLAS"], "threads": threads,
            "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
-           "system": platform.platform()}  # fmt: skip
+           "system": platform.platform()}
     if device == "cuda":
         row |= gpu_timing.describe()
     if hasattr(torch, "get_num_threads") and Path("/proc/loadavg").exists():
@@ -290,5 +293,5 @@ def verdicts(case, rows):
         reached = [ratio <= x if t.sense == "<=" else ratio >= x for x in (t.must, t.stretch)]
         found.append({"case": case.name, "of": "time" if t.of == "p50" else "memory", "ours": t.ours, "against": best,
                       "ratio": ratio, "sense": t.sense, "must": t.must, "stretch": t.stretch,
-                      "reached": "stretch" if all(reached) else "must" if reached[0] else "no"})  # fmt: skip
+                      "reached": "stretch" if all(reached) else "must" if reached[0] else "no"})
     return found

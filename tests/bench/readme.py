@@ -18,13 +18,13 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                ("B=256 n=128 C=100 k=8 float32, forward", "ours",
                 ("floor: matrix products alone", "eager formula", "torch.compile of the formula"))],
     "cross_entropy": [("B=256 n=512 C=21841 k=8 float32", "ours: fused", ("eager", "torch.compile"))],
-    "tucker": [("linear 4096 to 4096, T=512 float32", "ours",
-                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
-               ("conv 3x3, 256 to 256, 56x56, B=8 float32", "ours",
+    "tucker_linear": [("linear 4096 to 4096, T=512 float32", "ours",
+                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula"))],
+    "tucker_conv": [("conv 3x3, 256 to 256, 56x56, B=8 float32", "ours",
                 ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
                ("depthwise 7x7 (ConvNeXt), C=96, 56x56, B=8 float32", "ours",
-                ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula")),
-               ("compose 256x256x3x3 float32", "ours",
+                ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula"))],
+    "tucker": [("compose 256x256x3x3 float32", "ours",
                 ("floor: a copy of base", "einsum", "by hand: matmul and addmm"))],
     "coding_rate": [("n=2048 d=512 100 classes float32", "ours",
                      ("loop over classes", "eager, sorted and padded", "torch.compile of it")),
@@ -37,7 +37,7 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                   ("five half steps", "five half steps, compiled", "twenty unrolled sweeps",
                    "eager implicit gradient"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
-}  # fmt: skip
+}
 
 
 def bench_table():
@@ -58,11 +58,11 @@ def bench_table():
                 if "missing" in row:
                     continue
                 lines.append(f"| `{op}` {case.replace(' float32', '')} | {mine['p50_ms']:.4g} ms | {peer} | "
-                             f"{row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")  # fmt: skip
+                             f"{row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")
                 if "peak_mib" in row and mine["beyond_results_mib"] > 0:
                     less, more = mine["beyond_results_mib"], row["beyond_results_mib"]
                     lines.append(f"| … peak memory beyond the gradients | {less:.3g} MiB | {peer} | {more:.3g} MiB | "
-                                 f"{more / less:.1f} |")  # fmt: skip
+                                 f"{more / less:.1f} |")
     lines += ["", "Medians, CPU, float32. " + " ".join(places)]
     return "\n".join(lines)
 
@@ -70,7 +70,7 @@ def bench_table():
 def place(where):
     """Machine, versions and commit of a run."""
     return (f"{where['cpu']} ({where['instruction set']}), threads: {where['threads']}, torch {where['torch']}, "
-            f"commit {where['commit']}, {where['date'][:10]}.")  # fmt: skip
+            f"commit {where['commit']}, {where['date'][:10]}.")
 
 
 def demo_table():
@@ -81,14 +81,14 @@ def demo_table():
              f"{setting['epochs']} epochs, {setting['seeds']} seeds, a third held out, the learning rate of each head "
              "picked in validation:", "",
              "| head | lr | accuracy (mean ± s.d.) | lowest to highest | frame error | seconds per step |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|---|"]
     for head, row in found["rows"].items():
         error = "–" if row["frame_error"] is None else f"{row['frame_error']:.1e}"
         lines.append(f"| {head} | {row['lr']:g} | {row['accuracy']:.2%} ± {row['spread']:.2%} | {row['lowest']:.2%} to "
-                     f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")  # fmt: skip
+                     f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")
     lines += ["", f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
               "[swap_head.json](examples/swap_head.json). Easy images and three seeds can't tell the heads apart; what "
-              "subspaces bring on ImageNet is in the paper."]  # fmt: skip
+              "subspaces bring on ImageNet is in the paper."]
     return "\n".join(lines)
 
 
@@ -97,15 +97,15 @@ def finetune_table(name):
     found = json.loads((ROOT / f"examples/{name}.json").read_text())
     setting = found["setting"]
     lines = ["| method | accuracy | trained parameters | ms per step | peak beyond the model |",
-             "|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|"]
     for method, row in found["rows"].items():
         spread = "" if row["spread"] is None else f" ± {row['spread']:.2%}"
         lines.append(f"| {method} | {row['accuracy']:.2%}{spread} | {row['trained_parameters']:,} | "
-                     f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")  # fmt: skip
+                     f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")
     seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
     lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, "
               f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              f"[{name}.json](examples/{name}.json). " + " ".join(found["notes"])]  # fmt: skip
+              f"[{name}.json](examples/{name}.json). " + " ".join(found["notes"])]
     return "\n".join(lines)
 
 
@@ -118,12 +118,12 @@ def cluster_table():
         train, other = row["train"], row.get("held-out")
         held_out = f"{other['acc']:.1%} ({other['lowest']:.1%} to {other['highest']:.1%})" if other else "–"
         lines.append(f"| {name} | {train['acc']:.1%} ({train['lowest']:.1%} to {train['highest']:.1%}) | "
-                     f"{train['nmi']:.3f} | {train['ari']:.3f} | {held_out} | {row['seconds']:.2g} |")  # fmt: skip
+                     f"{train['nmi']:.3f} | {train['ari']:.3f} | {held_out} | {row['seconds']:.2g} |")
     lines += ["", f"{setting['images']} images, {setting['held_out']} held out; medians and ranges over "
               f"{setting['seeds']} seeds; clusters are matched to digits by the Hungarian method. The others get raw "
               "pixels, ManifoldClustering augments them. CPU, threads: "
               f"{setting['threads']}, torch {setting['torch']}; numbers in "
-              "[cluster.json](examples/cluster.json)."]  # fmt: skip
+              "[cluster.json](examples/cluster.json)."]
     return "\n".join(lines)
 
 
@@ -138,7 +138,7 @@ def represent_table():
     overlap = ", ".join(f"{name} {value:.2f}" for name, value in found["mean cosine between classes"].items())
     lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds. Mean |cosine| of two classes' features, "
               f"labels right: {overlap}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              "[represent.json](examples/represent.json)."]  # fmt: skip
+              "[represent.json](examples/represent.json)."]
     return "\n".join(lines)
 
 

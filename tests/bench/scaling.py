@@ -9,7 +9,6 @@ that before it, results included; below 0.1 MiB it can't be told.
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -17,19 +16,18 @@ import matplotlib
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # the benches, and reference.py
 matplotlib.use("Agg")
+from harness import environment, peak_memory  # noqa: E402, I001  (first: it finds the benches)
 import bench_coding_rate as hard  # noqa: E402
 import bench_coding_rate_soft as soft  # noqa: E402
 import bench_sinkhorn as plans  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
-from harness import environment, peak_memory  # noqa: E402
 
 RESULTS = HERE / "results"
 OURS, ROUNDS = "ours", 5
 COLORS = {OURS: "#1f6fb2", "eager, sorted and padded": "#b7791f", "loop over classes": "#c2410c",
           soft.OFFICIAL: "#c2410c", soft.SPLIT: "#b7791f", plans.PUBLIC: "#c2410c",
-          "eager implicit gradient": "#b7791f"}  # fmt: skip
+          "eager implicit gradient": "#b7791f"}
 
 
 def labelled(n, d, k):
@@ -60,7 +58,7 @@ def projection(n, d, k):
         return torch.autograd.grad(function(leaf), leaf, g + g.mT)
 
     ways = {OURS: lambda s: plans.sinkhorn(s, eta=plans.ETA, symmetric=True), plans.PUBLIC: plans.half_steps,
-            "eager implicit gradient": plans.Implicit.apply}  # fmt: skip
+            "eager implicit gradient": plans.Implicit.apply}
     return {name: lambda f=f: step(f) for name, f in ways.items()}
 
 
@@ -86,7 +84,7 @@ def measure(make, sizes):
             function()
             found[name].append(time.perf_counter() - start)
     return {name: (1e3 * statistics.median(taken), max(peak_memory(ways[name], "cpu") / 2**20, 0.1))
-            for name, taken in found.items()}  # fmt: skip
+            for name, taken in found.items()}
 
 
 def main():
@@ -107,7 +105,7 @@ def main():
             line = [row for row in mine if row["contender"] == name]
             for axis, key in ((upper, "p50_ms"), (lower, "peak_mib")):
                 axis.plot([row[what] for row in line], [row[key] for row in line], color=COLORS[name], marker="o",
-                          markersize=3.5, label=name)  # fmt: skip
+                          markersize=3.5, label=name)
         upper.set(title=title, xscale="log", yscale="log")
         lower.set(xscale="log", yscale="log", xlabel=what.upper() if what == "k" else what)
         lower.set_xticks(values, values)

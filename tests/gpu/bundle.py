@@ -51,7 +51,7 @@ def collect(folder, most):
     """Complete the folder, list it, and refuse it when it is too large to travel."""
     googletest(folder)
     parts = [(sum(f.stat().st_size for f in (p.rglob("*") if p.is_dir() else (p,)) if f.is_file()), p.name)
-             for p in folder.iterdir()]  # fmt: skip
+             for p in folder.iterdir()]
     for size, name in sorted(parts, reverse=True):
         print(f"{size / 2**20:7.2f} MiB  {name}")
     total = sum(size for size, _ in parts) / 2**20

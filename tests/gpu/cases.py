@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import normalize
 
 import torch_subspace as ts
-from torch_subspace.coding_rate_soft import soft_rate
-from torch_subspace.depthwise import depthwise_weight_gradient
+from torch_subspace.rates.coding_rate_soft import soft_rate
+from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
 DEVICE = os.environ.get("SUBSPACE_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE.startswith("cuda")
@@ -126,7 +126,7 @@ CASES = [
          lambda x, w, t, c: ts.subspace_cross_entropy(x, w, t.softmax(-1), class_weight=c.abs() + 0.5, gamma=4.0,
                                                       label_smoothing=0.1, reduction="none"), 2, tf32=True, scale=3),
     *(Case(f"rsgd {name}", frames, step(name), 0, halves=()) for name in ("geodesic", "polar", "qr", "cayley")),
-    Case("tucker_compose", lambda: [t.flip(0) for t in draw((24, 16, 3, 3), (5, 4, 3, 2), (24, 5), (16, 4), (3, 2))],
+    Case("tucker", lambda: [t.flip(0) for t in draw((24, 16, 3, 3), (5, 4, 3, 2), (24, 5), (16, 4), (3, 2))],
          lambda base, core, u, v, k: ts.tucker_compose(core, [u, v, None, k], scale=0.5, base=base), 5, narrow=1,
          tf32=True),
     Case("tucker_linear", linear, lambda *t: ts.tucker_linear(*t, scale=-0.75), 6, narrow=3, tf32=True),
@@ -149,7 +149,7 @@ CASES = [
     Case("sinkhorn symmetric", lambda: scores(symmetric=True),
          lambda s: ts.sinkhorn((s + s.mT) / 2, eta=0.3, tol=tight(s), symmetric=True), 1, scale=10),
     Case("sinkhorn cpp", scores, lambda s: ts.sinkhorn(s, eta=0.5, mode="cpp"), 1, scale=10),
-]  # fmt: skip
+]
 BY_NAME = {case.name: case for case in CASES}
 # what the adapters' dropout does can't be compared with the CPU by value: the seed is another
 DROPOUT = [
@@ -172,7 +172,7 @@ LARGER = [
     Case("sinkhorn symmetric 300", lambda: scores(300, symmetric=True),
          lambda s: ts.sinkhorn(s, max_iter=6, symmetric=True), 1),
     Case("tucker_linear, rows", lambda: linear(200, 300, 130, 16), ts.tucker_linear, 6),
-]  # fmt: skip
+]
 
 
 def cast(case, tensors, dtype, device):

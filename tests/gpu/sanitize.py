@@ -57,7 +57,7 @@ def our_kernels():
     """Names of all __global__ functions in cuda/."""
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"  # one parenthesis within another
     kernel = re.compile(rf"__global__\s+{bounds}(?:static\s+)?void\s+{bounds}(\w+)")
-    return {name for path in (ROOT / "cuda").glob("*.cu*") for name in kernel.findall(path.read_text())}
+    return {name for path in (ROOT / "cuda").rglob("*.cu*") for name in kernel.findall(path.read_text())}
 
 
 def reports(lines):
@@ -88,7 +88,7 @@ def check(program, tool, part, seconds, kernels):
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else None
     start, lines, at = time.monotonic(), [], ""
     process = subprocess.Popen(command, env=environment, text=True, errors="replace", stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                               stderr=subprocess.STDOUT, start_new_session=True)
     clock = threading.Timer(max(seconds, 1), os.killpg, (process.pid, signal.SIGKILL))
     clock.start()
     try:

@@ -83,7 +83,7 @@ class Step:
         torch.manual_seed(0)
         self.x, self.target = torch.randn(32, 3, 8, 8), torch.randint(5, (32,))
         body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16),
-                             nn.Flatten(), nn.Linear(1024, 24), nn.Tanh())  # fmt: skip
+                             nn.Flatten(), nn.Linear(1024, 24), nn.Tanh())
         head = nn.Linear(24, 5)
         if name.startswith("head"):
             head = ts.GrassmannLinear(24, 5, 3)
@@ -92,7 +92,7 @@ class Step:
             for p in model.parameters():
                 p.requires_grad_(False)
             config = ts.TuckerConfig(rank=4, target_modules=["0.0", "0.2", "0.4"], save_modules=["1"],
-                                     dropout=0.3 if "dropout" in name else 0.0)  # fmt: skip
+                                     dropout=0.3 if "dropout" in name else 0.0)
             ts.adapt(model, config)
             with torch.no_grad():  # a core of zeros has no gradient of its factors
                 for group in ts.adapter_parameters(model):

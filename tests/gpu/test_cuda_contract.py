@@ -23,8 +23,8 @@ from cases import (
 )
 
 import torch_subspace as ts
-from torch_subspace.coding_rate_soft import soft_rate
-from torch_subspace.depthwise import depthwise_weight_gradient
+from torch_subspace.rates.coding_rate_soft import soft_rate
+from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {DEVICE}")]
 
@@ -38,7 +38,7 @@ only_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's own")
 
 @pytest.mark.parametrize("case, dtype", [(case, dtype) for case in CASES
                                          for dtype in (torch.float64, torch.float32, *case.halves)],
-                         ids=lambda value: getattr(value, "name", str(value)))  # fmt: skip
+                         ids=lambda value: getattr(value, "name", str(value)))
 def test_values_and_gradients(case, dtype):
     inputs = case.make()
     rounded = [t.detach().cpu().double() if t.is_floating_point() else t for t in cast(case, inputs, dtype, "cpu")]
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_contiguous(case):
     for strange in (torch.stack((dy, dy), -1)[..., 0], torch.ones((), device=DEVICE).expand(dy.shape)):
         with exact_products():
             results = [torch.autograd.grad(case.call(*leaves), leaves[: case.trained], g, allow_unused=True)
-                       for g in (strange.contiguous(), strange)]  # fmt: skip
+                       for g in (strange.contiguous(), strange)]
         close(*([g for g in r if g is not None] for r in results[::-1]), 1e-5 * case.scale)
 
 
@@ -234,6 +234,7 @@ EMPTY = [
         torch.ones(0, 8, device=d), torch.ones(3, 2, 8, device=d), torch.empty(0, dtype=torch.int64, device=d))),
     ("rsgd, no classes", lambda d: ts.grassmann_step_(*torch.ones(2, 0, 3, 8, device=d).unbind(), lr=0.1)),
     ("rsgd, no parameters", lambda d: ts.grassmann_step_([], [], lr=0.1)),
+    ("tucker, no factors", lambda d: ts.tucker_compose(torch.ones(3, 4, device=d), [None, None], scale=2.0)),
     ("tucker_linear, no rows", lambda d: ts.tucker_linear(
         torch.ones(2, 0, 8, device=d), torch.ones(5, 8, device=d), None, torch.ones(2, 3, device=d),
         torch.ones(5, 2, device=d), torch.ones(3, 8, device=d))),
@@ -247,7 +248,7 @@ EMPTY = [
     ("coding_rate_soft, empty column", lambda d: soft_rate(
         torch.ones(1, 5, 3, device=d), torch.eye(5, 4, device=d)[None] * (torch.arange(4, device=d) < 2), 0.5)),
     ("sinkhorn, no views", lambda d: ts.sinkhorn(torch.ones(0, 4, 4, device=d))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call", [call for _, call in EMPTY], ids=[name for name, _ in EMPTY])
@@ -270,13 +271,18 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "logits k > n": lambda: OP.logits(ones(3, 2), ones(2, 5, 2), integers(0), 1.0, True, False),
     "cross_entropy": lambda: OP.cross_entropy(ones(3, 4), ones(2, 2, 4), integers(0), integers(4), ones(0), 25.0, True,
                                               -100, 0.0),
+    "rsgd": lambda: OP.rsgd_([ones(2, 5, 4)], [ones(2, 5, 4)], [], integers(0), torch.tensor(0.1, dtype=torch.float64),
+                             0.0, 0.0, 0.0, False, False, 0, False),
+    "tucker": lambda: OP.tucker_compose(ones(2, 2), [ones(4, 3), ones(5, 2)], [], 1.0),
+    "tucker_conv": lambda: OP.tucker_project(ones(2, 6, 9), ones(5, 3), ones(2, 3, 9), integers(0), 0.0, False, True,
+                                             True),
     "coding_rate": lambda: OP.coding_rate(ones(1, 6, 4), integers(0), integers(0), -1.0, False),
     "coding_rate_soft": lambda: OP.coding_rate_soft(ones(1, 6, 4), ones(1, 5, 3), 0.5, False),
     "sinkhorn": lambda: OP.sinkhorn(ones(1, 4, 4), ones(1, 0), ones(1, 0), 0.0, 1e-6, 9, 0, 0),
     "tucker_linear": lambda: OP.tucker_linear_(ones(3, 4), ones(3, 5), ones(2, 2), ones(4, 3), ones(2, 5), integers(0),
                                                1.0, 0.0),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

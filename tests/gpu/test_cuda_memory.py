@@ -10,8 +10,8 @@ from cases import CASES, DEVICE, ON_GPU, PRESENT, cast, close, run, synchronise
 from cases import both as both_of
 
 import torch_subspace as ts
-from torch_subspace.coding_rate_soft import soft_rate
-from torch_subspace.depthwise import depthwise_weight_gradient
+from torch_subspace.rates.coding_rate_soft import soft_rate
+from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {DEVICE}"),
               pytest.mark.xdist_group("memory")]  # one after the other: several processes share the GPU
@@ -42,7 +42,7 @@ HUNGRY = {  # what is given fits, what the op needs beside it does not
     "coding_rate_soft": lambda d: soft_rate(torch.ones(1, 400, 300, device=d, requires_grad=True),
                                             torch.ones(1, 400, 4000, device=d), 0.5).sum().backward(),
     "sinkhorn": lambda d: ts.sinkhorn(torch.ones(1, 1 << 14, device=d).expand(1 << 14, -1)),
-}  # fmt: skip
+}
 
 
 @only_gpu
@@ -146,7 +146,7 @@ def test_a_large_weight_is_composed():
     room(20)
     base = filled(MANY // 32768, 32768)
     core, u, v = filled(4, 4, dtype=torch.float32), filled(base.shape[0], 4, dtype=torch.float32), filled(
-        32768, 4, dtype=torch.float32)  # fmt: skip
+        32768, 4, dtype=torch.float32)
     out = ts.tucker_compose(core, [u, v], base=base)
     close([split(out)], [ts.tucker_compose(core, [split(u), v], base=split(base))], 2e-2)
 

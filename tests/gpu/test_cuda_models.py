@@ -139,7 +139,7 @@ def test_swap_head_on_the_device():
 @pytest.mark.parametrize("make", [
     lambda groups: ts.RiemannianSGD(groups, lr=0.05, momentum=0.9, nesterov=True),
     lambda groups: ts.RiemannianAdamW(groups, lr=1e-3),
-], ids=["SGD", "AdamW"])  # fmt: skip
+], ids=["SGD", "AdamW"])
 def test_an_optimiser_resumes_to_the_bit(make):
     def start(seed):
         torch.manual_seed(seed)
@@ -173,7 +173,7 @@ def test_losses(name):
     labels, soft = torch.arange(40) % 4, torch.rand(40, 5, generator=g).softmax(-1)
     loss, other = {"rate": (ts.CodingRateLoss(), ()), "mcr2": (ts.MCR2Loss(), (labels,)),
                    "soft mcr2": (ts.MCR2Loss(), (soft,)), "mlc": (ts.MLCLoss(eta=0.3), (c,)),
-                   "mlc cpp": (ts.MLCLoss(eta=0.3, mode="cpp"), (c,))}[name]  # fmt: skip
+                   "mlc cpp": (ts.MLCLoss(eta=0.3, mode="cpp"), (c,))}[name]
     results = []
     for device in (DEVICE, "cpu"):
         leaf, rest = z.to(device, copy=True).requires_grad_(), [t.to(device) for t in other]
@@ -193,7 +193,7 @@ def test_clustering():
     truth = torch.arange(150) % 3
     points = (centres[truth] + 0.3 * torch.randn(150, 10, generator=g)).numpy()
     found = ts.ManifoldClustering(3, hidden=(32,), dim=8, init_epochs=10, epochs=5, batch_size=150, device=DEVICE,
-                                  random_state=0).fit_predict(points)  # fmt: skip
+                                  random_state=0).fit_predict(points)
     assert found.shape == (150,) and len(set(found.tolist())) == 3
     for label in range(3):
         assert len(set(found[truth.numpy() == label].tolist())) == 1

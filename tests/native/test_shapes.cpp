@@ -2,12 +2,12 @@
 #include "native.h"
 
 extern "C" {
-#include "coding_rate_shape.h"
-#include "depthwise_shape.h"
-#include "panels_shape.h"
-#include "rank_product_shape.h"
-#include "rsgd_shape.h"
-#include "sinkhorn_shape.h"
+#include "grassmann/panels_shape.h"
+#include "grassmann/rsgd_shape.h"
+#include "rates/coding_rate_shape.h"
+#include "transport/sinkhorn_shape.h"
+#include "tucker/depthwise_shape.h"
+#include "tucker/rank_product_shape.h"
 int shapes_are_c(void);
 }
 

@@ -682,3 +682,15 @@ const char *subspace_cpu_isa_available(void)
 {
     return "sm_80 sm_86 sm_90";
 }
+
+#define TO_WORKSPACE(op)                                                                                               \
+    size_t subspace_##op##_workspace_cpu(const subspace_ctx *ctx, const subspace_##op##_args *a)                       \
+    {                                                                                                                  \
+        return subspace_##op##_workspace_cuda(ctx, a);                                                                 \
+    }
+#define TO_FUNCTION(fn, op)                                                                                            \
+    subspace_status subspace_##fn##_cpu(subspace_ctx *ctx, const subspace_##op##_args *a)                              \
+    {                                                                                                                  \
+        return subspace_##fn##_cuda(ctx, a);                                                                           \
+    }
+SUBSPACE_EACH(TO_WORKSPACE, TO_FUNCTION)

@@ -1,0 +1,164 @@
+/* tucker_linear.c - the change of a linear layer added to its output, and its gradients, on the CPU.
+ *
+ *     z1 = drop(x) V'    z2 = z1 core'    y += scale z2 U'                one pass over x, one over y
+ *
+ *     h = scale dy U,  dU = scale dy' z2                                  one pass over dy
+ *     dcore = h' z1,   k = h core
+ *     dV = k' drop(x),  dx += drop(k V)                                   one over x, one over dx
+ *
+ * z1, z2, h and k have a rank's width: x is read once more for z1 in the backward, and nothing is kept but x.
+ * Every product is one of mode_product.h's two sweeps, where V and U' stand for [k, n] and U for [n, k].
+ */
+#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+
+#include "multiply.h"
+#include "mode_product.h"
+
+static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T scale, T *restrict out)
+{
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) out[j * rows + i] = scale * in[i * cols + j];
+}
+
+/* xr = x R and lx = left' x of a matrix x [m, n], either left out; R is [k, n] (turn) or [n, k]. */
+static void FN(sweep)(const buffers *b, const product *p, subspace_dtype dtype, const void *x, const mask *drop,
+                      const T *right, bool turn, T *xr, const T *left, T *lx)
+{
+    reverse r;
+    size_t bytes = 0;
+    reverse_plan(&r, b->ctx, p, sizeof(T), is_half(dtype) || drop, b->scratch, &bytes);
+    FN(reverse_product)
+    (&(FN(reverse_job)){.p = p,
+                        .r = &r,
+                        .dtype = dtype,
+                        .x = x,
+                        .left = left,
+                        .right = right,
+                        .turn = turn,
+                        .xr = xr,
+                        .lx = lx,
+                        .drop = drop});
+}
+
+/* z1 and z2 */
+static void FN(down)(const buffers *b, const subspace_tucker_linear_args *a)
+{
+    const subspace_dtype wide = IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64;
+    const product first = {1, a->t, a->n, a->rn}, second = {1, a->t, a->rn, a->rm};
+    FN(sweep)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL);
+    FN(sweep)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL);
+}
+
+static subspace_status FN(forward)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    const product up = {1, a->t, a->m, a->rm};
+    size_t bytes = 0;
+    buffers b;
+    lay_out(&b, ctx, a, ctx->workspace, &bytes);
+    CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
+          "tucker_linear: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
+    FN(down)(&b, a);
+    FN(transpose)(a->u, a->m, a->rm, 1, b.turned);
+    FN(multiply_add)(ctx, &up, b.z2, b.turned, (T)a->scale, a->dtype, a->y, a->y, b.scratch, NULL);
+    return SUBSPACE_OK;
+}
+
+static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    const subspace_dtype wide = IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64;
+    const product up = {1, a->t, a->m, a->rm}, middle = {1, a->t, a->rn, a->rm}, back = {1, a->t, a->rm, a->rn},
+                  down = {1, a->t, a->n, a->rn};
+    const bool inner = a->dv || a->dx;
+    size_t bytes = 0;
+    buffers b;
+    lay_out(&b, ctx, a, ctx->workspace, &bytes);
+    CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
+          "tucker_linear_backward: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
+    if (a->du || a->dcore) FN(down)(&b, a);
+    FN(sweep)(&b, &up, a->dtype, a->dy, NULL, a->u, false, b.h, b.z2, a->du ? b.turned : NULL);
+    if (a->du) FN(transpose)(b.turned, a->rm, a->m, (T)a->scale, a->du);
+    for (int64_t i = 0; i < a->t * a->rm; i++) ((T *)b.h)[i] *= (T)a->scale;
+    if (a->dcore) FN(sweep)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore);
+    if (inner) FN(sweep)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL);
+    if (a->dv) FN(sweep)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv);
+    if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
+    return SUBSPACE_OK;
+}
+
+#else /* --------------------------------------------------------------------- read once */
+
+#include "cpu.h"
+#include "convert.h"
+#include "mode_product.h"
+
+typedef struct buffers {
+    const subspace_ctx *ctx;
+    mask mask;
+    const struct mask *drop; /* &mask, or NULL */
+    void *z1, *z2, *h, *k;   /* [t, rn], [t, rm], [t, rm], [t, rn] */
+    void *turned;            /* [rm, m] U', or dU' */
+    void *scratch;           /* of the sweep that runs */
+} buffers;
+
+static bool is_half(subspace_dtype dtype)
+{
+    return dtype == SUBSPACE_F16 || dtype == SUBSPACE_BF16;
+}
+
+/* Lay out either direction's buffers from `base`; with a NULL base only *bytes is of use. */
+static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_linear_args *a, char *base,
+                    size_t *bytes)
+{
+    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    const product sweeps[] = {
+        {1, a->t, a->n, a->rn}, {1, a->t, a->rn, a->rm}, {1, a->t, a->rm, a->rn}, {1, a->t, a->m, a->rm}};
+    size_t most = 0;
+    *b = (buffers){.ctx = ctx, .mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
+    b->drop = a->dropout > 0 ? &b->mask : NULL;
+    b->z1 = carve(base, bytes, a->t * a->rn, item);
+    b->z2 = carve(base, bytes, a->t * a->rm, item);
+    b->h = carve(base, bytes, a->t * a->rm, item);
+    b->k = carve(base, bytes, a->t * a->rn, item);
+    b->turned = carve(base, bytes, a->m * a->rm, item);
+    for (int i = 0; i < 4; i++) {
+        reverse r;
+        size_t sweep = 0;
+        reverse_plan(&r, ctx, &sweeps[i], item, is_half(a->dtype) || b->drop, NULL, &sweep);
+        most = MAX(most, MAX(sweep, product_scratch(ctx, &sweeps[i], item)));
+    }
+    b->scratch = carve(base, bytes, (int64_t)most, 1);
+}
+
+#define THIS_FILE "tucker/tucker_linear.c"
+#include "each_dtype.h"
+
+/* Enough for either direction. */
+size_t LEVEL(subspace_tucker_linear_workspace)(const subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    size_t bytes = 0;
+    buffers b;
+    if (a->t > 0 && a->n > 0 && a->m > 0 && a->rn > 0 && a->rm > 0) lay_out(&b, ctx, a, NULL, &bytes);
+    return bytes;
+}
+
+subspace_status LEVEL(subspace_tucker_linear)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    TRY(subspace_tucker_linear_check(ctx, a));
+    if (a->t == 0) return SUBSPACE_OK;
+    DISPATCH(a->dtype, forward, ctx, a);
+}
+
+subspace_status LEVEL(subspace_tucker_linear_backward)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
+{
+    TRY(subspace_tucker_linear_check(ctx, a));
+    if (a->t == 0) {
+        const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+        if (a->dcore) memset(a->dcore, 0, (size_t)(a->rm * a->rn) * item);
+        if (a->du) memset(a->du, 0, (size_t)(a->m * a->rm) * item);
+        if (a->dv) memset(a->dv, 0, (size_t)(a->rn * a->n) * item);
+        return SUBSPACE_OK;
+    }
+    DISPATCH(a->dtype, backward, ctx, a);
+}
+
+#endif

@@ -1,0 +1,300 @@
+"""Adapters on a model: put on, choose among, take off, and what there is to train.
+
+    ts.adapt(model, ts.TuckerConfig(rank=16, save_modules="fc"))
+    opt = torch.optim.AdamW(ts.adapter_parameters(model), lr=1e-3)
+    ...
+    ts.save_adapter(model, "digits.safetensors")
+    ts.merge_and_unload(model)
+
+adapted.py has what happens to a layer, targets.py which layers, state.py what is kept on the model.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..common import HALF, wide_dtype
+from ..grassmann.groups import param_groups
+from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
+from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
+from .merge import others
+from .state import (
+    active_adapters,
+    adapter_names,
+    check_known,
+    check_new_name,
+    drop_saved,
+    forget,
+    keep_saved,
+    known_layers,
+    layers,
+    live_name,
+    note,
+    put_live,
+    refuse_merged,
+    saved_modules,
+    unwrapped,
+)
+from .targets import find_targets, input_mode, is_uninitialised, weights_of
+
+
+def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "default") -> nn.Module:
+    """Put a Tucker adapter on the layers of `model` that `config` names, in place, and make it the active one.
+
+    All other parameters are frozen, but for those of `config.save_modules`. At first the outputs are those of before,
+    bit for bit. Factors are float32 where the base is of half precision or quantised, and float64 where it is.
+
+    Args:
+        model: any `nn.Module`; before DistributedDataParallel or fully_shard take its parameters.
+        config: a `TuckerConfig`; None for its defaults (rank 16 on every linear and convolutional layer).
+        name: of this adapter; a model may have several, see `set_adapter`.
+
+    Returns:
+        model
+
+    Raises:
+        TypeError: `model` or `config` is of the wrong kind.
+        ValueError: nothing matches (the message has candidates), the name is taken, or a layer that is meant can't be
+            adapted (the message names it: tied, parametrised, sharded or packed weights, kinds of layers without an
+            adapter). The model is then as it was.
+
+    Source: arXiv 2405.14739.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
+    config = TuckerConfig() if config is None else config
+    if not isinstance(config, TuckerConfig):
+        raise TypeError(f"adapt: config must be a TuckerConfig, got {type(config).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError("adapt: adapt the model before DistributedDataParallel takes its parameters")
+    given, model = model, unwrapped(model)
+    check_new_name("adapt", name)
+    if name in adapter_names(model):
+        raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")
+    refuse_merged("adapt", model)
+    made = {}
+    for key, module in find_targets(model, config).items():
+        made[key] = {}
+        for parameter, shape in weights_of(module).items():
+            base = module._parameters[parameter]
+            if config.init == "svd" and is_packed(base):
+                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
+            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base)
+            init_factors(part.factors, config.init, base, input_mode(module))
+            made[key][parameter] = part
+    attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
+    _warn_of_limits(model, made)
+    return given
+
+
+def new_factors(shape, ranks, scale, dropout, base) -> TuckerFactors:
+    """Factors beside the parameter `base`, not yet filled."""
+    dtype = wide_dtype(base.dtype)
+    return TuckerFactors(shape, ranks, scale, dropout, base.device, dtype)
+
+
+def _modules_to_save(model, config, made) -> list[nn.Module]:
+    saved = {}
+    for pattern in config.save_modules:
+        found = {n: m for n, m in model.named_modules() if n and matches(pattern, n)}
+        if not found:
+            names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+            raise ValueError(f"adapt: save_modules {pattern!r} matches nothing{close_names([pattern], names)}")
+        for n, m in found.items():
+            if any(isinstance(inner, Adapted) for inner in m.modules()):
+                raise ValueError(f"adapt: save_modules {n!r} has layers with another adapter")
+        saved |= found
+    return [m for n, m in saved.items() if not any(n.startswith(other + ".") for other in saved)]
+
+
+def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFactors]], saved: list[nn.Module],
+           config: dict) -> None:
+    """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
+    note(model, name, config)
+    for key, parts in made.items():
+        module = model.get_submodule(key)
+        if not isinstance(module, Adapted):
+            become_adapted(module, tuple(weights_of(module)))
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                parts["weight"].factor0[module.padding_idx] = 0  # the padding row never changes
+        module.tucker[name] = nn.ModuleDict(parts).train(module.training)
+    for module in saved:
+        keep_saved(module, name)
+    set_adapter(model, name)
+
+
+def _warn_of_limits(model, made) -> None:
+    """What a user should know about layers that compute in their own way, once."""
+    modules = {key: model.get_submodule(key) for key in made}
+    heads = {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}  # read by their parent
+    own = [k for k, m in modules.items() if m.tucker_fast is None or id(m) in heads]
+    half = [k for k in own if any(modules[k]._parameters[p].dtype in HALF for p in made[k])]
+    drop = [k for k, m in modules.items() if (k in own or isinstance(m, nn.Embedding))
+            and any(part.dropout for part in made[k].values())]
+    if half:
+        warnings.warn(f"adapt: {half[0]!r}{others(half)} computes with its weight in its own way, in half precision: "
+                      "base + change is rounded at every forward, which loses most of a small change", stacklevel=3)
+    if drop:
+        warnings.warn(f"adapt: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=3)
+
+
+def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
+    """Choose the adapters that are seen and trained: one name, a weighted sum {name: weight}, or None for none.
+
+    Saved modules (heads) are those of the first name that has some. Only the chosen adapters and saved modules require
+    gradients afterwards.
+
+    Raises:
+        ValueError: a name is unknown, a weight isn't finite, or the model is merged. Nothing is changed then.
+    """
+    known_layers("set_adapter", model)
+    refuse_merged("set_adapter", model)
+    chosen = {} if which is None else {which: 1.0} if isinstance(which, str) else which
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"set_adapter: expected a name or {{name: weight}}, got {type(which).__name__}")
+    for name, weight in chosen.items():
+        check_known("set_adapter", model, name)
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise ValueError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
+    saved = saved_modules(model).values()
+    for layer in layers(model).values():
+        layer.tucker_active = {name: float(weight) for name, weight in chosen.items()}
+    put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
+    for p in unwrapped(model).parameters():
+        if not is_uninitialised(p):  # of a lazy layer that has not run
+            p.requires_grad_(False)
+    for layer in layers(model).values():
+        for name, parts in layer.tucker.items():
+            parts.requires_grad_(name in chosen)
+    for module in saved:
+        for p in module.parameters() if module.tucker_live else ():
+            p.requires_grad_(p.is_floating_point())
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside `with disabled(model):` the model is as it was before its adapters, saved modules included.
+
+    The switch is on the model: other threads that run it see it too.
+
+    Raises:
+        ValueError: there is no adapter, or the model is merged.
+    """
+    found = known_layers("disabled", model)
+    refuse_merged("disabled", model)
+    before, live = {layer: layer.tucker_enabled for layer in found.values()}, live_name(model)
+    # The saved modules come back to the bit: a backward through a forward from before may run afterwards.
+    versions = {t: t._version for m in saved_modules(model).values() for t in m.state_dict(keep_vars=True).values()
+                if isinstance(t, torch.Tensor) and not t.is_inference()}
+    try:
+        for layer in before:
+            layer.tucker_enabled = False
+        put_live(model, "")
+        yield model
+    finally:
+        for layer, enabled in before.items():
+            if isinstance(layer, Adapted):
+                layer.tucker_enabled = enabled
+        put_live(model, live)
+        if versions:
+            torch._C._autograd._unsafe_set_version_counter(tuple(versions), tuple(versions.values()))
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter and its saved modules.
+
+    With the last one gone, the model has the modules, keys, saved weights and trainable parameters of before. Without
+    the only active one of several, none is active.
+
+    Raises:
+        ValueError: the name is unknown, or the model is merged.
+    """
+    found = known_layers("delete_adapter", model)
+    check_known("delete_adapter", model, name)
+    refuse_merged("delete_adapter", model)
+    set_adapter(model, {n: w for n, w in active_adapters(model).items() if n != name} or None)
+    for layer in found.values():
+        if name in layer.tucker:
+            del layer.tucker[name]
+        if not layer.tucker:
+            become_plain(layer)
+    drop_saved(model, name)
+    forget(model, name)
+
+
+def adapter_parameters(model: nn.Module, *, lr: float | None = None,
+                       lr_multipliers: Mapping[str, float] | None = None) -> list[dict]:
+    """Parameter groups for an optimiser: the active adapters' cores and factors, then the saved modules.
+
+    Frames of a saved `GrassmannLinear` come in a group of their own with `manifold="grassmann"`, for `RiemannianSGD`
+    and `RiemannianAdamW`; torch's optimisers would take them off the manifold.
+
+    Args:
+        lr: base learning rate to write into the groups; needed with multipliers.
+        lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
+            "encoder.fc.factor0", ...), then on its layer's name. The first that matches counts.
+
+    Raises:
+        ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
+    """
+    found = known_layers("adapter_parameters", model)
+    multipliers, used, groups = dict(lr_multipliers or {}), set(), {}
+    check_patterns("adapter_parameters", "lr_multipliers", multipliers)
+    if multipliers and lr is None:
+        raise ValueError("adapter_parameters: lr_multipliers need lr")
+
+    def multiplier(*names):
+        pattern = next((p for p in multipliers if any(matches(p, n) for n in names)), None)
+        used.add(pattern)
+        return 1.0 if pattern is None else float(multipliers[pattern])
+
+    for key, layer in found.items():
+        for name in layer.tucker_active:
+            for part in layer.tucker[name].values() if name in layer.tucker else ():
+                for local, p in part.named_parameters():
+                    groups.setdefault(multiplier(f"{key}.{local}", key), []).append(p)
+    result = [({"params": params}, m) for m, params in groups.items()]
+    for key, module in saved_modules(model).items():
+        for group in param_groups(module) if module.tucker_live else ():
+            if "manifold" not in group:
+                del group["weight_decay"]  # the optimiser's own
+            result.append((group, multiplier(key)))
+    if not result:
+        raise ValueError(f"adapter_parameters: no adapter is active; there are {adapter_names(model)}")
+    unused = [p for p in multipliers if p not in used]
+    if unused:
+        near = close_names(unused, found)
+        raise ValueError(f"adapter_parameters: lr_multipliers {unused[0]!r} matches nothing{near}")
+    return [group if lr is None else group | {"lr": lr * m} for group, m in result]
+
+
+def adapter_summary(model: nn.Module) -> str:
+    """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all."""
+    found = known_layers("adapter_summary", model)
+    rows = [("layer", "parameter", "shape", "ranks", "adapter", "trainable")]
+    for key, layer in found.items():
+        for name, parts in layer.tucker.items():
+            for parameter, t in parts.items():
+                ranks = " x ".join("full" if r is None else str(r) for r in t.ranks)
+                rows.append((key, parameter, " x ".join(map(str, t.shape)), ranks, name, f"{_trainable(t):,}"))
+    for key, module in saved_modules(model).items():
+        rows.append((key, "(whole)", "", "", module.tucker_live or "-", f"{_trainable(module):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    total = sum(p.numel() for p in unwrapped(model).parameters() if not is_uninitialised(p))
+    trainable = _trainable(unwrapped(model))
+    active = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in active_adapters(model).items()) or "none"
+    merged = " (merged)" if any(layer.tucker_merged is not None for layer in found.values()) else ""
+    lines.append(f"active: {active}{merged}; trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    return "\n".join(lines)
+
+
+def _trainable(module) -> int:
+    return sum(p.numel() for p in module.parameters() if not is_uninitialised(p) and p.requires_grad)

@@ -1,0 +1,310 @@
+"""What an adapted layer is: the layer itself, in a subclass of its own class made on the fly.
+
+The module object, its parameters and its state_dict keys stay where they were; it gains a child `tucker` with the
+factors, a fast forward for the standard layers, and a property in place of each adapted parameter. Whoever reads
+`layer.weight`, be it nn.MultiheadAttention, a layer with a forward of its own or torch's fast paths, gets base + ΔW,
+differentiable in the factors; so an adapter can't be ignored by accident. Removing the last adapter gives the module
+its old class back.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..common import HALF
+from ..tucker.tucker import tucker_compose
+from ..tucker.tucker_conv import tucker_conv
+from ..tucker.tucker_linear import tucker_linear
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class TuckerFactors(nn.Module):
+    """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
+
+    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too.
+    """
+
+    def __init__(self, shape, ranks, scale: float, dropout: float, device, dtype):
+        super().__init__()
+        self.shape, self.scale, self.dropout = tuple(shape), float(scale), float(dropout)
+        sizes = [d if r is None else r for d, r in zip(shape, ranks, strict=True)]
+        self.core = nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype))
+        for i, (d, r) in enumerate(zip(shape, ranks, strict=True)):
+            factor = None if r is None else nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
+            self.register_parameter(f"factor{i}", factor)
+
+    def _apply(self, fn, recurse=True):
+        """model.half() moves them, and leaves them wide."""
+
+        def wide(t):
+            new = fn(t)
+            return t.to(new.device) if new.dtype in HALF else new
+
+        return super()._apply(wide, recurse)
+
+    @property
+    def ranks(self) -> list[int | None]:
+        return [None if f is None else f.shape[1] for f in self.factors]
+
+    @property
+    def factors(self) -> list[Tensor | None]:
+        return [getattr(self, f"factor{i}") for i in range(len(self.shape))]
+
+    def extra_repr(self) -> str:
+        text = f"{self.shape}, ranks={self.ranks}, scale={self.scale:g}"
+        return text + (f", dropout={self.dropout:g}" if self.dropout else "")
+
+
+def combined(terms: list[tuple[float, TuckerFactors]]):
+    """A weighted sum of changes as one: (scale, core, factors, dropout).
+
+    Factors stand side by side and the cores on the diagonal of a larger one; modes that are the identity in every term
+    stay so. The inputs see one dropout mask, at the largest rate of the terms.
+    """
+    if len(terms) == 1:
+        weight, t = terms[0]
+        return weight * t.scale, t.core, t.factors, t.dropout
+    modes = range(len(terms[0][1].shape))
+    shared = [all(t.factors[i] is None for _, t in terms) for i in modes]
+    factors = [None if shared[i] else torch.cat([t.core.new_ones(t.shape[i]).diag() if t.factors[i] is None
+                                                 else t.factors[i] for _, t in terms], 1) for i in modes]
+    sizes = [t.core.shape[i] if shared[i] else factors[i].shape[1] for i in modes for t in (terms[0][1],)]
+    core, before = 0, [0] * len(sizes)
+    for weight, t in terms:
+        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, t.core.shape)]
+        pads = [n for p in reversed(pads) for n in (p or (0, 0))]
+        core = core + F.pad(weight * t.scale * t.core, pads)
+        before = [b + r for b, r in zip(before, t.core.shape)]
+    return 1.0, core, factors, max(t.dropout for _, t in terms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast forwards of the standard layers, each (layer, scale, core, factors, dropout, the layer's own arguments)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _linear(layer, scale, core, factors, dropout, input):
+    u, v = factors
+    return tucker_linear(input, layer._parameters["weight"], layer.bias, core, u, v.mT, scale=scale, dropout=dropout,
+                         training=layer.training)
+
+
+def _conv1d_of_transformers(layer, scale, core, factors, dropout, x):
+    v, u = factors  # its weight is (in, out)
+    return tucker_linear(x, layer._parameters["weight"].mT, layer.bias, core.mT, u, v.mT, scale=scale, dropout=dropout,
+                         training=layer.training)
+
+
+def _packed_linear(layer, scale, core, factors, dropout, input):
+    u, v = factors  # its own forward, which may have been replaced on the object, and the change beside it
+    with packed_as_it_is(layer):
+        y = super(Adapted, layer).forward(input) if layer.tucker_forward is None else layer.tucker_forward(input)
+    with torch.autocast(input.device.type, enabled=False):
+        return y + tucker_linear(input, None, None, core, u, v.mT, scale=scale, dropout=dropout,
+                                 training=layer.training).to(y.dtype)
+
+
+def form_of(layer) -> str:
+    """The form of a convolution's change that is asked for, if one is."""
+    return getattr(layer, "tucker_form", "auto")
+
+
+def _conv(layer, scale, core, factors, dropout, input):
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input, padding = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    return tucker_conv(input, layer._parameters["weight"], layer.bias, core, factors, scale=scale, stride=layer.stride,
+                       padding=padding, dilation=layer.dilation, groups=layer.groups, form=form_of(layer),
+                       dropout=dropout, training=layer.training)
+
+
+def _transposed(layer, scale, core, factors, dropout, input, output_size=None):
+    output_padding = layer._output_padding(input, output_size, layer.stride, layer.padding, layer.kernel_size,
+                                           len(layer.kernel_size), layer.dilation)
+    return tucker_conv(input, layer._parameters["weight"], layer.bias, core, factors, scale=scale, stride=layer.stride,
+                       padding=layer.padding, dilation=layer.dilation, groups=layer.groups, transposed=True,
+                       output_padding=output_padding, form=form_of(layer), dropout=dropout,
+                       training=layer.training)
+
+
+def _embedding(layer, scale, core, factors, dropout, input):
+    u, v = factors  # rows of the change: picked from u, then through the core
+    y = F.embedding(input, layer._parameters["weight"], layer.padding_idx)
+    rows = F.embedding(input, u, layer.padding_idx)
+    with torch.autocast(y.device.type, enabled=False):
+        change = scale * rows @ (core @ v.mT)
+    if layer.scale_grad_by_freq:  # the gradient of a row is divided by how often it was picked
+        share = torch.bincount(input.flatten(), minlength=len(u))[input].reciprocal()[..., None].to(change.dtype)
+        change = share * change + ((1 - share) * change).detach()
+    return y + change.to(y.dtype)
+
+
+def _is_their_conv1d(cls) -> bool:
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def is_conv1d_of_transformers(module) -> bool:
+    return any(map(_is_their_conv1d, type(module).__mro__))
+
+
+@contextlib.contextmanager
+def packed_as_it_is(layer):
+    """The layer's own methods see its packed weight; everyone else base + change."""
+    layer.tucker_inside = True
+    try:
+        yield
+    finally:
+        layer.tucker_inside = False
+
+
+def unpacked(weight) -> Tensor:
+    """A packed weight as a matrix of floats, by the library that packed it."""
+    if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bits
+        import bitsandbytes.functional
+
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    if getattr(weight, "SCB", None) is not None:  # bitsandbytes, 8 bits: rows of int8 and their largest values
+        return weight.data.to(torch.float32) * (weight.SCB / 127)[:, None]
+    try:
+        return weight.dequantize()
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(f"adapt: a parent reads a packed weight ({type(weight).__name__}) that can't be unpacked; "
+                           "exclude its layer") from error
+
+
+def is_packed(weight) -> bool:
+    """A quantised weight: a tensor subclass or a parameter of integers, which only its own layer can multiply by."""
+    plain = type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
+    return not plain or not weight.is_floating_point()
+
+
+def _own(module, base) -> bool:
+    """Does the module compute by the methods of `base`, not by a forward of its own?"""
+    cls = original_class(module)
+    names = ("forward", "_conv_forward") if base in CONVS else ("forward",)
+    return issubclass(cls, base) and all(getattr(cls, n) is getattr(base, n) for n in names)
+
+
+def fast_forward(module):
+    """The fast forward of a standard layer; None for one that computes in its own way, through its `weight`."""
+    if isinstance(module, nn.Linear) and is_packed(module._parameters["weight"]):
+        return _packed_linear
+    if "forward" in module.__dict__:  # replaced on the object, as accelerate's hooks do
+        return None
+    kinds = ((_linear, (nn.Linear,)), (_conv, CONVS), (_transposed, TRANSPOSED), (_embedding, (nn.Embedding,)))
+    for fast, bases in kinds:
+        if any(_own(module, b) for b in bases):
+            return fast
+    theirs = next((c for c in original_class(module).__mro__ if _is_their_conv1d(c)), None)
+    if theirs and _own(module, theirs) and module._parameters.get("bias") is not None:
+        return _conv1d_of_transformers
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The class an adapted layer has
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Adapted:
+    """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
+
+    Writing into `layer.weight` in place writes into a temporary while an adapter is active: write inside `disabled`.
+    What replaces a weight by one made of it (quantising, pruning) belongs before `adapt`: later it would take the
+    change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    """
+
+    tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
+
+    def tucker_terms(self, parameter: str) -> list[tuple[float, TuckerFactors]]:
+        """The changes that are to be seen now, with their weights."""
+        if not self.tucker_enabled or self.tucker_merged is not None:
+            return []
+        return [(weight, self.tucker[name][parameter]) for name, weight in self.tucker_active.items()
+                if name in self.tucker and parameter in self.tucker[name]]
+
+    def forward(self, *args, **kwargs):
+        fast = self.tucker_fast
+        terms = self.tucker_terms("weight") if fast is not None else []
+        if not terms:
+            return super().forward(*args, **kwargs)
+        return fast(self, *combined(terms), *args, **kwargs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        with packed_as_it_is(self):
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        with packed_as_it_is(self):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):
+        with packed_as_it_is(self):
+            return super()._apply(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (original_class(self), adapted_names(self)), self.__dict__
+
+
+def _effective(name: str) -> property:
+    def read(self):
+        base = self._parameters.get(name)
+        terms = self.tucker_terms(name) if base is not None and not self.tucker_inside else []
+        if not terms:
+            return base
+        if type(base).__name__ == "DTensor" and all(type(t.core).__name__ == "DTensor" for _, t in terms):
+            return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
+        try:
+            scale, core, factors, _ = combined(terms)
+            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if self.tucker_packed else base)
+        except AttributeError as error:  # nn.Module would look further, and hand out the bare base
+            raise RuntimeError(f"adapted layer: {error}") from error
+
+    return property(read, doc=f"The base `{name}` plus the change of the active adapters.")
+
+
+@functools.cache
+def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
+    members = {name: _effective(name) for name in names}
+    members |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "tucker_original": cls, "tucker_names": names}
+    return type(f"Tucker{cls.__name__}", (Adapted, cls), members)
+
+
+def _rebuild(cls: type, names: tuple[str, ...]):
+    new = _adapted_class(cls, names)
+    return new.__new__(new)
+
+
+def original_class(module) -> type:
+    return getattr(type(module), "tucker_original", type(module))
+
+
+def adapted_names(module) -> tuple[str, ...]:
+    return type(module).tucker_names
+
+
+def become_adapted(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Give a plain layer the adapted class and no adapter yet."""
+    module.tucker_packed = any(is_packed(module._parameters[name]) for name in names)  # once: export swaps tensors
+    module.tucker_fast = fast_forward(module) if "weight" in names else None
+    module.tucker_forward = module.__dict__.pop("forward", None) if module.tucker_packed else None
+    module.__class__ = _adapted_class(type(module), names)
+    module.tucker = nn.ModuleDict()
+    module.tucker_active, module.tucker_enabled, module.tucker_merged, module.tucker_inside = {}, True, None, False
+
+
+def become_plain(module: nn.Module) -> None:
+    """Undo `become_adapted`."""
+    module.__class__ = original_class(module)
+    if module.tucker_forward is not None:
+        module.__dict__["forward"] = module.tucker_forward
+    del module.tucker
+    for key in [k for k in module.__dict__ if k.startswith("tucker_")]:
+        del module.__dict__[key]

@@ -1,0 +1,206 @@
+"""Adapters in safetensors files: tensors by layer, and in the metadata all it takes to rebuild them.
+
+    <layer>.<parameter>.core, <layer>.<parameter>.factor0, ...      the adapter
+    <module>.<key of its state_dict>                                modules saved whole
+    metadata: format, version, config (JSON: the TuckerConfig, the adapted layers, the saved modules)
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+
+from ..files import write_whole
+from .adapt import attach, delete_adapter, new_factors, set_adapter
+from .adapted import Adapted
+from .config import TuckerConfig
+from .state import (
+    adapter_names,
+    check_known,
+    check_new_name,
+    fill,
+    known_layers,
+    layers,
+    noted_config,
+    refuse_merged,
+    saved_modules,
+    saved_tensors,
+    unwrapped,
+)
+from .targets import owners_of, refusal, weights_of
+
+FORMAT, VERSION = "torch_subspace.tucker", 1
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+    """Write an adapter and its saved modules to a safetensors file, with all it takes to load it on a plain model.
+
+    The file appears whole or not at all: it is written beside `path` and then moved there.
+
+    Raises:
+        ValueError: there is no such adapter.
+        OSError: the file can't be written.
+    """
+    found = known_layers("save_adapter", model)
+    check_known("save_adapter", model, name)
+    tensors, described = {}, {}
+    for key, layer in found.items():
+        for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
+            described.setdefault(key, {})[parameter] = {"shape": part.shape, "ranks": part.ranks, "scale": part.scale,
+                                                        "dropout": part.dropout}
+            tensors |= {f"{key}.{parameter}.{n}": p for n, p in part.named_parameters()}
+    saved = saved_tensors(model, name)
+    for key, state in saved.items():
+        tensors |= {f"{key}.{n}": t for n, t in state.items()}
+    config = {"config": noted_config(model, name), "layers": described, "saved": {k: list(s) for k, s in saved.items()}}
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
+    write_whole(path, tensors, metadata)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> nn.Module:
+    """Load an adapter that `save_adapter` wrote, put it on the layers it was on, and make it the active one.
+
+    The model may be plain: ranks, scales and layers are in the file. Where the model has an adapter of this name with
+    the same layers, ranks and scales, its tensors are filled in place: a compiled model needn't be compiled again.
+    Otherwise the old one is replaced.
+
+    Returns:
+        model
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not ours, or a layer is missing, has another shape or can't be adapted. The
+            model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
+    given, model = model, unwrapped(model)
+    check_new_name("load_adapter", name)
+    refuse_merged("load_adapter", model)
+    tensors, about = read_adapter(path)
+    problems = _problems(model, name, tensors, about)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"load_adapter: {os.fspath(path)!r} does not fit the model: {problems[0]}{more}")
+    made = {}
+    for key, parts in about["layers"].items():
+        module, made[key] = model.get_submodule(key), {}
+        for parameter, d in parts.items():
+            part = new_factors(d["shape"], d["ranks"], d["scale"], d["dropout"], module._parameters[parameter])
+            with torch.no_grad():
+                for n, p in part.named_parameters():
+                    p.copy_(tensors[f"{key}.{parameter}.{n}"])
+            made[key][parameter] = part
+    saved = [model.get_submodule(key) for key in about["saved"]]
+    if not _filled(model, name, made, saved):
+        if name in adapter_names(model):
+            delete_adapter(model, name)
+        attach(model, name, made, saved, about["config"])
+    for key, keys in about["saved"].items():
+        fill(model.get_submodule(key), {k: tensors[f"{key}.{k}"] for k in keys})
+    return given
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and description of an adapter file; ValueError when it is not one, or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_adapter: no file {path!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"load_adapter: {path!r} is not an adapter of torch_subspace: its format is "
+                                 f"{metadata.get('format')!r}")
+            if metadata.get("version") != str(VERSION):
+                version = metadata.get("version")
+                raise ValueError(f"load_adapter: {path!r} is of version {version}, this reads {VERSION}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        about = json.loads(metadata["config"])
+        TuckerConfig(**about["config"])
+        for parts in about["layers"].values():
+            for d in parts.values():
+                _check_description(d)
+        named = {f"{key}.{parameter}.{n}" for key, parts in about["layers"].items() for parameter, d in parts.items()
+                 for n in ["core", *(f"factor{i}" for i, r in enumerate(d["ranks"]) if r is not None)]}
+        named |= {f"{key}.{n}" for key, names in about["saved"].items() for n in names}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(error).startswith("load_adapter"):
+            raise
+        raise ValueError(f"load_adapter: {path!r} is truncated or not a safetensors file of ours: {error!r}") from error
+    if named != set(tensors):
+        odd = sorted(named ^ set(tensors))
+        raise ValueError(f"load_adapter: {path!r} contradicts itself: {odd[0]!r} is " + (
+            "missing" if odd[0] in named else "not described"))
+    return tensors, about
+
+
+def _check_description(d) -> None:
+    """Of one parameter: raises unless factors can be made of it."""
+    if not isinstance(d["scale"], (int, float)) or not math.isfinite(d["scale"]):
+        raise ValueError(f"scale {d['scale']!r}")
+    if not isinstance(d["dropout"], (int, float)) or not 0 <= d["dropout"] < 1:
+        raise ValueError(f"dropout {d['dropout']!r}")
+    sizes = [*d["shape"], *(r for r in d["ranks"] if r is not None)]
+    if len(d["shape"]) != len(d["ranks"]) or not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise ValueError(f"shape {d['shape']!r} of ranks {d['ranks']!r}")
+
+
+def _problems(model, name, tensors, about) -> list[str]:
+    """Why the file doesn't fit the model, layer by layer."""
+    owners, modules, found = owners_of(model), dict(model.named_modules()), []
+    for key, parts in about["layers"].items():
+        module = modules.get(key)
+        if module is None:
+            found.append(f"the model has no layer {key!r}")
+        elif why := refusal(key, module, owners):
+            found.append(why)
+        elif set(module.__dict__.get("tucker_saved", ())) - {"", name}:
+            found.append(f"{key!r} is trained whole by another adapter")
+        else:
+            shapes = weights_of(module)
+            for parameter, d in parts.items():
+                has = tuple(shapes[parameter]) if parameter in shapes else None
+                if has != tuple(d["shape"]):
+                    found.append(f"{key}.{parameter} is {tuple(d['shape'])} in the file and {has} in the model")
+                core = tuple(s if r is None else r for s, r in zip(d["shape"], d["ranks"]))
+                want = {"core": core} | {f"factor{i}": (s, r) for i, (s, r) in enumerate(zip(d["shape"], d["ranks"]))}
+                found += [f"{key}.{parameter}.{n} is {tuple(tensors[f'{key}.{parameter}.{n}'].shape)}, not {shape}"
+                          for n, shape in want.items() if None not in shape
+                          and tuple(tensors[f"{key}.{parameter}.{n}"].shape) != shape]
+    for key, names in about["saved"].items():
+        module = modules.get(key)
+        if module is None or any(isinstance(m, Adapted) and set(m.tucker) - {name} for m in module.modules()):
+            found.append(f"the model has no module {key!r}" if module is None else f"{key!r} has another adapter")
+            continue
+        state = {k: t for k, t in module.state_dict().items() if isinstance(t, Tensor) and ".tucker." not in f".{k}"}
+        if set(state) != set(names):
+            found.append(f"{key!r} has {sorted(state)} in the model and {sorted(names)} in the file")
+            continue
+        found += [f"{key}.{n} is {tuple(tensors[f'{key}.{n}'].shape)} in the file and {tuple(t.shape)} in the model"
+                  for n, t in state.items() if t.shape != tensors[f"{key}.{n}"].shape]
+    return found
+
+
+def _filled(model, name, made, saved) -> bool:
+    """Fill the adapter in place if the model has this very one but for the numbers."""
+    now = {key: layer.tucker[name] for key, layer in layers(model).items() if name in layer.tucker}
+    kept = {id(m) for m in saved_modules(model).values() if name in m.tucker_saved}
+
+    def alike(a, b):
+        return (a.shape, a.ranks, a.scale, a.dropout) == (b.shape, b.ranks, b.scale, b.dropout)
+
+    if set(now) != set(made) or kept != {id(m) for m in saved} or any(
+            set(now[key]) != set(made[key]) or not all(alike(now[key][p], made[key][p]) for p in made[key])
+            for key in made):
+        return False
+    set_adapter(model, name)
+    for key, parts in made.items():
+        for parameter, part in parts.items():
+            now[key][parameter].load_state_dict(part.state_dict())
+    return True

@@ -1,0 +1,325 @@
+"""Ordinary LoRA checkpoints (adapter_model.safetensors and adapter_config.json) as Tucker adapters, and back.
+
+A LoRA of a linear layer, ΔW = s B A, is the Tucker form with core G = I, U = B and V = A. A convolution's, where A has
+the kernel and B is 1 x 1, has core A and one factor, B, on the output mode. The other way, U G V has B = U G and A = V.
+Scales carry over as alpha / r. peft itself is imported only when a model is wrapped by it.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..tucker.tucker import tucker_compose
+from .adapted import CONVS, is_conv1d_of_transformers
+from .config import TuckerConfig
+from .files import FORMAT, VERSION, load_adapter
+from .state import adapter_names, layers, refuse_merged, saved_tensors, unwrapped
+from .targets import has_kind, weights_of
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)  # the others change the base weights
+REFUSED = ("use_dora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices",
+           "alora_invocation_tokens", "use_qalora", "megatron_config")
+
+
+def import_lora(model: nn.Module, source, name: str = "default", *, standalone: bool = False) -> nn.Module:
+    """Put a LoRA checkpoint on a model as a Tucker adapter with the same change, ready to be trained on.
+
+    Args:
+        model: a plain model, or a `PeftModel` with Tucker adapters, which gets one more.
+        source: folder of a peft LoRA adapter; or (state_dict, config) with the names that peft saves.
+        name: of the adapter.
+        standalone: put it on as `torch_subspace.adapt` does, without peft. Otherwise a plain model is wrapped.
+
+    Returns:
+        the `PeftModel`, or with `standalone` the model itself.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it isn't an ordinary LoRA (DoRA, biases, starts that change the base weights, LoRA of single
+            parameters), it doesn't fit the model, or a layer is a grouped convolution, where peft's LoRA is no change
+            of the weight. The model is then as it was.
+    """
+    tensors, config = _read(source)
+    pairs, rest = _pairs(tensors)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else unwrapped(model)
+    modules = {n.replace(".base_layer", ""): m.base_layer if hasattr(m, "tucker_parts") else m
+               for n, m in inner.named_modules() if not n.endswith(".base_layer")}
+    made = {key: _to_tucker(key, modules.get(key), *pair) for key, pair in pairs.items()}
+    scales = {key: _scale(config, key, pair[0].shape[0]) for key, pair in pairs.items()}
+    saved = _saved(rest, config, modules)
+    if standalone:
+        if hasattr(model, "get_base_model"):
+            raise ValueError("import_lora: standalone=True needs the plain model, this one is peft's")
+        return _put_on(model, name, made, scales, saved, config)
+    asked = {key: [len(a), "full"] if a.dim() > 2 else len(a) for key, (a, _) in pairs.items()}
+    return _wrap(model, name, made, asked, saved, config, modules)
+
+
+def _read(source) -> tuple[dict[str, Tensor], dict]:
+    if not isinstance(source, (str, os.PathLike)):
+        tensors, config = source
+        config = config if isinstance(config, Mapping) else config.to_dict()
+        tensors, config = dict(tensors), dict(config)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(source)
+        for file in (WEIGHTS, CONFIG):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"import_lora: {os.fspath(source)!r} has no {file}")
+        try:
+            tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+        except (SafetensorError, json.JSONDecodeError) as error:
+            what = os.fspath(source)
+            raise ValueError(f"import_lora: {what!r} is truncated or no adapter of peft: {error}") from error
+    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    if kind != "LORA":
+        raise ValueError(f"import_lora: need a LoRA checkpoint, got peft_type {kind}")
+    if config.get("init_lora_weights") not in PLAIN_INITS:
+        how = config["init_lora_weights"]
+        raise ValueError(f"import_lora: init_lora_weights={how!r} has changed the base weights; save the adapter with "
+                         "path_initial_model_for_weight_conversion first")
+    odd = [key for key in REFUSED if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if odd:
+        raise ValueError(f"import_lora: only ordinary LoRA, this one has {odd[0]}={config[odd[0]]!r}")
+    return tensors, config
+
+
+def _pairs(tensors) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """{layer: (A, B)} and what belongs to no LoRA layer."""
+    found, rest = {}, {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix(PREFIX).replace("_orig_mod.", "")
+        match = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight)?", key)
+        if match:
+            found.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor
+        elif ".lora_" in key:
+            raise ValueError(f"import_lora: only ordinary LoRA, the checkpoint has {key!r}")
+        else:
+            rest[key] = tensor
+    lonely = [key for key, pair in found.items() if len(pair) < 2]
+    if lonely or not found:
+        what = f"{lonely[0]!r} lacks its A or B" if lonely else "the checkpoint has no LoRA"
+        raise ValueError(f"import_lora: {what}")
+    return {key: (pair["A"], pair["B"]) for key, pair in found.items()}, rest
+
+
+def _to_tucker(key, module, a: Tensor, b: Tensor) -> tuple[str, torch.Size, list[int | None], dict[str, Tensor]]:
+    """(parameter, its shape, ranks, tensors by name) of one layer, without the scale."""
+    if module is None or not has_kind(module):
+        what = "there is no such layer" if module is None else f"it is a {type(module).__name__}"
+        raise ValueError(f"import_lora: {key!r} can't take a LoRA: {what} in the model")
+    (parameter, shape), *more = weights_of(module).items()
+    groups, a, b, r = getattr(module, "groups", 1), a.float(), b.float(), a.shape[0]
+    if more or groups > 1 or (len(shape) > 2 and not isinstance(module, CONVS)):
+        what = f"{type(module).__name__} with groups={groups}" if groups > 1 else type(module).__name__
+        raise ValueError(f"import_lora: {key!r} is a {what}, on which peft's LoRA is no change of one weight")
+    if isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module):
+        factors = [a.mT, b]
+    else:
+        factors = [b.flatten(1), a.mT] if len(shape) == 2 else [b.flatten(1), None]
+    whole = len(shape) > 2  # A is the core then, and all modes but the first are whole
+    fits = all(tuple(f.shape) == (d, r) for f, d in zip(factors, shape) if f is not None)
+    if not fits or (whole and a.shape[1:] != shape[1:]):
+        raise ValueError(f"import_lora: {key!r} is {tuple(shape)} in the model, with A {tuple(a.shape)} and "
+                         f"B {tuple(b.shape)} in the checkpoint")
+    core = a if whole else torch.eye(r)
+    for mode, factor in enumerate(factors):
+        if factor is not None and r > shape[mode]:  # a rank above the size: the factor is the identity
+            core = torch.tensordot(factor, core, dims=([1], [mode])).movedim(0, mode)
+            factors[mode] = torch.eye(shape[mode])
+    ranks = [None if f is None else f.shape[1] for f in factors] + [None] * (len(shape) - 2)
+    named = {"core": core} | {f"factor{i}": f for i, f in enumerate(factors) if f is not None}
+    return parameter, shape, ranks, {n: t.contiguous() for n, t in named.items()}
+
+
+def _pattern(patterns: Mapping | None, key: str, otherwise):
+    """As peft reads rank_pattern and alpha_pattern."""
+    return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", key)), otherwise)
+
+
+def _scale(config, key, r) -> float:
+    alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _saved(rest, config, modules) -> dict[str, dict[str, Tensor]]:
+    """The modules that the checkpoint keeps whole."""
+    saved = {}
+    for key, tensor in rest.items():
+        at = next((n for n in modules if n and key.startswith(n + ".") and any(
+            n == m or n.endswith("." + m) for m in config.get("modules_to_save") or ())), None)
+        if at is None:
+            raise ValueError(f"import_lora: the checkpoint has {key!r}, which belongs to no LoRA and no saved module")
+        saved.setdefault(at, {})[key[len(at) + 1:]] = tensor
+    for key, state in saved.items():
+        has, got = ({n: tuple(t.shape) for n, t in d.items()} for d in (modules[key].state_dict(), state))
+        if has != got:
+            raise ValueError(f"import_lora: saved module {key!r} is {has} in the model, {got} in the checkpoint")
+    return saved
+
+
+def _put_on(model, name, made, scales, saved, config) -> nn.Module:
+    """By way of a file of ours, which `load_adapter` checks against the model."""
+    from safetensors.torch import save_file
+
+    dropout = float(config.get("lora_dropout") or 0)
+    described = {key: {parameter: {"shape": shape, "ranks": ranks, "scale": scales[key], "dropout": dropout}}
+                 for key, (parameter, shape, ranks, _) in made.items()}
+    tensors = {f"{key}.{parameter}.{n}": t for key, (parameter, _, _, named) in made.items() for n, t in named.items()}
+    tensors |= {f"{key}.{n}": t for key, state in saved.items() for n, t in state.items()}
+    note = TuckerConfig(rank=int(config.get("r", 8)), alpha=config.get("lora_alpha", 8), dropout=dropout,
+                        scaling="rslora" if config.get("use_rslora") else "lora", target_modules=tuple(made),
+                        save_modules=tuple(saved)).to_dict()
+    about = {"config": note, "layers": described, "saved": {key: list(state) for key, state in saved.items()}}
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(about)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "lora.safetensors")
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
+        return load_adapter(model, path, name)
+
+
+def _wrap(model, name, made, asked, saved, config, modules) -> nn.Module:
+    """By way of peft: a config that gives just these ranks, then the tensors."""
+    import peft
+
+    from ..peft import TuckerConfig as PeftTuckerConfig
+
+    r = int(config.get("r", 8))
+    ranks = {"^" + re.escape(key): rank for key, rank in asked.items() if rank != r}
+    same = {k: config.get(k) for k in ("alpha_pattern", "task_type", "revision", "base_model_name_or_path")}
+    tucker = PeftTuckerConfig(
+        r=r, alpha=config.get("lora_alpha", 8), scaling="rslora" if config.get("use_rslora") else "lora",
+        dropout=float(config.get("lora_dropout") or 0), target_modules=_targets(made, modules), rank_pattern=ranks,
+        modules_to_save=config.get("modules_to_save"), **same)
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(name, tucker)
+    else:
+        model = peft.get_peft_model(model, tucker, name)
+    tensors = {f"{PREFIX}{key}.tucker_parts.{n}": t for key, (_, _, _, named) in made.items() for n, t in named.items()}
+    tensors |= {f"{PREFIX}{key}.{n}": t for key, state in saved.items() for n, t in state.items()}
+    odd = peft.set_peft_model_state_dict(model, tensors, adapter_name=name).unexpected_keys
+    if odd:
+        raise ValueError(f"import_lora: {odd[0]!r} has no place in the model")
+    return model
+
+
+def _targets(names, modules) -> list[str] | str:
+    """target_modules that mean these layers and no other: the names, or where one is the end of another a pattern."""
+    if any(n not in names and n.endswith(tuple("." + key for key in names)) for n in modules):
+        return "|".join(re.escape(key) for key in names)
+    return sorted(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export_lora(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+    """Write a Tucker adapter as a LoRA checkpoint of peft with the same change: B = U G, A = V, alpha = scale · r.
+
+    Args:
+        model: one that `torch_subspace.adapt` or peft with the method `tucker` has adapted.
+        path: the folder to write; made if it isn't there.
+        name: of the adapter.
+
+    Raises:
+        ValueError: there is no such adapter, or peft's LoRA can't say the same: transposed, grouped and dilated
+            convolutions, padding modes other than zeros, attention's joint projections. Nothing is written then.
+    """
+    from safetensors.torch import save_file
+
+    found, saved = _parts(model, name)
+    tensors, ranks, alphas = {}, {}, {}
+    for key, (module, scale, part) in found.items():
+        a, b = _from_tucker(key, module, part)
+        ranks[key], alphas[key] = len(a), _alpha(scale, len(a))
+        form = "lora_embedding_{}" if isinstance(module, nn.Embedding) else "lora_{}.weight"
+        tensors |= {f"{PREFIX}{key}.{form.format(n)}": t for n, t in (("A", a), ("B", b))}
+    tensors |= {f"{PREFIX}{key}.{n}": t for key, state in saved.items() for n, t in state.items()}
+    names = [n.removeprefix(PREFIX) for n, m in unwrapped(model).named_modules()]
+    (r, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
+    config = {
+        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none", "inference_mode": True,
+        "lora_dropout": max(part.dropout for _, _, part in found.values()),
+        "fan_in_fan_out": any(is_conv1d_of_transformers(module) for module, _, _ in found.values()),
+        "rank_pattern": {"^" + re.escape(k): n for k, n in ranks.items() if n != r},
+        "alpha_pattern": {"^" + re.escape(k): n for k, n in alphas.items() if n != alpha},
+        "target_modules": _targets(found, names), "modules_to_save": list(saved) or None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+    }
+    task = getattr(getattr(model, "peft_config", {}).get(name), "task_type", None)
+    config["task_type"] = getattr(task, "value", task)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    save_file(tensors, folder / (WEIGHTS + ".part"), {"format": "pt"})
+    os.replace(folder / (WEIGHTS + ".part"), folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _parts(model, name):
+    """{layer: (module, scale, factors)} and the tensors of saved modules, of peft's adapter or of ours."""
+    peft_layers = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if hasattr(m, "tucker_parts")}
+    if peft_layers:
+        found = {n: (m.base_layer, m.scaling[name], m.tucker_parts[name]) for n, m in peft_layers.items()
+                 if name in m.tucker_parts}
+        saved = {n.removeprefix(PREFIX): m.modules_to_save[name].state_dict() for n, m in model.named_modules()
+                 if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict) and name in m.modules_to_save}
+        known = sorted({a for m in peft_layers.values() for a in m.tucker_parts})
+    else:
+        refuse_merged("export_lora", model)
+        found, known = {}, adapter_names(model)
+        for n, m in layers(model).items():
+            parts = dict(m.tucker[name].items()) if name in m.tucker else {}
+            if parts and set(parts) != {"weight"}:
+                raise ValueError(f"export_lora: {n!r} has joint projections, which a LoRA of peft can't adapt alone")
+            if parts:
+                found[n] = (m, parts["weight"].scale, parts["weight"])
+        saved = saved_tensors(model, name)
+    if not found:
+        raise ValueError(f"export_lora: no adapter {name!r}; there are {known}")
+    return found, saved
+
+
+@torch.no_grad()
+def _from_tucker(key, module, part) -> tuple[Tensor, Tensor]:
+    """A and B of one layer."""
+    core, factors = part.core, part.factors
+    if len(factors) == 2:
+        u, v = factors
+        if isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module):  # their weights are (in, out)
+            (v, u), core = factors, core.mT
+        if core.shape[1] <= core.shape[0]:  # the core goes to the side that leaves the smaller rank
+            u = (u.double() @ core.double()).to(core.dtype)
+        else:
+            v = (v.double() @ core.mT.double()).to(core.dtype)
+        return v.mT, u
+    odd = [f"{n}={getattr(module, n)!r}" for n, plain in (("groups", 1), ("padding_mode", "zeros"), ("dilation", None))
+           if (set(getattr(module, n)) != {1} if plain is None else getattr(module, n) != plain)]
+    if odd or not isinstance(module, CONVS):
+        what = " with ".join([type(module).__name__, *odd[:1]])
+        raise ValueError(f"export_lora: {key!r} is a {what}, for which peft's LoRA computes something else")
+    u = torch.eye(len(core), dtype=core.dtype, device=core.device) if factors[0] is None else factors[0]
+    return tucker_compose(core, [None, *factors[1:]]), u.reshape(*u.shape, *[1] * (len(factors) - 2))
+
+
+def _alpha(scale: float, r: int) -> float:
+    """The alpha for which alpha / r is the scale, to the bit where there is one."""
+    alpha = scale * r
+    near = [alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)]
+    alpha = next((a for a in near if a / r == scale), alpha)
+    return int(alpha) if alpha == int(alpha) else alpha

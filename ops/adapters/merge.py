@@ -1,0 +1,112 @@
+"""Adapters into the weights, and out again to the bit."""
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ..common import HALF
+from ..tucker.tucker import tucker_compose
+from .adapted import adapted_names, become_plain, combined
+from .state import drop_saved, forget, known_layers, refuse_merged
+
+LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Add the active adapters' changes to the weights; the layers then cost what they did before.
+
+    Sums are taken in float32 (float64 for float64 weights) and rounded once. The weights of before are kept beside, so
+    that `unmerge` is exact to the bit. A state_dict taken meanwhile has the changed weights and the adapter: load it
+    into a merged model, or not at all.
+
+    Warns when a half-precision weight swallows more than a tenth of its change.
+
+    Raises:
+        ValueError: nothing to merge, merged already, or a weight is packed (quantised). Nothing is changed then.
+    """
+    found = {key: layer for key, layer in known_layers("merge", model).items() if _active_parameters(layer)}
+    refuse_merged("merge", model)
+    if not found:
+        raise ValueError("merge: no adapter is active")
+    packed = [key for key, layer in found.items() if layer.tucker_packed]
+    if packed:
+        raise ValueError(f"merge: the weight of {packed[0]!r}{others(packed)} is quantised and can't take a change")
+    lost, done = {}, {}
+    try:
+        for key, layer in found.items():
+            done[layer] = {p: layer._parameters[p].detach().clone() for p in _active_parameters(layer)}
+            for p in done[layer]:
+                part = _merge_weight(layer, p)
+                if part > LOST:
+                    lost[key] = part
+    except BaseException:
+        _restore(done)
+        raise
+    for layer, snapshot in done.items():
+        layer.tucker_merged = snapshot
+    if lost:
+        worst = max(lost, key=lost.get)
+        where = f"{worst!r}{others(lost)}"
+        warnings.warn(f"merge: half precision swallows {lost[worst]:.0%} of the change of {where}; merge into a "
+                      "float32 model to keep it", stacklevel=3)  # beyond no_grad's own frame
+    return model
+
+
+def others(names) -> str:
+    """What to add to the name of the first."""
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def _active_parameters(layer) -> list[str]:
+    return [p for p in adapted_names(layer)
+            if any(name in layer.tucker and p in layer.tucker[name] for name in layer.tucker_active)]
+
+
+def _merge_weight(layer, parameter) -> float:
+    """Add the change in place; returns the part of it that rounding has lost."""
+    base = layer._parameters[parameter]
+    enabled, layer.tucker_enabled = layer.tucker_enabled, True
+    terms = layer.tucker_terms(parameter)
+    layer.tucker_enabled = enabled
+    scale, core, factors, _ = combined(terms)
+    if base.dtype not in HALF:
+        base.copy_(tucker_compose(core, factors, scale=scale, base=base))
+        return 0.0
+    change, before = tucker_compose(core, factors, scale=scale), base.float()
+    base.copy_(tucker_compose(core, factors, scale=scale, base=base))
+    size = torch.linalg.vector_norm(change)
+    return float(torch.linalg.vector_norm(base.float() - before - change) / size) if size > 0 else 0.0
+
+
+def _restore(snapshots) -> None:
+    for layer, snapshot in snapshots.items():
+        for parameter, before in snapshot.items():
+            layer._parameters[parameter].copy_(before)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`, bit for bit."""
+    found = known_layers("unmerge", model).values()
+    found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
+    if not found:
+        raise ValueError("unmerge: the adapters aren't merged")
+    _restore(found)
+    for layer in found:
+        layer.tucker_merged = None
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge the active adapters and remove every trace of them: a plain model with the changed weights and the active
+    adapter's saved modules. Raises as `merge` does."""
+    found = known_layers("merge_and_unload", model)
+    if not any(layer.tucker_merged is not None for layer in found.values()):
+        merge(model)
+    for layer in found.values():
+        become_plain(layer)
+    drop_saved(model)
+    forget(model)
+    return model

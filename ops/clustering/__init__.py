@@ -1,0 +1,1 @@
+"""`ManifoldClustering`, its files and augmentations."""

@@ -1,0 +1,452 @@
+"""Clustering on unions of subspaces and other curved shapes, with scikit-learn's manners.
+
+`ManifoldClustering` learns features whose classes lie on subspaces as far apart as the coding rate can tell, without
+labels: Ding et al., Unsupervised Manifold Linearizing and Clustering (MLC), arXiv 2301.01805. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize, one_hot
+
+from ..metrics import effective_rank
+from ..rates.losses import CodingRateLoss, MLCLoss
+from .augment import ImageAugment, Noise
+from .files import read_clustering, write_clustering
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(f"ManifoldClustering needs scikit-learn >= 1.6 (pip install scikit-learn): {error}") from None
+
+ROWS = 4096  # that are embedded at a time when no gradients are needed
+
+
+class Network(nn.Module):
+    """An encoder and two linear heads on it: unit features z for the geometry and c for who belongs together."""
+
+    def __init__(self, encoder: nn.Module, width: int, dim: int):
+        super().__init__()
+        self.encoder = encoder
+        self.features = nn.Linear(width, dim)
+        self.clusters = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.encoder(x).flatten(1)
+        return normalize(self.features(h)), normalize(self.clusters(h))
+
+    def copy_head(self) -> None:
+        """Let the cluster head start where the feature head has arrived."""
+        self.clusters.load_state_dict(self.features.state_dict())
+
+
+def perceptron(inputs: int, hidden: Sequence[int]) -> nn.Sequential:
+    """Linear layers of the given widths, each with batch normalisation and ReLU."""
+    layers = nn.Sequential()
+    for width, outputs in zip((inputs, *hidden), hidden):
+        layers.extend([nn.Linear(width, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()])
+    return layers
+
+
+class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+    """Clusters points by learning features in which each cluster is a subspace of its own.
+
+    Training has two phases. First the features' coding rate R is maximised, which spreads the points over the sphere,
+    while views of one point are kept together. Then a second head, a copy of the first, says by a doubly stochastic
+    matrix Γ who belongs together, and -R(Z) + Rc(Z, Γ) + ½ reg ‖Γ‖² is minimised over both. The clusters are read from
+    Γ by spectral clustering, the labels of the true classes are used nowhere.
+
+    Args:
+        n_clusters: clusters to find.
+        encoder: module from batches to features (n, ...), flattened; a copy is trained, except where its parameters
+            don't require gradients. None: a perceptron with layers `hidden`.
+        hidden: widths of that perceptron's layers.
+        dim: of the learned features; a cluster can be up to about dim / n_clusters dimensional.
+        eps: the coding rate's ε², the finer the smaller.
+        eta: temperature of Γ; .1 to .175 in the paper.
+        reg: weight of Γ's norm, which keeps it from the identity.
+        invariance: weights, in the first and the second phase, of 1 - cos between a point's views and their mean.
+        augment: "noise"; "images", for points that are images of `image_shape`; a callable from a batch to another view
+            of it, both float32 on `device`, called once per view; None: no views.
+        image_shape: (height, width) or (channels, height, width) of a point. X may then have it too, and the encoder
+            is given (n, *image_shape).
+        views: of each point in a batch.
+        neighbors: half of the views are of one of so many points that are nearest to the point, or to views of it; 0
+            for views of the point alone. The search takes n² distances, for a few views.
+        init_epochs, epochs: passes over the data in the first and the second phase.
+        batch_size: points in a batch at most. Γ is batch_size x batch_size; it needs several points of each cluster.
+        lr, weight_decay: of AdamW; the rate falls to zero by a cosine in each phase.
+        readout_size: points at most in the Γ that the clusters are read from, drawn at random. The others join the
+            cluster they belong to most by Γ, as new points do.
+        device: where to compute.
+        random_state: seed, numpy RandomState or None; an int makes fit repeatable. Global generators stay as they are.
+        verbose: show a progress bar (tqdm).
+        callbacks: callables (estimator, record), called with each epoch's entry of `history_`; True ends the phase.
+
+    Attributes:
+        labels_: int64 array (n,), clusters of the points that were fitted, 0 to n_clusters - 1.
+        history_: list of dicts: phase ("rate" or "clusters"), epoch, loss, effective_rank of the last batch's features.
+        network_: the trained `Network`.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+
+    Raises (from fit):
+        ValueError: a parameter that is out of range, X with NaN or too few points, an encoder that doesn't fit X.
+        RuntimeError: a loss that is not finite.
+
+    Source: arXiv 2301.01805; the invariance term after arXiv 2304.03977.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        encoder: nn.Module | None = None,
+        hidden: Sequence[int] = (256,),
+        dim: int = 32,
+        eps: float = 0.2,
+        eta: float = 0.1,
+        reg: float = 0.05,
+        invariance: Sequence[float] = (100.0, 10.0),
+        augment: str | Callable[[Tensor], Tensor] | None = "noise",
+        image_shape: Sequence[int] | None = None,
+        views: int = 4,
+        neighbors: int = 15,
+        init_epochs: int = 150,
+        epochs: int = 60,
+        batch_size: int = 600,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        readout_size: int = 2000,
+        device: str | torch.device = "cpu",
+        random_state=None,
+        verbose: bool = False,
+        callbacks: Sequence[Callable] | None = None,
+    ):
+        self.n_clusters = n_clusters
+        self.encoder = encoder
+        self.hidden = hidden
+        self.dim = dim
+        self.eps = eps
+        self.eta = eta
+        self.reg = reg
+        self.invariance = invariance
+        self.augment = augment
+        self.image_shape = image_shape
+        self.views = views
+        self.neighbors = neighbors
+        self.init_epochs = init_epochs
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.readout_size = readout_size
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+        self.callbacks = callbacks
+
+    # ------------------------------------------------------------------ fit
+    def fit(self, X, y=None) -> ManifoldClustering:
+        """Learn features and clusters of X (n, f), or (n, *image_shape); y is not used."""
+        self._check_parameters()
+        X = self._checked(X, reset=True)
+        if len(X) < max(2, self.n_clusters):
+            raise ValueError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and two at least")
+        random = check_random_state(self.random_state)
+        vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
+        with _seeded(random.randint(2**31 - 1), self.device):
+            self._mean, self._scale = _spread(X, self.image_shape)
+            points = self._scaled(X)
+            self.network_ = self._build(points)
+            self.history_ = []
+            view = self._viewer(points)
+            with self._progress() as bar:
+                self._train("rate", points, view, self._rate_loss(), self.init_epochs, bar)
+                self.network_.copy_head()
+                self._train("clusters", points, view, self._cluster_loss(), self.epochs, bar)
+            self.network_.eval()
+            _, c = self._embed(points)
+            chosen = torch.as_tensor(random.permutation(len(c))[: self.readout_size])
+            self._read_out(c[chosen], random)
+            labels = self._assigned(c)
+            labels[chosen] = self._anchor_labels
+            self.labels_ = labels.numpy()
+        return self
+
+    def _train(self, phase, points, view, loss_of, epochs, bar) -> None:
+        net = self.network_.train()
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, self.lr, weight_decay=self.weight_decay)
+        batches = -(-len(points) // self.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * batches))
+        views = self.views if view else 1
+        for epoch in range(epochs):
+            total = 0.0
+            for rows in torch.randperm(len(points)).tensor_split(batches):
+                x = torch.cat([view(rows) for _ in range(views)]) if view else points[rows]
+                if len(x) != views * len(rows):
+                    raise ValueError(f"augment must return as many points as it is given, {len(rows)}, "
+                                     f"got {len(x) / views:g}")
+                z, c = (t.unflatten(0, (views, -1)) for t in net(x))
+                loss = loss_of(z, c)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                total += loss.item() * len(rows) / len(points)
+            if not np.isfinite(total):
+                raise RuntimeError(f"ManifoldClustering: the loss is {total} in epoch {epoch} of phase {phase!r}; "
+                                   "a smaller lr or a larger eps may help")
+            rank = effective_rank(normalize(z.mean(0), dim=-1))
+            record = {"phase": phase, "epoch": epoch, "loss": total, "effective_rank": rank}
+            self.history_.append(record)
+            bar.update()
+            bar.set_description(f"{phase}: loss {total:.3f}")
+            answers = [callback(self, record) for callback in self.callbacks or ()]
+            if any(answer is True for answer in answers):
+                break
+
+    def _rate_loss(self):
+        rate = CodingRateLoss(float(self.eps))
+        return lambda z, c: rate(z) + self.invariance[0] * _variance(z)
+
+    def _mlc(self) -> MLCLoss:
+        return MLCLoss(float(self.eps), float(self.eta), float(self.reg))
+
+    def _cluster_loss(self):
+        mlc = self._mlc()
+
+        def loss(z, c):
+            mean = mlc(normalize(z.mean(0), dim=-1), normalize(c.mean(0), dim=-1))
+            return mean + self.invariance[1] * (_variance(z) + _variance(c))
+
+        return loss
+
+    # ------------------------------------------------------------- read-out
+    @torch.no_grad()
+    def _read_out(self, c, random) -> None:
+        """Cluster the anchors c (m, dim) by their plan, and keep what it takes to extend the plan to other points.
+
+        Spectral clustering with twice as many eigenvectors as clusters, and rows of unit length: where Γ has more
+        groups than asked for, small ones are then joined to others, rather than large ones to each other. The
+        eigenvalues squared are those of two steps of Γ, a doubly stochastic matrix, and let noise fade.
+        """
+        from sklearn.cluster import KMeans
+
+        plan = self._mlc().membership(c)
+        values, vectors = torch.linalg.eigh((plan + plan.mT).double().cpu() / 2)
+        rows = normalize((vectors * values.square())[:, -2 * self.n_clusters :])
+        kmeans = KMeans(self.n_clusters, n_init=20, random_state=random)
+        labels = kmeans.fit_predict(rows.numpy())
+        # Γ_jj = g_j² exp(1/η) tells the potentials g of the plan Γ_ij = g_i exp(|c_i'c_j|/η) g_j
+        self._anchors, self._potentials = c, plan.diagonal().log() / 2
+        self._anchor_labels = torch.as_tensor(labels, dtype=torch.int64)
+
+    def _belonging(self, c) -> Tensor:
+        """(n, n_clusters): the rows of the plan that points c would have, summed by cluster."""
+        member = one_hot(self._anchor_labels, self.n_clusters).to(c)
+        rows = ((c @ self._anchors.to(c).mT).abs() / self.eta + self._potentials.to(c)).softmax(1)
+        return rows @ member
+
+    def _assigned(self, c) -> Tensor:
+        return torch.cat([self._belonging(part).argmax(1) for part in c.split(ROWS)]).cpu()
+
+    def predict(self, X) -> np.ndarray:
+        """Clusters of points X (n, f): those to which they belong most by Γ, extended to them. int64 (n,)."""
+        points = self._known(X)
+        with torch.no_grad():
+            return self._assigned(self._embed(points)[1]).numpy()
+
+    def transform(self, X) -> np.ndarray:
+        """Features of points X (n, f): unit rows, float32 (n, dim)."""
+        return self._embed(self._known(X))[0].cpu().numpy()
+
+    @torch.no_grad()
+    def _embed(self, points) -> tuple[Tensor, Tensor]:
+        parts = [self.network_(part) for part in points.split(ROWS)]
+        return torch.cat([z for z, _ in parts]), torch.cat([c for _, c in parts])
+
+    # ------------------------------------------------------- input and parts
+    def _known(self, X) -> Tensor:
+        check_is_fitted(self, "labels_")
+        return self._scaled(self._checked(X, reset=False))
+
+    def _checked(self, X, reset) -> np.ndarray:
+        """X as finite float32 (n, f)."""
+        if self.image_shape is not None and hasattr(X, "shape") and len(X.shape) > 2:
+            if tuple(X.shape[1:]) != tuple(self.image_shape):
+                raise ValueError(f"X holds images of {tuple(X.shape[1:])}, image_shape is {tuple(self.image_shape)}")
+            X = X.reshape(len(X), -1)
+        X = validate_data(self, X, dtype=np.float32, reset=reset)
+        if self.image_shape is not None and X.shape[1] != np.prod(self.image_shape):
+            raise ValueError(f"X has {X.shape[1]} features, image_shape={tuple(self.image_shape)} has others")
+        return X
+
+    def _scaled(self, X) -> Tensor:
+        x = torch.tensor((X - self._mean) / self._scale, dtype=torch.float32, device=self.device)
+        return x if self.image_shape is None else x.reshape(len(x), *self.image_shape)
+
+    def _build(self, points) -> Network:
+        if self.encoder is None:
+            points = points.flatten(1)
+            encoder = nn.Sequential(nn.Flatten(), *perceptron(points.shape[1], self.hidden))
+        else:
+            encoder = copy.deepcopy(self.encoder)
+        encoder.to(points.device).eval()
+        with torch.no_grad():
+            h = encoder(points[:2])
+        if not isinstance(h, Tensor) or len(h) != 2 or h.dim() < 2:
+            got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(f"encoder must turn a batch of two points into features (2, ...), got {got}")
+        return Network(encoder, h[0].numel(), self.dim).to(points.device)
+
+    def _viewer(self, points):
+        """A function from rows to a view of these points each; None where there is nothing to vary."""
+        augment = self.augment
+        if isinstance(augment, str):
+            augment = Noise() if augment == "noise" else ImageAugment(self.image_shape)
+        count = min(self.neighbors, len(points) - 1)
+        if not count:
+            return augment and (lambda rows: augment(points[rows]))
+        near = nearest(points, count, augment)
+
+        def view(rows):
+            other = near[rows, torch.randint(count, rows.shape)]
+            x = points[torch.where(torch.rand(rows.shape) < 0.5, other, rows)]
+            return augment(x) if augment else x
+
+        return view
+
+    def _progress(self):
+        if not self.verbose:
+            return _NoBar()
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            raise ImportError("verbose=True needs tqdm: pip install tqdm") from None
+        return tqdm(total=self.init_epochs + self.epochs, unit="epoch", dynamic_ncols=True)
+
+    def _check_parameters(self) -> None:
+        def need(good, name, rule):
+            if not good:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+        def whole(value):
+            return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+        for name in ("n_clusters", "dim", "views", "batch_size", "readout_size"):
+            need(whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number > 0")
+        for name in ("init_epochs", "epochs", "neighbors"):
+            need(whole(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number >= 0")
+        for name in ("eps", "eta", "lr"):
+            need(_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number > 0")
+        for name in ("reg", "weight_decay"):
+            need(_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number >= 0")
+        need(self.readout_size >= self.n_clusters, "readout_size", f">= n_clusters={self.n_clusters}")
+        need(self.batch_size > 1, "batch_size", "> 1")
+        need(self.encoder is None or isinstance(self.encoder, nn.Module), "encoder", "a torch module or None")
+        pair = isinstance(self.invariance, Sequence) and len(self.invariance) == 2
+        need(pair and all(_number(w) and w >= 0 for w in self.invariance), "invariance", "two numbers >= 0")
+        hidden = isinstance(self.hidden, Sequence) and all(whole(w) and w > 0 for w in self.hidden)
+        need(hidden, "hidden", "a sequence of whole numbers > 0")
+        known = self.augment is None or callable(self.augment) or self.augment in ("noise", "images")
+        need(known, "augment", "'noise', 'images', a callable or None")
+        shape = self.image_shape
+        if shape is not None or isinstance(self.augment, str) and self.augment == "images":
+            good = isinstance(shape, Sequence) and len(shape) in (2, 3) and all(whole(s) and s > 0 for s in shape)
+            need(good, "image_shape", "(height, width) or (channels, height, width)")
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.dim
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    # ---------------------------------------------------------------- files
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the fitted estimator to a safetensors file, parameters inside; the file appears whole or not at all.
+
+        Parameters that are objects stay out: `encoder` (its weights are in), callables, a RandomState.
+        """
+        check_is_fitted(self, "labels_")
+        write_clustering(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, encoder: nn.Module | None = None) -> ManifoldClustering:
+        """Read what `save` wrote. `encoder` is needed when one was given then: a module like it, which is copied.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or not one of ours, or the encoder doesn't fit.
+        """
+        return read_clustering(cls, path, encoder)
+
+
+class _NoBar:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self):
+        pass
+
+    def set_description(self, _):
+        pass
+
+
+def nearest(points: Tensor, count: int, augment=None, searches: int = 30) -> Tensor:
+    """Rows (n, count) of the points nearest to each, or to any of some views of it, itself left out."""
+    flat, found = points.flatten(1), []
+    for rows in torch.arange(len(points)).split(ROWS):
+        distance = torch.cdist(points[rows].flatten(1), flat)
+        for _ in range(searches if augment and not isinstance(augment, Noise) else 0):
+            distance = torch.minimum(distance, torch.cdist(augment(points[rows]).flatten(1), flat))
+        distance[torch.arange(len(rows)), rows] = torch.inf
+        found.append(distance.topk(count, largest=False).indices.cpu())
+    return torch.cat(found)
+
+
+def _variance(z) -> Tensor:
+    """1 - cos between the views (V, n, d) and their mean, averaged; 0 for one view."""
+    return 1 - cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean() if len(z) > 1 else z.new_zeros(())
+
+
+def _spread(X, image_shape):
+    """Mean of every feature, or of every channel of images, and one scale for all: distances keep their proportions."""
+    if image_shape is None:
+        mean = X.mean(0, dtype=np.float64)
+    else:
+        channels = image_shape[0] if len(image_shape) == 3 else 1
+        mean = X.reshape(len(X), channels, -1).mean((0, 2), dtype=np.float64).repeat(X.shape[1] // channels)
+    mean = mean.astype(np.float32)
+    scale = float((X - mean).std(dtype=np.float64))
+    return mean, scale if scale > 0 else 1.0
+
+
+def _number(value) -> bool:
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return real and bool(np.isfinite(value))
+
+
+@contextlib.contextmanager
+def _seeded(seed, device):
+    """torch's generators start from `seed` inside, and go on as before after it."""
+    device = torch.device(device)
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield

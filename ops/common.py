@@ -1,0 +1,46 @@
+"""What every op's wrapper asks for: dtypes, autocast, transforms. Importing it registers torch.ops.torch_subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library  # noqa: F401  (registers torch.ops.torch_subspace)
+
+WIDE = (torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*WIDE, *HALF)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a dtype is computed in: float64 for itself, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast the tensors as a linear layer or a convolution would get them; the first one's device decides.
+
+    float64 is left alone, as everywhere in torch; None stays None, and what is no tensor is for the caller's checks.
+    """
+    x = tensors[0]
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+                 for t in tensors)
+
+
+def transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode AD, which an op registered from outside torch cannot take
+    part in: its tangent would silently be zero. The plain formula serves there."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_floating(name: str, what: str, t: object) -> None:
+    """Raises in `name`'s voice unless `what` is a tensor of a dtype that the kernels read."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {what} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")

@@ -1,0 +1,1 @@
+"""Subspaces as classes: logits, the fused loss, Riemannian steps, the layer, head surgery and optimisers."""

@@ -1,0 +1,161 @@
+"""Fused softmax cross-entropy over subspace logits: O(batch) extra memory.
+
+    loss[b] = lse[b] * sum_c tau[b, c] - sum_c tau[b, c] logits[b, c],    lse = log sum_c exp(logits)
+
+with tau the (smoothed, class-weighted) target. Neither the (B, C) logits nor the (B, C, k) projections
+are ever stored: both passes recompute them in tiles, see cpu/grassmann/cross_entropy.c. The log-sum-exp is summed
+online over panels of classes, as fused linear cross-entropies do; here the logits are norms.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import autocast, transformed, wide_dtype
+from .frames import check_frames, check_gamma, starts
+from .logits import fake_gradients, subspace_logits
+
+_op = torch.ops.torch_subspace
+_NAME = "subspace_cross_entropy"
+
+
+def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: float = 25.0, normalize: bool = True,
+                           dims: Sequence[int] | None = None, class_weight: Tensor | None = None,
+                           ignore_index: int = -100, label_smoothing: float = 0.0,
+                           reduction: str = "mean") -> Tensor:
+    """``cross_entropy(subspace_logits(x, weight), target)`` without the logits.
+
+    Args:
+        x: features, (..., n).
+        weight: frames, (C, k, n), or (sum(dims), n) with ``dims``.
+        target: int64 labels (...,) in [0, C), or class probabilities (..., C) (mixup, cutmix, distillation).
+        gamma, normalize, dims: as in `subspace_logits`.
+        class_weight: (C,) non-negative weights, as torch's ``weight``.
+        ignore_index: label of rows that count for nothing (labels only).
+        label_smoothing: in [0, 1]; mixes the target with the uniform distribution.
+        reduction: "mean" (over the class weights of the labels that count, or over rows for
+            probabilities), "sum" or "none".
+
+    Returns:
+        the loss, a scalar or (...,); float32 for half inputs. The mean over no rows at all is 0, where
+        torch's own gives NaN.
+
+    Raises:
+        TypeError, ValueError: types, dtypes, shapes or values do not fit; labels out of range are found
+        on the CPU (on CUDA, where looking would stall the stream, such a row's loss is NaN).
+
+    Source: arXiv 2308.01547 for the logits; semantics of torch.nn.functional.cross_entropy.
+    """
+    x, weight = autocast(x, weight)
+    check_frames(_NAME, x, weight, dims)
+    check_gamma(_NAME, gamma)
+    classes = weight.shape[0] if dims is None else len(dims)
+    labels = _check_target(x, target, classes, ignore_index)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{_NAME}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{_NAME}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if class_weight is not None:
+        _check_class_weight(class_weight, classes, x.device)
+
+    if not labels and torch.is_grad_enabled() and target.requires_grad:  # rare: a teacher that learns too
+        return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing,
+                                     reduction)
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    flat_target = target.reshape(-1) if labels else target.detach().to(x.dtype).reshape(-1, classes)
+    scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
+             else class_weight.detach().to(torch.float64))
+    if transformed():
+        logits = subspace_logits(flat, weight, gamma=gamma, normalize=normalize, dims=dims).to(wide_dtype(x.dtype))
+        loss = torch.nn.functional.cross_entropy(
+            logits, flat_target if labels else flat_target.to(logits.dtype), reduction="none",
+            weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
+            ignore_index=ignore_index if labels else -100, label_smoothing=label_smoothing)
+    else:
+        loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
+                                    bool(normalize), int(ignore_index), float(label_smoothing))
+    if reduction == "none":
+        return loss.view(x.shape[:-1])
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if not labels:
+        return total / max(loss.shape[0], 1)
+    counted = flat_target != ignore_index
+    if class_weight is None:
+        return total / counted.sum().clamp(min=1)
+    weights = class_weight.detach().to(loss.dtype)[flat_target.clamp(0, classes - 1)] * counted
+    mass = weights.sum()
+    return total / torch.where(mass > 0, mass, 1)
+
+
+def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) -> bool:
+    """True for labels, False for probabilities."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{_NAME}: target must be a tensor, got {type(target).__name__}")
+    if target.device != x.device:
+        raise ValueError(f"{_NAME}: x and target must be on one device, got {x.device} and {target.device}")
+    if classes == 0:
+        raise ValueError(f"{_NAME}: need at least one class, got C=0")
+    if target.is_floating_point():
+        if target.shape != (*x.shape[:-1], classes):
+            raise ValueError(f"{_NAME}: probabilities must be {(*x.shape[:-1], classes)}, got {tuple(target.shape)}")
+        return False
+    if target.dtype != torch.int64:
+        raise TypeError(f"{_NAME}: labels must be int64, got {target.dtype}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(f"{_NAME}: labels must be {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+    if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and target.numel():
+        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if wrong.any():
+            raise ValueError(f"{_NAME}: labels must be in [0, {classes}), got {target[wrong][0].item()}")
+    return True
+
+
+def _check_class_weight(class_weight: Tensor, classes: int, device: torch.device) -> None:
+    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point():
+        raise TypeError(f"{_NAME}: class_weight must be a floating tensor, got "
+                        f"{getattr(class_weight, 'dtype', type(class_weight).__name__)}")
+    if class_weight.shape != (classes,) or class_weight.device != device:
+        raise ValueError(f"{_NAME}: class_weight must be ({classes},) on {device}, "
+                         f"got {tuple(class_weight.shape)} on {class_weight.device}")
+
+
+def _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing, reduction):
+    logits = subspace_logits(x, weight, gamma=gamma, normalize=normalize, dims=dims).to(wide_dtype(x.dtype))
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), target.to(logits.dtype).reshape(-1, logits.shape[-1]),
+        weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
+        label_smoothing=label_smoothing, reduction=reduction)
+    return loss.view(x.shape[:-1]) if reduction == "none" else loss
+
+
+@torch.library.register_fake("torch_subspace::cross_entropy")
+def _(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
+    return x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)), x.new_empty(2, x.shape[0], dtype=wide_dtype(x.dtype))
+
+
+@torch.library.register_fake("torch_subspace::cross_entropy_backward")
+def _(dloss, x, weight, start, target, class_weight, stats, gamma, normalize, ignore_index, label_smoothing,
+      need_dx, need_dweight):
+    return fake_gradients(x, weight, need_dx, need_dweight)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, start, target, class_weight, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight, start, target, class_weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, _dstats):
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    if dloss is None:
+        return (None,) * 9
+    dx, dweight = _op.cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.rest, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 7
+
+
+torch.library.register_autograd("torch_subspace::cross_entropy", _backward, setup_context=_setup)

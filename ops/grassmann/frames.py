@@ -1,0 +1,71 @@
+"""What frames are: (C, k, n), the k rows of a class orthonormal; or (sum of dims, n) where dimensions differ."""
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import check_floating
+
+RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
+TRANSPORTS = ("project", "parallel")
+
+
+def check_frames(name: str, x: Tensor, weight: Tensor, dims: Sequence[int] | None) -> None:
+    """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice."""
+    for what, t in (("x", x), ("weight", weight)):
+        check_floating(name, what, t)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"{name}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: x and weight must be on one device, got {x.device} and {weight.device}")
+    if x.dim() < 1:
+        raise ValueError(f"{name}: x must be (..., n), got a scalar")
+    check_dims(name, weight, dims)
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{name}: x has {x.shape[-1]} features but weight has {weight.shape[-1]}")
+
+
+def check_dims(name: str, weight: Tensor, dims: Sequence[int] | None) -> None:
+    """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims."""
+    if weight.dim() != (3 if dims is None else 2):
+        want = "(C, k, n)" if dims is None else "(sum of dims, n) with dims"
+        raise ValueError(f"{name}: weight must be {want}, got shape {tuple(weight.shape)}")
+    n = weight.shape[-1]
+    if dims is None:
+        if weight.shape[0] > 0 and not 0 < weight.shape[1] <= n:
+            raise ValueError(f"{name}: need 0 < k <= n, got k={weight.shape[1]}, n={n}")
+        return
+    for c, k in enumerate(dims):
+        if not 0 < k <= n:
+            raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n}")
+    if sum(dims) != weight.shape[0]:
+        raise ValueError(f"{name}: dims sum to {sum(dims)} but weight has {weight.shape[0]} rows")
+
+
+def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:
+    """First row of each class and one past the last, as the kernels want it; empty for uniform frames."""
+    if dims is None:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(_first_rows(dims), dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # it may be saved for a backward later
+        return _starts(tuple(dims), device)
+
+
+def _first_rows(dims: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(int(k) for k in dims)]
+
+
+@functools.lru_cache(maxsize=64)  # a copy to the GPU would stall the stream at every call
+def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(_first_rows(dims), dtype=torch.int64, device=device)
+
+
+def check_gamma(name: str, gamma: float) -> None:
+    if isinstance(gamma, Tensor) or not math.isfinite(gamma):
+        raise ValueError(f"{name}: gamma must be a finite number, got {gamma!r}")

@@ -1,0 +1,149 @@
+"""Groups of frames: built from a model, checked, and the numbers Adam needs of each class.
+
+A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, or (Σdims, n) with a `dims` entry.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..common import WIDE
+from .frames import RETRACTIONS, TRANSPORTS
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float | Tensor = 0.0,
+    frame_lr_factor: float = 1.0,
+    no_decay: str | Iterable[str] = (),
+) -> list[dict]:
+    """Split the parameters of `model` into groups that any of this package's optimisers takes.
+
+    Args:
+        model: a module; each parameter is listed once, shared or not, trainable or not.
+        lr: learning rate to write into the groups, for wrappers that fill in rates before the optimiser sees the groups
+            (ZeroRedundancyOptimizer); by default they take the optimiser's own when they are added.
+        weight_decay: weight decay of the Euclidean parameters. Frames have none: a subspace has no length.
+        frame_lr_factor: the frames' learning rate as a multiple of `lr`.
+        no_decay: shell-style patterns of parameter names without weight decay, such as `("*.bias", "*norm*")`.
+
+    Returns:
+        A list of dicts: Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`, a group
+        per `dims`. Empty groups are left out.
+    """
+    from .layers import GrassmannLinear  # here, since layers may use what is above
+
+    if not frame_lr_factor >= 0:
+        raise ValueError(f"frame_lr_factor must be >= 0, got {frame_lr_factor}")
+    no_decay = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
+    frames = {}  # dims -> weights
+    for module in model.modules():
+        if isinstance(module, GrassmannLinear):
+            dims = getattr(module, "dims", None)
+            frames.setdefault(None if dims is None else tuple(dims), {})[module.weight] = None
+    taken = {p for weights in frames.values() for p in weights}
+    plain = [(name, p) for name, p in model.named_parameters() if p not in taken]
+    exempt = {p for name, p in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in no_decay)}
+    groups = [
+        {"params": [p for _, p in plain if p not in exempt], "weight_decay": weight_decay},
+        {"params": [p for _, p in plain if p in exempt], "weight_decay": 0.0},
+    ]
+    for dims, weights in frames.items():
+        group = {"params": list(weights), "weight_decay": 0.0, "manifold": "grassmann", "lr_factor": frame_lr_factor}
+        groups.append(group if dims is None else group | {"dims": dims})
+    if lr is not None:
+        for group in groups:
+            group["lr"] = lr * frame_lr_factor if is_frames(group) else lr
+    return [group for group in groups if group["params"]]
+
+
+def is_frames(group):
+    return group.get("manifold", "euclidean") != "euclidean"
+
+
+def check_group(group):
+    """Raises unless the group is Euclidean or can be stepped on the Grassmannian."""
+    if group.get("manifold", "euclidean") not in ("euclidean", "grassmann"):
+        raise ValueError(f'manifold must be "grassmann" or "euclidean", got {group["manifold"]!r}')
+    for key, known in (("retraction", RETRACTIONS), ("transport", TRANSPORTS)):
+        if group[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {group[key]!r}")
+    if not is_frames(group):
+        return
+    if group["transport"] == "parallel" and group["retraction"] != "geodesic":
+        raise ValueError(f'transport="parallel" follows geodesics, got retraction={group["retraction"]!r}')
+    if group.get("differentiable"):
+        raise ValueError("frames are stepped in place: differentiable=True is for Euclidean groups only")
+    dims = group.get("dims")
+    for p in group["params"]:
+        shape = tuple(p.shape)
+        if p.dtype not in WIDE:
+            raise TypeError(
+                f"frames must be float32 or float64, got {p.dtype}: half precision cannot hold an orthonormal frame; "
+                "keep float32 master weights and run the model under torch.autocast"
+            )
+        if dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
+            raise ValueError(f"frames without dims must be (C, k, n) with 0 < k <= n, got {shape}")
+        if dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
+            raise ValueError(f"frames with dims {tuple(dims)} must be (sum of dims, n) with 0 < dims <= n, got {shape}")
+
+
+def scalar(lr):
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def partition(items, key):
+    parts = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return parts.items()
+
+
+def _class_blocks(tensor, dims):
+    """The classes of a weight as stacks of equal k: pairs of class numbers and a (m, k, n) tensor."""
+    if dims is None:
+        return [(range(tensor.shape[0]), tensor)]
+    blocks = tensor.split(dims)
+    return [
+        (numbers, torch.stack([blocks[c] for c in numbers]))
+        for _, numbers in partition(range(len(dims)), key=dims.__getitem__)
+    ]
+
+
+def horizontal_gradient(weight, grad, dims=None):
+    """D = G - (G Wᵀ) W, shaped like G, and ||D||² / (k n) of every class, (C,) in float64.
+
+    A rotation of the frame leaves the second as it is. It is never below what the rounding of G can account for: else a
+    gradient that lies within the subspace would have its rounding errors blown up to a full step.
+    """
+    horizontal, squares = {}, {}
+    with torch.autocast(weight.device.type, enabled=False):
+        for (classes, w), (_, g) in zip(_class_blocks(weight, dims), _class_blocks(grad, dims), strict=True):
+            d = torch.baddbmm(g, g @ w.mT, w, alpha=-1)
+            square, whole = (torch.linalg.vector_norm(t, dim=(1, 2), dtype=torch.float64).square() for t in (d, g))
+            square = torch.maximum(square, torch.finfo(w.dtype).eps * whole) / max(1, w[:1].numel())
+            if dims is None:
+                return d, square
+            horizontal.update(zip(classes, d.unbind(), strict=True))
+            squares.update(zip(classes, square.unbind(), strict=True))
+    order = range(len(dims))
+    return torch.cat([horizontal[c] for c in order]), torch.stack([squares[c] for c in order])
+
+
+def adam_rates(square, step, mean, peak, *, lr, betas, eps):
+    """Adam's step size of every class, (C,) in float64; moves `step`, the mean of `square` and its `peak` (or None) on.
+
+    A class whose `square` is not finite stays as it was, like its frame. Bias corrections are taken in float64, since
+    1 - beta2 has lost three digits in float32.
+    """
+    finite = square.isfinite()
+    beta1, beta2 = betas
+    step.add_(finite)
+    mean.copy_(torch.where(finite, beta2 * mean + (1 - beta2) * square, mean).clamp_(max=torch.finfo(mean.dtype).max))
+    top = mean if peak is None else torch.maximum(peak, mean, out=peak)
+    t = step.double().clamp_(min=1)
+    return lr / ((1 - beta1**t) * ((top.double() / (1 - beta2**t)).sqrt() + eps))

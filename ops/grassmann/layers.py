@@ -1,0 +1,326 @@
+"""Grassmann class representation: a classification layer whose classes are subspaces (arXiv 2308.01547).
+
+Each class is a frame, k orthonormal rows of length n, and its logit is γ times the length of the feature's projection
+onto their span. The frames are parameters on the Grassmannian: train them with `RiemannianSGD` or `RiemannianAdamW`,
+whose `param_groups` finds the layer by its type.
+"""
+
+import math
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..common import HALF
+from .cross_entropy import subspace_cross_entropy
+from .logits import subspace_logits
+
+__all__ = ["GrassmannLinear"]
+
+CHUNK = 2**24  # entries of the frames that are reckoned with at a time, 128 MiB in float64
+
+
+def nearest_frame(a: Tensor) -> Tensor:
+    """Polar factor of each (..., k, n) matrix, k <= n: the frame nearest to it, also where its rows are dependent."""
+    q, r = torch.linalg.qr(a.mT)  # a = rᵀqᵀ, so only the k×k factor needs an SVD
+    u, _, vh = torch.linalg.svd(r.mT)
+    return u @ vh @ q.mT
+
+
+def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """(..., j, n) rows -> frames (..., k, n): the frame nearest to `a`, then k-j random directions orthogonal to it."""
+    n = a.shape[-1]
+    if a.shape[-2]:
+        a = nearest_frame(a)
+    rest = torch.randn(*a.shape[:-2], k - a.shape[-2], n, generator=generator, dtype=a.dtype, device=a.device)
+    if not rest.shape[-2]:
+        return a
+    for _ in range(2):  # twice, as one pass leaves a trace of `a` when little else remains (k near n)
+        rest = nearest_frame(rest - rest @ a.mT @ a)
+    return torch.cat([a, rest], -2)
+
+
+def principal_directions(x: Tensor, k: int) -> Tensor:
+    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), by its smaller Gram."""
+    if not x.any():
+        return x[:0]
+    m, n = x.shape
+    x = x / x.abs().amax()
+    energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
+    rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
+    u = u[:, -min(k, rank) :].flip(1).mT
+    return nearest_frame(u @ x) if m < n else u
+
+
+def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
+    """The checked dimensions of ragged classes, None for a single int."""
+    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {subspace_dim!r}"
+    try:
+        dims, ragged = [operator.index(subspace_dim)], False
+    except TypeError:
+        try:
+            dims, ragged = [operator.index(k) for k in subspace_dim], True
+        except TypeError:
+            raise TypeError(rule) from None
+    if ragged and len(dims) != num_classes:
+        raise ValueError(f"{rule} ({len(dims)} of them)")
+    for k in dims:
+        if not 1 <= k <= in_features:
+            raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
+    return tuple(dims) if ragged else None
+
+
+class GrassmannLinear(nn.Module):
+    r"""Classification layer with one subspace per class: logit :math:`y_c = \gamma \lVert W_c \hat x \rVert`.
+
+    Takes features (..., `in_features`) to logits (..., `num_classes`), in [0, `gamma`] when `normalize`; there
+    is no bias. Source: arXiv 2308.01547.
+
+    Args:
+        in_features: feature length n.
+        num_classes: number of classes C, also readable as `out_features`.
+        subspace_dim: dimension k of every class's subspace, 1 <= k <= n, or a sequence of C such ints ("ragged").
+        gamma: scale of the logits, positive (the paper's 25).
+        normalize: whether features are scaled to unit length first, so that the logit is γ·cos of the angle to the
+            subspace; without it the logit grows with the feature.
+        device, dtype: where and in what precision the frames are kept, as for `torch.nn.Linear`.
+
+    Attributes:
+        weight: (C, k, n), orthonormal rows within a class; (Σk, n) when ragged, the classes one after the other.
+        dims: the classes' dimensions, a tuple of C ints when ragged, else None.
+
+    Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)` leave
+    them (and their gradients) in float32; only `dtype=` makes half frames. A half-precision batch meets float32 frames
+    as under autocast: they are rounded for the product, and the logits have the batch's dtype.
+
+    Weights need not be orthonormal when they are loaded. `state_dict` also takes the layout of the paper's code: a
+    matrix (C·k, n), under `weight` or `fc.weight`.
+
+    Raises:
+        TypeError: a size is not an int, or `dtype` is not a floating-point one.
+        ValueError: a size, `subspace_dim` or `gamma` is out of range.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, subspace_dim=8, *, gamma=25.0, normalize=True, device=None, dtype=None
+    ):
+        super().__init__()
+        for key, size in (("in_features", in_features), ("num_classes", num_classes)):
+            try:
+                size = operator.index(size)
+            except TypeError:
+                raise TypeError(f"GrassmannLinear: {key} must be an int, got {size!r}") from None
+            if size < 0:
+                raise ValueError(f"GrassmannLinear: {key} must be >= 0, got {size}")
+            setattr(self, key, size)
+        self.out_features = self.num_classes
+        self.dims = class_dims(subspace_dim, self.num_classes, self.in_features)
+        self.subspace_dim = operator.index(subspace_dim) if self.dims is None else self.dims
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"GrassmannLinear: gamma must be positive and finite, got {gamma}")
+        self.gamma = float(gamma)
+        self.normalize = bool(normalize)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"GrassmannLinear: dtype must be floating-point, got {dtype}")
+        shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
+        self.weight = nn.Parameter(torch.empty(*shape, self.in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
+        with torch.no_grad():
+            self.weight.normal_()
+        self._set_frames(lambda classes, a: nearest_frame(a))
+
+    @torch.no_grad()
+    def orthonormalize_(self) -> "GrassmannLinear":
+        """Replace each class's rows by the nearest frame (polar factor), in place; returns the layer.
+
+        Raises ValueError, before anything is changed, when a class has a non-finite entry.
+        """
+        bad = []
+        for classes, i in self._chunks():
+            bad += classes[~self.weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
+        if bad:
+            raise ValueError(f"orthonormalize_: non-finite weight in {len(bad)} classes: {sorted(bad)[:8]}")
+        self._set_frames(lambda classes, a: nearest_frame(a))
+        return self
+
+    @torch.no_grad()
+    def frame_error(self) -> Tensor:
+        """Largest absolute entry of W_c W_cᵀ - I over the classes, a scalar tensor; NaN when a weight is."""
+        error = self.weight.new_zeros((), dtype=self._wide)
+        for _, i in self._chunks():
+            a = self.weight[i].to(self._wide)
+            eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
+            error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
+        return error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
+        return subspace_logits(x, self._weight_for(x), gamma=self.gamma, normalize=self.normalize, dims=self.dims)
+
+    def loss(
+        self, x: Tensor, target: Tensor, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
+    ) -> Tensor:
+        """Cross-entropy of this layer's logits of x (..., n), without ever holding the logits.
+
+        `target` is int64 (...) or soft (..., C); the other arguments are those of `subspace_cross_entropy`.
+        """
+        return subspace_cross_entropy(
+            x, self._weight_for(x), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
+            class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+        )
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, subspace_dim=8, *, gamma=25.0, normalize=True, generator: torch.Generator | None = None
+    ) -> "GrassmannLinear":
+        """The layer whose classes contain the class vectors of a linear one (`weight` (C, n)); its bias is dropped.
+
+        The first direction of a class is its vector scaled to unit length (a random one where the vector is zero), the
+        rest are random, drawn from `generator` on the weight's device. The device and the training mode are kept, and
+        so is the dtype, except that half precision becomes float32. With `subspace_dim=1` the logits are γ·|cos|.
+
+        Raises TypeError when `linear` has no (C, n) weight, ValueError when `subspace_dim` exceeds n or the weight is
+        not finite.
+        """
+        weight = getattr(linear, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            raise TypeError(f"from_linear: need a layer with a floating-point (C, n) weight, got {linear!r}")
+        dtype = torch.float32 if weight.dtype in HALF else weight.dtype
+        num_classes, n = weight.shape
+        layer = cls(n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, device=weight.device, dtype=dtype)
+        return layer.init_from_vectors(weight, generator=generator).train(linear.training)
+
+    @torch.no_grad()
+    def init_from_vectors(self, vectors: Tensor, *, generator: torch.Generator | None = None) -> "GrassmannLinear":
+        """Start each class from given directions, random orthonormal ones after them; returns the layer.
+
+        `vectors` is (C, n), one vector a class, or (C, j, n), of which the first k are taken. A zero vector counts as
+        not given. Raises ValueError, before anything is changed, on another shape or a non-finite entry.
+        """
+        vectors = vectors.detach()
+        if vectors.ndim == 2:
+            vectors = vectors[:, None]
+        if vectors.ndim != 3 or (vectors.shape[0], vectors.shape[2]) != (self.num_classes, self.in_features):
+            rule = f"({self.num_classes}, {self.in_features}) or ({self.num_classes}, j, {self.in_features})"
+            raise ValueError(f"init_from_vectors: need {rule}, got {tuple(vectors.shape)}")
+        if not vectors.is_meta and not vectors.isfinite().all():
+            raise ValueError("init_from_vectors: a vector has a non-finite entry")
+
+        def frames(classes, a):
+            v = vectors[classes.to(vectors.device), : a.shape[1]].to(a)
+            random = torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
+            v = torch.where(v.any(-1, keepdim=True), v, random)
+            return completed_frame(nn.functional.normalize(v, dim=-1), a.shape[1], generator)
+
+        self._set_frames(frames)
+        return self
+
+    @torch.no_grad()
+    def init_from_features(
+        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> "GrassmannLinear":
+        """Start each class from the principal directions of its features; returns the layer.
+
+        The PCA is not centred, as subspaces go through the origin, and features are scaled to unit length first when
+        the layer does so. A class with fewer than k independent features is completed by random directions.
+
+        Args:
+            x: features (N, n), floating-point, on any device.
+            y: labels (N,), int64, 0 <= y < C.
+            generator: draws the random directions, on the weight's device.
+
+        Raises TypeError on a wrong dtype, ValueError on a wrong shape, label or non-finite feature, before anything is
+        changed.
+        """
+        x, y = x.detach(), y.detach()
+        if not x.is_floating_point() or y.dtype != torch.int64:
+            raise TypeError(f"init_from_features: need floating-point x and int64 y, got {x.dtype} and {y.dtype}")
+        if x.ndim != 2 or x.shape[1] != self.in_features or y.shape != x.shape[:1]:
+            shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"init_from_features: need x (N, {self.in_features}) and y (N,), got {shapes}")
+        if y.numel() and not (0 <= y.min() and y.max() < self.num_classes):
+            lo, hi = int(y.min()), int(y.max())
+            raise ValueError(f"init_from_features: need 0 <= y < {self.num_classes}, got labels {lo} to {hi}")
+        if not x.isfinite().all():
+            raise ValueError("init_from_features: a feature is not finite")
+        y = y.cpu()
+        samples = y.argsort().to(x.device).split(y.bincount(minlength=self.num_classes).tolist())
+
+        def frames(classes, a):
+            def frame(c):
+                xc = x[samples[c]].to(a)
+                xc = nn.functional.normalize(xc, dim=-1) if self.normalize else xc
+                return completed_frame(principal_directions(xc, a.shape[1]), a.shape[1], generator)
+
+            return torch.stack([frame(c) for c in classes.tolist()])
+
+        self._set_frames(frames)
+        return self
+
+    def load_gcr(self, checkpoint: Mapping) -> "GrassmannLinear":
+        """Load the head of a checkpoint of the paper's code (innerlee/GCR, on mmpretrain); returns the layer.
+
+        `checkpoint` is the whole file as `torch.load` gives it, or its "state_dict": the (C·k, n) matrix under a key
+        that ends in `head.fc.weight`, or else in `fc.weight`, is taken. The backbone's keys are the model's affair; for
+        a torchvision ResNet they load after `removeprefix("backbone.")`, with `strict=False`.
+
+        Raises ValueError when no or several keys match, RuntimeError (as torch does) when the sizes differ.
+        """
+        state = checkpoint.get("state_dict", checkpoint)
+        found = [k for k in state if f".{k}".endswith(".head.fc.weight")]
+        found = found or [k for k in state if f".{k}".endswith(".fc.weight")]
+        if len(found) != 1:
+            raise ValueError(f"load_gcr: need one key ending in 'head.fc.weight' or 'fc.weight', got {found}")
+        self.load_state_dict({"fc.weight": state[found[0]]})
+        return self
+
+    def extra_repr(self) -> str:
+        k = self.subspace_dim if self.dims is None else f"{min(self.dims, default=0)}..{max(self.dims, default=0)}"
+        sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, subspace_dim={k}"
+        return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}"
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float32 if self.weight.device.type == "mps" else torch.float64
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        return self.weight.to(x.dtype) if x.dtype in HALF and self.weight.dtype == torch.float32 else self.weight
+
+    def _chunks(self):
+        """Classes of equal k with the index that gathers their frames (c, k, n), a bounded number at a time."""
+        dims = self.dims or (self.subspace_dim,) * self.num_classes
+        dims = torch.tensor(dims, dtype=torch.int64, device="cpu")
+        starts = dims.cumsum(0) - dims
+        for k in dims.unique().tolist():
+            for classes in (dims == k).nonzero()[:, 0].split(max(1, CHUNK // (k * self.in_features))):
+                rows = starts[classes, None] + torch.arange(k, device="cpu")
+                yield classes, (classes if self.dims is None else rows)
+
+    @torch.no_grad()
+    def _set_frames(self, frames) -> None:
+        """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
+        if self.weight.is_meta:
+            return
+        for classes, i in self._chunks():
+            self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(t):
+            out = fn(t)
+            return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
+
+        return super()._apply(keep_wide, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key, gcr_key = prefix + "weight", prefix + "fc.weight"
+        if key not in state_dict and gcr_key in state_dict:
+            state_dict[key] = state_dict.pop(gcr_key)
+        weight = state_dict.get(key)
+        if self.dims is None and isinstance(weight, Tensor) and weight.ndim == 2:
+            if weight.shape == (self.num_classes * self.subspace_dim, self.in_features):
+                state_dict[key] = weight.reshape(self.weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,129 @@
+"""Subspace logits: a class is a subspace, its score the length of a feature's projection onto it.
+
+    logits[b, c] = gamma * || weight[c] @ x[b] ||        x[b] divided by its length when normalize=True
+
+Grassmann Class Representation, arXiv 2308.01547, eq. 3. One GEMM and one pass over tiles that never
+leave the cache; see cpu/grassmann/logits.c.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import autocast, transformed, wide_dtype
+from .frames import check_frames, check_gamma, starts
+
+_op = torch.ops.torch_subspace
+
+# Projections (rows x batch) up to this many elements are kept for the backward: 128 MiB in float32.
+# Above, one more GEMM recomputes them tile by tile.
+KEEP_PROJECTIONS = 1 << 25
+
+
+def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize: bool = True,
+                    dims: Sequence[int] | None = None) -> Tensor:
+    """Lengths of the projections of ``x`` onto the classes' subspaces, times ``gamma``.
+
+    Args:
+        x: features, (..., n), any number of leading batch dimensions.
+        weight: frames, (C, k, n), the k rows of a class orthonormal; or (sum(dims), n) with ``dims``.
+        gamma: scale of the logits (25 in the paper).
+        normalize: divide each feature by its length first, so that 0 <= logits <= gamma.
+        dims: subspace dimension of each class (a sequence of C ints) for ragged frames.
+
+    Returns:
+        logits, (..., C), of x's dtype. float16 and bfloat16 are stored as such and computed in float32.
+
+    Differentiable in ``x`` and ``weight``, twice; in forward mode and under torch.func by the plain
+    formula. Where a projection is 0 its gradient is 0. Under autocast both are cast to the autocast
+    dtype, as for a linear layer.
+
+    Raises:
+        TypeError: x or weight is not floating point, or their dtypes differ.
+        ValueError: shapes, devices, ``dims`` or ``gamma`` do not fit.
+
+    Source: arXiv 2308.01547, section 3.
+    """
+    x, weight = autocast(x, weight)
+    check_frames("subspace_logits", x, weight, dims)
+    check_gamma("subspace_logits", gamma)
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if transformed():
+        logits = _eager(flat, weight, starts(dims, weight.device), gamma, normalize)
+        return logits.view(*x.shape[:-1], logits.shape[1])
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    rows = weight.shape[0] if dims is not None else weight.shape[0] * weight.shape[1]
+    keep = grad and flat.shape[0] * rows <= KEEP_PROJECTIONS
+    logits, _ = _op.logits(flat, weight, starts(dims, weight.device), float(gamma), bool(normalize), keep)
+    return logits if x.dim() == 2 else logits.view(*x.shape[:-1], logits.shape[1])
+
+
+@torch.library.register_fake("torch_subspace::logits")
+def _(x, weight, start, gamma, normalize, keep):
+    classes = weight.shape[0] if weight.dim() == 3 else start.shape[0] - 1
+    rows = weight.shape[0] * weight.shape[1] if weight.dim() == 3 else weight.shape[0]
+    return (x.new_empty(x.shape[0], classes),
+            x.new_empty((rows, x.shape[0]) if keep else (0, 0), dtype=wide_dtype(x.dtype)))
+
+
+@torch.library.register_fake("torch_subspace::logits_backward")
+def _(dlogits, x, weight, start, proj, gamma, normalize, need_dx, need_dweight):
+    return fake_gradients(x, weight, need_dx, need_dweight)
+
+
+def fake_gradients(x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
+    return (x.new_empty(x.shape if need_dx else (0,) * x.dim()),
+            weight.new_empty(weight.shape if need_dweight else (0,) * weight.dim()))
+
+
+def _setup(ctx, inputs, output):
+    x, weight, start, ctx.gamma, ctx.normalize, _ = inputs
+    ctx.save_for_backward(x, weight, start, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogits, _dproj):
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    if dlogits is None:
+        return (None,) * 6
+    x, weight, start, proj = ctx.saved_tensors
+    dx, dweight = _op.logits_backward(dlogits, x, weight, start, proj, ctx.gamma, ctx.normalize, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None, None, None, None
+
+
+torch.library.register_autograd("torch_subspace::logits", _backward, setup_context=_setup)
+
+
+# The same formula in plain torch operations: for the second derivative (gradient penalties) and for `transformed()`.
+def _eager(x: Tensor, weight: Tensor, start: Tensor, gamma: float, normalize: bool) -> Tensor:
+    if normalize:
+        x = torch.nn.functional.normalize(x, dim=-1)
+    squares = torch.nn.functional.linear(x, weight.reshape(-1, weight.shape[-1])).square()
+    if weight.dim() == 3:
+        squares = squares.view(x.shape[0], weight.shape[0], -1).sum(-1)
+    else:
+        owner = torch.repeat_interleave(start.diff())
+        squares = squares.new_zeros(x.shape[0], start.numel() - 1).index_add(1, owner, squares)
+    return gamma * torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+
+
+def _setup_backward(ctx, inputs, output):
+    dlogits, x, weight, start, _, ctx.gamma, ctx.normalize, _, _ = inputs
+    ctx.save_for_backward(dlogits, x, weight, start)
+
+
+def _double_backward(ctx, ddx, ddweight):
+    dlogits, x, weight, start = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (dlogits, x, weight)]
+        logits = _eager(inputs[1], inputs[2], start, ctx.gamma, ctx.normalize)
+        first = torch.autograd.grad(logits, inputs[1:], inputs[0], create_graph=True)
+        inner = sum((d * g).sum() for d, g in zip((ddx, ddweight), first) if d is not None and d.shape == g.shape)
+    second = torch.autograd.grad(inner, inputs, allow_unused=True)
+    return *second, *(None,) * 6
+
+
+torch.library.register_autograd("torch_subspace::logits_backward", _double_backward, setup_context=_setup_backward)

@@ -1,0 +1,304 @@
+"""Optimisers for a whole model: frames take a Riemannian step, all other parameters that of torch's own optimiser.
+
+Frames are the parameters of groups with `manifold="grassmann"`, which `param_groups` builds from a model. All others
+are Euclidean and go through the code of `torch.optim.SGD` and `torch.optim.AdamW`, bit for bit.
+
+Subspace classification and its optimiser: arXiv 2308.01547. Geodesics: Edelman, Arias and Smith, SIAM J. Matrix Anal.
+Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 2019.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .groups import adam_rates, check_group, horizontal_gradient, is_frames, param_groups, partition, scalar
+from .rsgd import grassmann_step_
+
+__all__ = ["RiemannianAdamW", "RiemannianSGD", "param_groups"]
+
+
+class _WholeModel:
+    """What both optimisers add to torch's: frame groups, checked when added and stepped after the Euclidean ones."""
+
+    skipped_frames = 0  # classes left as they were for a non-finite gradient, since construction; a tensor off the CPU
+    _warned = False
+
+    def add_param_group(self, param_group):
+        # torch's constructors build the defaults and add the groups in one go: ours join them here.
+        self.defaults.update(self.__dict__.pop("_frame_defaults", {}))
+        if isinstance(param_group, dict) and is_frames(param_group):
+            param_group.setdefault("weight_decay", 0.0)
+            if "lr" not in param_group and param_group.get("lr_factor", 1.0) != 1.0:
+                param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            self._check_rule(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_rule(self, group):
+        """What the optimiser itself asks of a group."""
+
+    def __setstate__(self, state):
+        built = self.__dict__.get("param_groups", ())
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("retraction", self.defaults.get("retraction", "geodesic"))
+            group.setdefault("transport", self.defaults.get("transport", "project"))
+        # A checkpoint brings rates and buffers; what a parameter is was said at construction. So torch's own loads too.
+        for group, own in zip(self.param_groups, built, strict=False):
+            for key in ("manifold", "dims"):
+                group.pop(key, None)
+                if key in own:
+                    group[key] = own[key]
+
+    def _init_group(self, group, *lists):
+        # torch's step asks this for the tensors of a group and does nothing when there are none.
+        return False if is_frames(group) else super()._init_group(group, *lists)
+
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, with gradients on.
+
+        Returns:
+            The closure's value, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            work = [(i, group, self._frames(group)) for i, group in enumerate(self.param_groups) if is_frames(group)]
+            self._euclidean_step()
+            skipped = [(i, self._step_frames(group, frames)) for i, group, frames in work if frames]
+        for i, classes in skipped:
+            self._count(i, classes)
+        return loss
+
+    def _frames(self, group):
+        """The group's frames that have a gradient. Raises before anything has moved."""
+        frames = [p for p in group["params"] if p.grad is not None]
+        for p in frames:
+            if p.grad.is_sparse:
+                raise RuntimeError("frames need dense gradients, got a sparse one")
+        return frames
+
+    def _grads(self, frames):
+        """Their gradients, unscaled as GradScaler asks of fused optimisers.
+
+        Where it found an overflow they are NaN: the op then leaves all alone and the host never has to know.
+        """
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found is None:
+            return [p.grad for p in frames]
+        device = frames[0].device
+        factor = torch.ones((), device=device) if scale is None else scale.to(device).reciprocal()
+        if found is not None:
+            factor = torch.where(found.to(device) > 0, torch.nan, factor)
+        return [p.grad * factor.to(p.dtype) for p in frames]
+
+    @torch.compiler.disable  # torch 2.11 cannot trace attributes set on an optimiser
+    def _count(self, number, skipped):
+        found = getattr(self, "found_inf", None)
+        if found is not None:
+            skipped = torch.where(found.to(skipped.device) > 0, 0, skipped)  # GradScaler's own skip is no news
+        on_host = skipped.device.type == "cpu"
+        skipped = int(skipped) if on_host else skipped  # elsewhere a look at the number would wait for the device
+        if isinstance(self.skipped_frames, torch.Tensor) and not on_host:
+            self.skipped_frames += skipped.to(self.skipped_frames.device)  # in place: a replayed CUDA graph counts
+        else:
+            self.skipped_frames = self.skipped_frames + skipped
+        if on_host and skipped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {skipped} class(es) of parameter group {number} had a non-finite gradient and "
+                "kept their frames; later ones are only counted, in .skipped_frames",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+class RiemannianSGD(_WholeModel, torch.optim.SGD):
+    """Stochastic gradient descent for a whole model: `torch.optim.SGD`, with Riemannian steps for groups of frames.
+
+    A frame follows `retraction` along the part of its gradient, momentum included, that is orthogonal to its subspace.
+    No QR is ever needed, since every step also repairs the rounding of the last one.
+
+    Args:
+        params: parameters or dicts as for torch's optimisers, or `param_groups(model)`. A group with
+            `manifold="grassmann"` holds frames: float32 or float64, (C, k, n), or (Σdims, n) with a `dims` entry.
+        lr: learning rate, a number or a 1-element tensor. A frame group without its own `lr` takes lr times its
+            `lr_factor`, once, when it is added: `group["lr"]` is always the rate in use. Schedulers that set one peak
+            for all groups (`OneCycleLR`, `CyclicLR`) need a list of peaks to keep the ratio.
+        momentum, dampening, nesterov, maximize: as in torch. Nesterov's direction is projected as a whole.
+        weight_decay: number or tensor, for Euclidean groups; a frame group has 0 unless it says otherwise.
+        retraction: "geodesic", "polar", "qr" or "cayley"; a group's own entry wins.
+        transport: "project" keeps the momentum in the ambient space and projects it at each step; "parallel" carries
+            its horizontal part along the geodesic.
+        foreach, fused, differentiable: torch's implementations for the Euclidean groups. With `fused=True`, GradScaler
+            leaves unscaling and skipping to the optimiser, frames included.
+
+    A class whose gradient is not finite keeps its frame and momentum while the others move. Such classes are counted in
+    `skipped_frames` (an int, or a tensor where frames are on a GPU), and on a CPU the first give a RuntimeWarning.
+
+    Raises:
+        ValueError: bad values, frames of a wrong shape, an unknown manifold, retraction or transport.
+        TypeError: frames in half precision: keep float32 masters.
+        RuntimeError: a frame with a sparse gradient; torch's own about `fused` and `foreach`.
+
+    Source: arXiv 2308.01547; Edelman, Arias and Smith (1998) for the geodesics.
+    """
+
+    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
+    _euclidean_step = inspect.unwrap(torch.optim.SGD.step)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
+        *,
+        retraction: str = "geodesic",
+        transport: str = "project",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        self._frame_defaults = {"retraction": retraction, "transport": transport}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _step_frames(self, group, frames):
+        rule = {key: group[key] for key in ("momentum", "nesterov", "maximize", "retraction", "transport")}
+        rule |= {"lr": scalar(group["lr"]), "weight_decay": float(group["weight_decay"]), "dims": group.get("dims")}
+        skipped = 0
+
+        def kind(p):  # what one call can hold together; a buffer's first step has no dampening, as in torch
+            return p.device, p.dtype, self.state.get(p, {}).get("momentum_buffer") is not None
+
+        for (_, _, moving), part in partition(frames, kind):
+            buffers = None
+            if group["momentum"] != 0:
+                for p in part if not moving else ():
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in part]
+            dampening = group["dampening"] if moving else 0.0
+            skipped = skipped + grassmann_step_(part, self._grads(part), buffers, dampening=dampening, **rule)
+        return skipped
+
+
+class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
+    """Adam for a whole model: `torch.optim.AdamW`, with Riemannian Adam steps for groups of frames.
+
+    Frames keep the running mean of their horizontal gradient and, per class, one of its squared norm over k n. A
+    rotation within the subspace leaves that alone, where Adam's entrywise one would depend on the basis.
+
+    Args:
+        params: as for `RiemannianSGD`.
+        lr: learning rate, a number or a 1-element tensor; frame groups as for `RiemannianSGD`.
+        betas, eps, amsgrad, maximize: as in torch.
+        weight_decay: for Euclidean groups; frames have none.
+        retraction, transport: as for `RiemannianSGD`.
+        foreach, capturable, differentiable, fused: torch's implementations for the Euclidean groups.
+
+    Non-finite gradients and errors: as for `RiemannianSGD`; weight decay asked of a frame group is a ValueError.
+
+    Source: Bécigneul and Ganea (2019), Riemannian Adaptive Optimization Methods; arXiv 2308.01547.
+    """
+
+    _euclidean_step = inspect.unwrap(torch.optim.AdamW.step)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
+        *,
+        retraction: str = "geodesic",
+        transport: str = "project",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        self._frame_defaults = {"retraction": retraction, "transport": transport}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _check_rule(self, group):
+        if is_frames(group) and group["weight_decay"] != 0:
+            raise ValueError("weight decay shrinks, and a subspace has no length: a frame group needs weight_decay=0")
+
+    def _step_frames(self, group, frames):
+        beta1, beta2 = map(float, group["betas"])
+        dims, skipped = group.get("dims"), 0
+        for p, grad in zip(frames, self._grads(frames), strict=True):
+            state = self.state[p]
+            if not state:
+                classes = p.shape[0] if dims is None else len(dims)
+                state["step"] = torch.zeros(classes, device=p.device)  # per class: a skipped one does not age
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = p.new_zeros(classes)
+                if group["amsgrad"]:
+                    state["max_exp_avg_sq"] = p.new_zeros(classes)
+            elif state["step"].device != p.device:  # torch leaves "step" where the checkpoint had it
+                state["step"] = state["step"].to(p.device)
+            grad, square = horizontal_gradient(p, grad, dims)
+            rates = adam_rates(
+                square,
+                state["step"],
+                state["exp_avg_sq"],
+                state.get("max_exp_avg_sq") if group["amsgrad"] else None,
+                lr=scalar(group["lr"]),
+                betas=(beta1, beta2),
+                eps=group["eps"],
+            )
+            skipped = skipped + grassmann_step_(
+                p,
+                grad,
+                state["exp_avg"],
+                lr=rates,
+                momentum=beta1,
+                dampening=beta1,
+                maximize=group["maximize"],
+                retraction=group["retraction"],
+                transport=group["transport"],
+                dims=dims,
+            )
+        return skipped

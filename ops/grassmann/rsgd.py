@@ -1,0 +1,140 @@
+"""One Riemannian SGD step of frames on the Grassmannian, all parameters in one call.
+
+    M' = momentum M + (1 - dampening) g                  g = +-grad + weight_decay W
+    D  = dir - (dir W') W                                dir = M', or g + momentum M' with Nesterov
+    W' = f(X) W - lr g(X) D                              X = lr^2 D D', k x k
+
+f and g are given by the retraction; the exponential map has f = cos sqrt X, g = sinc sqrt X. No SVD and
+no QR; drift from orthonormality is repaired on the way. Edelman, Arias & Smith 1998 for the geodesics,
+arXiv 2308.01547 for their use in classifiers; cpu/grassmann/rsgd.c for the two sweeps.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import WIDE
+from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts
+
+_op = torch.ops.torch_subspace
+_NAME = "grassmann_step_"
+
+
+def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[Tensor],
+                    momentum_buffer: Tensor | Sequence[Tensor] | None = None, *, lr: float | Tensor,
+                    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
+                    maximize: bool = False, retraction: str = "geodesic", transport: str = "project",
+                    dims: Sequence[int] | None = None) -> Tensor:
+    """Step every frame along its negative Riemannian gradient, in place.
+
+    Args:
+        weight: frames (C, k, n) with orthonormal rows, or (sum(dims), n) with ``dims``; float32 or
+            float64. A sequence of such tensors is stepped in one call.
+        grad: Euclidean gradients of the same shapes.
+        momentum_buffer: momentum M of the same shapes, updated in place; needed unless ``momentum`` is 0.
+        lr: step length; a float, a 0-dim tensor, or for a single weight a (C,) tensor: one per class.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        retraction: "geodesic" (the exponential map), "polar", "qr" (Cholesky-QR) or "cayley".
+        transport: "project": M stays as it is and is projected at each step (as the public GCR code
+            does); "parallel": M is parallel-transported along the geodesic ("geodesic" only).
+        dims: subspace dimension of each class, for ragged frames.
+
+    Returns:
+        int64, 0-dim: how many classes were left alone because their gradient, momentum or frame was not
+        finite (or the frame had lost rank). Their weight and momentum are untouched, all others stepped.
+
+    Raises:
+        TypeError: not tensors, or dtypes other than one of float32 and float64.
+        ValueError: shapes, devices or values do not fit. Nothing is changed then.
+    """
+    weights, grads, buffers = _as_lists(weight, grad, momentum_buffer)
+    _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport)
+    if not weights:
+        return torch.zeros((), dtype=torch.int64)
+    for w, g, m in zip(weights, grads, buffers or [None] * len(weights)):
+        _check_tensors(w, g, m, weights[0], dims)
+    if momentum != 0 and not buffers:
+        raise ValueError(f"{_NAME}: momentum={momentum} needs a momentum_buffer")
+    step = _step_length(lr, weights, dims)
+    if momentum == 0:
+        buffers = []
+    dense = [w.detach().contiguous() for w in weights]
+    dense_buffers = [m.detach().contiguous() for m in buffers]
+    skipped = _op.rsgd_(dense, [g.detach() for g in grads], dense_buffers, starts(dims, weights[0].device), step,
+                        float(momentum), float(dampening), float(weight_decay), bool(nesterov), bool(maximize),
+                        RETRACTIONS.index(retraction), transport == "parallel")
+    for target, source in zip((*weights, *buffers), (*dense, *dense_buffers)):
+        if not target.is_contiguous():
+            target.detach().copy_(source)
+    if not torch.compiler.is_compiling():  # a kernel of the stable ABI does not count versions itself
+        torch.autograd.graph.increment_version([*weights, *buffers])
+    return skipped
+
+
+def _as_lists(weight, grad, buffer):
+    if isinstance(weight, Tensor):
+        weight, grad, buffer = [weight], [grad], None if buffer is None else [buffer]
+    elif isinstance(grad, Tensor) or isinstance(buffer, Tensor):
+        raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences")
+    weight, grad, buffer = list(weight), list(grad), list(buffer or ())
+    if len(grad) != len(weight) or len(buffer) not in (0, len(weight)):
+        raise ValueError(f"{_NAME}: got {len(weight)} weights, {len(grad)} gradients, {len(buffer)} momentum buffers")
+    return weight, grad, buffer
+
+
+def _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport) -> None:
+    for what, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{_NAME}: {what} must be finite and >= 0, got {value}")
+    if not math.isfinite(dampening):
+        raise ValueError(f"{_NAME}: dampening must be finite, got {dampening}")
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(f"{_NAME}: nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}")
+    if retraction not in RETRACTIONS:
+        raise ValueError(f"{_NAME}: retraction must be one of {', '.join(RETRACTIONS)}; got {retraction!r}")
+    if transport not in TRANSPORTS:
+        raise ValueError(f'{_NAME}: transport must be "project" or "parallel", got {transport!r}')
+    if transport == "parallel" and retraction != "geodesic":
+        raise ValueError(f'{_NAME}: transport="parallel" follows geodesics, got retraction={retraction!r}')
+
+
+def _check_tensors(w: Tensor, g: Tensor, m: Tensor | None, first: Tensor, dims: Sequence[int] | None) -> None:
+    for what, t in (("weight", w), ("grad", g), ("momentum_buffer", m)):
+        if t is None and what == "momentum_buffer":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{_NAME}: {what} must be a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{_NAME}: {what} must be dense, got {t.layout}")
+        if t.dtype != first.dtype or t.dtype not in WIDE:
+            hint = " (keep float32 frames beside a half-precision model)" if t.dtype.itemsize == 2 else ""
+            raise TypeError(f"{_NAME}: frames, gradients and momentum must share float32 or float64, "
+                            f"got {what} of {t.dtype}{hint}")
+        if t.device != first.device:
+            raise ValueError(f"{_NAME}: {what} is on {t.device}, the first weight on {first.device}")
+        if t.shape != w.shape:
+            raise ValueError(f"{_NAME}: {what} has shape {tuple(t.shape)}, its weight {tuple(w.shape)}")
+        if what != "grad" and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
+            raise ValueError(f"{_NAME}: {what} of strides {t.stride()} has elements that share memory")
+    check_dims(_NAME, w, dims)
+
+
+def _step_length(lr: float | Tensor, weights: list[Tensor], dims: Sequence[int] | None) -> Tensor:
+    if not isinstance(lr, Tensor):
+        return torch.tensor(float(lr), dtype=torch.float64)
+    lr = lr.detach()
+    if lr.dim() == 0:
+        return lr.to(torch.float64)
+    classes = weights[0].shape[0] if dims is None else len(dims)
+    if len(weights) != 1 or lr.shape != (classes,):
+        raise ValueError(f"{_NAME}: lr must be a number, or ({classes},) for a single weight; got {tuple(lr.shape)} "
+                         f"for {len(weights)} weights")
+    return lr.to(device=weights[0].device, dtype=torch.float64)
+
+
+@torch.library.register_fake("torch_subspace::rsgd_")
+def _(weights, grads, buffers, start, lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, parallel):
+    return weights[0].new_empty((), dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Coding rates and the losses made of them (MCR², MLC)."""

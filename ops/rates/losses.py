@@ -1,0 +1,210 @@
+"""Coding-rate losses, to be minimised: total coding rate, coding rate reduction, manifold linearising clustering.
+
+    CodingRateLoss    -R(Z)                                     EMP-SSL, SimDINO: spread the features
+    MCR2Loss          -(R(Z) - Rc(Z, membership))               arXiv 2006.08558: spread all, compress each class
+    MLCLoss           -R(Z) + Rc(Z, Γ) + reg/2 ‖Γ‖²             arXiv 2301.01805: the same without labels,
+                      Γ = sinkhorn(|Ĉ Ĉ'|, eta)                 Ĉ: unit rows of the cluster head's output
+
+`eps` is the papers' ε² everywhere. With a `process_group` every process passes its own part of the batch and gets the
+loss of the whole. Rates need sums over points only, so Grams are summed over the processes, d x d numbers each in
+float64; MLC's Γ couples all pairs of points, so there the features are gathered.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..transport.sinkhorn import sinkhorn
+from .coding_rate import check, coding_rate, rate_reduction
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _check(name, eps, reduction, **positive):
+    for what, value in {"eps": eps, **positive}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {what} must be a number, got {type(value).__name__}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: {what} must be positive and finite, got {value}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _reduced(loss, reduction):
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+class CodingRateLoss(nn.Module):
+    """Minus the total coding rate, -R(z).
+
+    Args:
+        eps: allowed squared distortion, the papers' ε²; default 0.5.
+        reduction: over views: "mean" (default), "sum" or "none".
+        process_group: a torch.distributed group whose processes each hold a part of the points, or None.
+
+    Shape: z (n, d) or views (V, n, d); a scalar, or (V,) with reduction "none". float32 for half inputs.
+
+    Raises: TypeError, ValueError as `coding_rate`, or when an argument is wrong.
+
+    In a process group the gradient is that of the sum of all processes' (equal) losses, as torch.distributed.nn's
+    collectives define it: after DistributedDataParallel's mean it is the gradient of the loss of the whole batch.
+    """
+
+    def __init__(self, eps: float = 0.5, *, reduction: str = "mean", process_group=None) -> None:
+        super().__init__()
+        _check(type(self).__name__, eps, reduction)
+        self.eps, self.reduction, self.process_group = eps, reduction, process_group
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.process_group is None:
+            return _reduced(-coding_rate(z, eps=self.eps), self.reduction)
+        return _reduced(-_summed_rate(z, None, self.eps, self.process_group), self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, reduction={self.reduction!r}"
+
+
+class MCR2Loss(CodingRateLoss):
+    """Minus the coding rate reduction, -(R(z) - Rc(z, membership)).
+
+    Args:
+        eps, reduction, process_group: as for `CodingRateLoss`.
+
+    Shape: z (n, d) or views (V, n, d); membership int64 labels (n,) or (V, n), or weights >= 0, (n, K) or (V, n, K).
+
+    In a process group labels cost d x d numbers a class to sum, up to the largest label of all processes.
+    """
+
+    def forward(self, z: Tensor, membership: Tensor) -> Tensor:
+        if self.process_group is None:
+            return _reduced(-rate_reduction(z, membership, eps=self.eps), self.reduction)
+        group = self.process_group
+        if membership is None:
+            raise TypeError("MCR2Loss: membership must be a tensor, got None")
+        return _reduced(_summed_rate(z, membership, self.eps, group) - _summed_rate(z, None, self.eps, group),
+                        self.reduction)
+
+
+class MLCLoss(nn.Module):
+    """-R(z) + Rc(z, Γ) + reg/2 ‖Γ‖², with Γ = sinkhorn(|ĉ ĉ'|, eta) a doubly stochastic membership.
+
+    Args:
+        eps: allowed squared distortion, the papers' ε²; default 0.5.
+        eta: entropy of the projection, 0.1 to 0.175 in the paper; smaller is sharper; default 0.1.
+        reg: weight of the penalty that keeps Γ from concentrating; default 0.05. May be 0.
+        reduction, process_group: as for `CodingRateLoss`; in a group all features are gathered.
+        mode: the projection's gradient, see `sinkhorn`: "implicit" (exact) or "cpp" (the public code's).
+
+    Shape: z (n, d) features, usually with unit rows, and c (n, h), the cluster head's output, whose rows are normalised
+    here; or views (V, n, d) and (V, n, h).
+
+    `membership(c)` is Γ, for the read-out.
+    """
+
+    def __init__(self, eps: float = 0.5, eta: float = 0.1, reg: float = 0.05, *, reduction: str = "mean",
+                 mode: str = "implicit", process_group=None) -> None:
+        super().__init__()
+        _check("MLCLoss", eps, reduction, eta=eta)
+        if reg:
+            _check("MLCLoss", eps, reduction, reg=reg)
+        if mode not in ("implicit", "cpp"):
+            raise ValueError(f'MLCLoss: mode must be "implicit" or "cpp", got {mode!r}')
+        self.eps, self.eta, self.reg, self.mode = eps, eta, reg, mode
+        self.reduction, self.process_group = reduction, process_group
+
+    def membership(self, c: Tensor) -> Tensor:
+        """Γ (..., n, n) of cluster features (..., n, h)."""
+        c = nn.functional.normalize(c if c.dtype == torch.float64 else c.float(), dim=-1)
+        return sinkhorn((c @ c.mT).abs(), eta=self.eta, symmetric=True, mode=self.mode)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        if z.shape[:-1] != c.shape[:-1]:
+            raise ValueError(f"MLCLoss: z and c must be of the same points, got {tuple(z.shape)} and {tuple(c.shape)}")
+        if self.process_group is not None:
+            z, c = _gather(z, self.process_group), _gather(c, self.process_group)
+        gamma = self.membership(c)
+        penalty = 0.5 * self.reg * gamma.square().sum((-2, -1))
+        return _reduced(penalty - rate_reduction(z, gamma.to(z.dtype) if z.dtype == torch.float64 else gamma,
+                                                 eps=self.eps), self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, eta={self.eta}, reg={self.reg}, reduction={self.reduction!r}, mode={self.mode!r}"
+
+
+# ------------------------------------------------------------------------------------------------- process groups
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes, of gradients too: the derivative of the sum of all processes' losses."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dx, group=ctx.group)
+        return dx, None
+
+
+def _summed_rate(z, membership, eps, group):
+    """R or Rc of all processes' points; every process gets the same number, bit for bit."""
+    check("coding_rate", z, membership, eps)
+    if membership is not None and membership.is_floating_point() and not (membership >= 0).all():
+        raise ValueError(f"coding_rate: weights must be 0 or more, got {membership.min().item():g}")
+    wide = z.double()
+    *views, n, d = z.shape
+    if membership is None:
+        weights = wide.new_ones(n, 1)
+    elif membership.is_floating_point():
+        weights = membership.double()
+    else:
+        top = membership.max()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        weights = nn.functional.one_hot(membership, int(top) + 1).double()
+    weights = weights.expand(*views, n, weights.shape[-1])
+    gram = torch.stack([(w[..., None] * wide).mT @ wide for w in weights.unbind(-1)], -3)
+    packed = torch.cat([gram.flatten(-3), weights.sum(-2), wide.new_full((*views, 1), n)], -1)
+    packed = _AllReduce.apply(packed, group)
+    k = weights.shape[-1]
+    gram, mass, total = packed.split([k * d * d, k, 1], -1)
+    gram = gram.unflatten(-1, (k, d, d))
+    share = torch.where(mass > 0, mass, 1)
+    a = torch.eye(d, dtype=wide.dtype, device=z.device) + d / eps * gram / share[..., None, None]
+    half_logdet = torch.linalg.cholesky(a).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    rate = (mass * half_logdet).sum(-1) / total.squeeze(-1)
+    return rate if z.dtype == torch.float64 else rate.float()
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, in the order of their ranks."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, rank, world = group, dist.get_rank(group), dist.get_world_size(group)
+        counts = x.new_zeros(world, dtype=torch.int64)
+        counts[rank] = x.shape[0]
+        dist.all_reduce(counts, group=group)
+        counts = counts.tolist()
+        ctx.begin, ctx.count = sum(counts[:rank]), counts[rank]
+        whole = x.new_zeros(sum(counts), *x.shape[1:])  # parts may differ in size, which all_gather does not take
+        whole[ctx.begin : ctx.begin + ctx.count] = x
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dx, group=ctx.group)
+        return dx[ctx.begin : ctx.begin + ctx.count], None
+
+
+def _gather(x, group):
+    return _Gather.apply(x.movedim(-2, 0), group).movedim(0, -2)

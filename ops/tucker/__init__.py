@@ -1,0 +1,1 @@
+"""Tucker changes of weights (FLoRA): composition, linear layers, convolutions."""

@@ -1,0 +1,186 @@
+"""A linear layer and its Tucker change, without ever forming the change.
+
+    y = x weight' + bias + scale * drop(x) v' core' u'
+
+The first product is torch's own; the rest is three small ones in a pass over x and a pass over y. Only x is kept for
+the backward. FLoRA, arXiv 2405.14739; with core = identity it is LoRA, arXiv 2106.09685; cpu/tucker/tucker_linear.c.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import FLOATS, autocast, transformed, wide_dtype
+
+_op = torch.ops.torch_subspace
+_NAME = "tucker_linear"
+
+
+def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: Tensor, u: Tensor, v: Tensor, *,
+                  scale: float = 1.0, dropout: float = 0.0, training: bool = True) -> Tensor:
+    """``linear(x, weight, bias)`` plus ``scale * drop(x) @ v.T @ core.T @ u.T``.
+
+    Args:
+        x: (..., n).
+        weight: (m, n), also a transposed view; None for the change alone (then without bias).
+        bias: (m,) or None.
+        core: (r_out, r_in).
+        u: (m, r_out).
+        v: (r_in, n).
+        scale: a number on the change.
+        dropout: probability in [0, 1) of zeroing an entry of x on its way through the change; the others are divided by
+            1 - dropout. The mask follows from one draw of torch's generator, and is drawn again in the backward.
+        training: without it there is no dropout.
+
+    Returns:
+        (..., m) of x's dtype. With a core of zeros it is ``linear(x, weight, bias)`` to the bit.
+
+    Half-precision x and weight go with core, u and v of float32 (others are converted): the change is computed in
+    float32 and rounded once into y. Under autocast x, weight and bias are cast as for a linear layer. Differentiable in
+    every tensor, twice; in forward mode and under torch.func by the plain formula.
+
+    Raises:
+        TypeError: a tensor is not floating point, or the dtypes of x, weight and bias differ.
+        ValueError: shapes, devices, ``scale`` or ``dropout`` do not fit.
+
+    Source: arXiv 2405.14739, section 3.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    _check(x, weight, bias, core, u, v, scale, dropout)
+    core, u, v = (t.to(wide_dtype(x.dtype)) for t in (core, u, v))
+    dropout = float(dropout) if training else 0.0
+    if transformed():
+        return _eager(x, weight, bias, core, u, v, F.dropout(torch.ones_like(x), dropout), float(scale))
+    flat = x.view(-1, x.shape[-1]) if x.dim() > 2 and x.is_contiguous() else x  # as torch's own linear does
+    y = _TuckerLinear.apply(flat, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def draw_seed(dropout: float, device: torch.device) -> Tensor:
+    """Seed of a dropout mask, (1,) of int64 on the device: no copy to it, and torch's generator decides."""
+    if dropout == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(seed: Tensor, dropout: float, shape, dtype: torch.dtype) -> Tensor:
+    """The kernels' mask in plain torch: 0 or 1 / (1 - dropout); see shim/contract/dropout.h."""
+
+    def shifted(h, bits):  # int64 has no unsigned shift
+        return (h >> bits) & ((1 << (64 - bits)) - 1)
+
+    h = seed + (torch.arange(math.prod(shape), device=seed.device) + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
+    h = (h ^ shifted(h, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    h = (h ^ shifted(h, 27)) * (0x94D049BB133111EB - (1 << 64))
+    uniform = shifted(h ^ shifted(h, 31), 40).to(torch.float32) * 2.0**-24
+    kept = uniform >= torch.tensor(dropout, dtype=torch.float32, device=seed.device)
+    return (kept.to(torch.float64) / (1 - dropout)).to(dtype).view(shape)
+
+
+def check_number(name: str, scale: float, dropout: float) -> None:
+    if isinstance(scale, Tensor) or not abs(scale) < math.inf:
+        raise ValueError(f"{name}: scale must be a finite number, got {scale!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
+
+
+def _check(x, weight, bias, core, u, v, scale, dropout) -> None:
+    given = {"x": x, "weight": weight, "bias": bias, "core": core, "u": u, "v": v}
+    for what, t in given.items():
+        if t is None and what in ("weight", "bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{_NAME}: {what} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{_NAME}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{_NAME}: {what} is on {t.device}, x on {x.device}")
+        if what in ("weight", "bias") and t.dtype != x.dtype:
+            raise TypeError(f"{_NAME}: x and {what} must share a dtype, got {x.dtype} and {t.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{_NAME}: x must be (..., n), got a scalar")
+    if core.dim() != 2 or 0 in core.shape:
+        raise ValueError(f"{_NAME}: core must be (r_out, r_in), got shape {tuple(core.shape)}")
+    if weight is None and bias is not None:
+        raise ValueError(f"{_NAME}: a bias needs a weight")
+    if u.dim() != 2 or 0 in u.shape or u.shape[1] != core.shape[0]:
+        raise ValueError(f"{_NAME}: u must be (m, {core.shape[0]}) for core {tuple(core.shape)}, got {tuple(u.shape)}")
+    m, n = u.shape[0], x.shape[-1]
+    for what, t, shape in (("v", v, (core.shape[1], n)), ("weight", weight, (m, n)), ("bias", bias, (m,))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{_NAME}: {what} must be {shape} for x of {n} features, core {tuple(core.shape)} and u "
+                             f"{tuple(u.shape)}, got {tuple(t.shape)}")
+    if n == 0:
+        raise ValueError(f"{_NAME}: x has no features")
+    check_number(_NAME, scale, dropout)
+
+
+def _rows(t):
+    return t.reshape(-1, t.shape[-1])
+
+
+class _TuckerLinear(torch.autograd.Function):
+    """x (..., n). The change is added to torch's product in place, here and in the backward. Torch gets x as it is: its
+    strides decide which product torch takes, and so the last bit."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, core, u, v, seed, scale, dropout):
+        ctx.scale, ctx.dropout, ctx.bias = scale, dropout, bias is not None
+        ctx.save_for_backward(x, weight, core, u, v, seed)
+        y = x.new_zeros(*x.shape[:-1], u.shape[0]) if weight is None else F.linear(x, weight, bias)
+        if x.dim() != 2:  # it may be a view, which a Function must not return if it is to be changed in place
+            y = y.clone(memory_format=torch.contiguous_format)
+        _op.tucker_linear_(y.view(-1, y.shape[-1]), _rows(x), core, u, v, seed, scale, dropout)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_x, need_weight, need_bias, *needs = ctx.needs_input_grad[:6]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable(ctx, dy), None, None, None
+        x, weight, core, u, v, seed = ctx.saved_tensors
+        shape, x, dy = x.shape, _rows(x), _rows(dy)
+        dx = x.new_empty(0)
+        if need_x:
+            dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else dy @ weight
+        need = sum(bit for bit, needed in zip((1, 2, 4), needs) if needed)
+        grads = [None, None, None]
+        if need or need_x:
+            flat = _op.tucker_linear_backward(dx, dy, x, core, u, v, seed, ctx.scale, ctx.dropout, need)
+            parts = iter(flat.split([t.numel() for t, needed in zip((core, u, v), needs) if needed]))
+            grads = [next(parts).view(t.shape) if needed else None for t, needed in zip((core, u, v), needs)]
+        dweight = dy.mT @ x if need_weight else None
+        dbias = dy.sum(0) if need_bias else None
+        return dx.view(shape) if need_x else None, dweight, dbias, *grads, None, None, None
+
+
+def _differentiable(ctx, dy) -> list[Tensor | None]:
+    """The backward as a differentiable expression, for second derivatives."""
+    x, weight, core, u, v, seed = ctx.saved_tensors
+    mask = dropout_mask(seed, ctx.dropout, x.shape, x.dtype) if ctx.dropout else torch.ones_like(x)
+    bias = x.new_zeros(u.shape[0], requires_grad=True) if ctx.bias else None
+    inputs = [x, weight, bias, core, u, v]
+    fresh = [None if t is None else t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    y = _eager(*fresh, mask, ctx.scale)
+    wanted = [t for t, needed in zip(fresh, ctx.needs_input_grad) if needed]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
+
+
+def _eager(x, weight, bias, core, u, v, mask, scale) -> Tensor:
+    """The formula in plain torch operations."""
+    change = ((scale * ((x * mask).to(core.dtype) @ v.mT) @ core.mT) @ u.mT).to(x.dtype)
+    return change if weight is None else F.linear(x, weight, bias) + change
+
+
+@torch.library.register_fake("torch_subspace::tucker_linear_")
+def _(y, x, core, u, v, seed, scale, dropout):
+    return None
+
+
+@torch.library.register_fake("torch_subspace::tucker_linear_backward")
+def _(dx, dy, x, core, u, v, seed, scale, dropout, need):
+    return core.new_empty(sum(t.numel() for bit, t in zip((1, 2, 4), (core, u, v)) if need & bit))

@@ -1,0 +1,407 @@
+"""Files of Tucker adapters: what they hold, what is refused, copies, and what a crash leaves."""
+
+import copy
+import io
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from adapter_cases import (
+    KINDS,
+    adapted,
+    assert_same_state,
+    boxed,
+    disturb,
+    net,
+    parts_of,
+    relative,
+    state_of,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import torch_subspace as ts
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+def written(path, name="default", seed=0, **config):
+    """A model with an adapter and a changed head, saved to path."""
+    model, x = net(seed)
+    disturb(ts.adapt(model, ts.TuckerConfig(**{"rank": 2, "alpha": 3.0, "save_modules": "head"} | config), name))
+    with torch.no_grad():
+        model.head.bias += 1
+    ts.save_adapter(model, path, name)
+    return model, x
+
+
+def snapshot(model):
+    """What must not change when a call fails."""
+    return (state_of(model), [(n, type(m), sorted(m.__dict__)) for n, m in model.named_modules()],
+            [p.requires_grad for p in model.parameters()], ts.active_adapters(model))
+
+
+def assert_snapshot(model, before):
+    now = snapshot(model)
+    assert_same_state(now[0], before[0])
+    assert now[1:] == before[1:]
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_kind_onto_a_plain_model(self, kind, path):
+        model, inputs, more = adapted(kind, kernel_rank=2, alpha=0.5, dropout=0.0)
+        ts.save_adapter(disturb(model), path)
+        plain = boxed(kind)[0]
+        assert ts.load_adapter(plain, path) is plain
+        assert torch.equal(plain(*inputs, **more), model(*inputs, **more))
+        assert_same_state(plain.state_dict(), model.state_dict())
+        for key, part in parts_of(plain).items():
+            assert repr(part) == repr(parts_of(model)[key])
+
+    def test_heads_scales_and_dropout_come_along(self, path):
+        model, x = written(path, dropout=0.25, scaling="rslora", rank_pattern={"fc": 3}, alpha_pattern={"stem": 9})
+        other = net()[0]
+        with torch.no_grad():
+            other.head.weight.zero_()  # where the head is read from the file, this does not count
+        ts.load_adapter(other, path)
+        assert torch.equal(other(x), model(x))
+        assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert parts_of(other)["body.fc.weight"].dropout == 0.25
+        for key, part in parts_of(other).items():
+            assert (part.scale, part.ranks) == (parts_of(model)[key].scale, parts_of(model)[key].ranks)
+        again = path.with_name("again.safetensors")
+        ts.save_adapter(other, again)
+        assert json.loads(metadata_of(again)["config"]) == json.loads(metadata_of(path)["config"])
+        tensors = load_file(path)
+        assert all(torch.equal(t, tensors[k]) for k, t in load_file(again).items())
+        ts.delete_adapter(other, "default")
+        assert not other.head.weight.any()
+
+    def test_the_config_in_the_file_makes_a_config(self, path):
+        written(path, rank=(2, 3), kernel_rank=2, exclude_modules="stem", rank_pattern={"fc": (1, 2)})
+        config = ts.TuckerConfig(**json.loads(metadata_of(path)["config"])["config"])
+        assert tuple(config.rank) == (2, 3) and config.kernel_rank == 2 and config.exclude_modules == ("stem",)
+        assert targets_of(ts.adapt(net()[0], config)) == targets_of(ts.load_adapter(net()[0], path))
+
+    def test_only_what_the_adapter_has_is_in_the_file(self, path):
+        model, _ = written(path)
+        keys = set(load_file(path))
+        assert keys == {f"{k}.{n}" for k, p in parts_of(model).items() for n, _ in p.named_parameters()} | {
+            "head.weight", "head.bias"}
+
+    def test_names_and_adapters_beside(self, path):
+        model, x = written(path)
+        other, _ = net()
+        ts.adapt(other, ts.TuckerConfig(1, target_modules="stem"), "mine")
+        disturb(other, "mine")
+        mine = other(x)
+        ts.load_adapter(other, path, "theirs")
+        assert ts.adapter_names(other) == ["mine", "theirs"] and ts.active_adapters(other) == {"theirs": 1.0}
+        assert torch.equal(other(x), model(x))
+        ts.set_adapter(other, "mine")
+        assert torch.equal(other(x), mine)
+
+    def test_saving_does_not_need_the_adapter_to_be_seen(self, path):
+        model, x = written(path)
+        want = load_file(path)
+        second = path.with_name("second.safetensors")
+        ts.adapt(model, ts.TuckerConfig(1, target_modules="fc"), "b")
+        ts.save_adapter(model, second)
+        found = load_file(second)
+        assert found.keys() == want.keys() and all(torch.equal(found[k], want[k]) for k in want)
+        ts.set_adapter(model, "default")
+        with ts.disabled(model):
+            ts.save_adapter(model, second)
+        ts.merge(model)
+        ts.save_adapter(model, path)
+        for file in (path, second):
+            assert all(torch.equal(t, want[k]) for k, t in load_file(file).items())
+
+    def test_another_precision(self, path):
+        model, x = written(path)
+        double = ts.load_adapter(net()[0].double(), path)
+        assert relative(model(x), double(x.double())) < 1e-6
+        half = ts.load_adapter(net()[0].bfloat16(), path)
+        assert relative(half(x.bfloat16()), model(x)) < 0.05
+
+    def test_into_a_wrapped_model(self, path):
+        model, x = written(path)
+        compiled = torch.compile(net()[0], backend="eager")
+        assert ts.load_adapter(compiled, path) is compiled
+        assert torch.equal(compiled(x), model(x))
+        ts.save_adapter(compiled, path)
+        assert torch.equal(ts.load_adapter(net()[0], path)(x), model(x))
+        fresh = torch.compile(net()[0], backend="eager")
+        assert ts.adapt(fresh, ts.TuckerConfig(2)) is fresh
+
+    def test_replacing_an_adapter_of_other_ranks(self, path):
+        model, x = written(path)
+        other = net()[0]
+        disturb(ts.adapt(other, ts.TuckerConfig(4, target_modules="fc")), seed=7)
+        ts.load_adapter(other, path)
+        assert torch.equal(other(x), model(x)) and ts.adapter_names(other) == ["default"]
+        ts.delete_adapter(other, "default")
+        assert torch.equal(other(x), net()[0](x)) and all(p.requires_grad for p in other.parameters())
+
+    def test_replacing_an_adapter_that_trained_a_target_whole(self, path):
+        model, x = written(path, save_modules=())  # adapts the head
+        other = ts.adapt(net()[0], ts.TuckerConfig(2, save_modules="head"))
+        with torch.no_grad():
+            other.head.weight.zero_()
+        ts.load_adapter(other, path)  # the head is that of before again, with an adapter
+        base = net()[0]
+        assert torch.equal(other.head._parameters["weight"], base.head.weight)
+        twin = ts.load_adapter(base, path)
+        assert torch.equal(other(x), twin(x))
+
+
+def tied_to(layer):
+    other = nn.Linear(layer.in_features, layer.out_features)
+    other.weight = layer.weight
+    return other
+
+
+def targets_of(model):
+    return {k: p.ranks for k, p in parts_of(model).items()}
+
+
+class TestRefusedFiles:
+    @pytest.fixture(params=["plain", "same", "other"])
+    def model(self, request):
+        """Models that a file may meet: without adapter, with the very one, with another one."""
+        model, _ = net()
+        if request.param != "plain":
+            config = ts.TuckerConfig(2, alpha=3.0, save_modules="head")
+            ts.adapt(model, config if request.param == "same" else ts.TuckerConfig(4, target_modules="fc"))
+            disturb(model)
+        return model
+
+    def check(self, model, path, match, error=ValueError):
+        before = snapshot(model)
+        with pytest.raises(error, match=f"(?s)^load_adapter: .*{match}"):
+            ts.load_adapter(model, path)
+        assert_snapshot(model, before)
+
+    @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.999])
+    def test_truncated(self, model, path, part):
+        written(path)
+        data = path.read_bytes()
+        path.write_bytes(data[:int(part * len(data))])
+        self.check(model, path, "truncated")
+
+    def test_not_a_file_of_tensors(self, model, path):
+        path.write_bytes(os.urandom(1000))
+        self.check(model, path, "truncated or not")
+        torch.save({"a": torch.ones(2)}, path)
+        self.check(model, path, "truncated or not")
+
+    def test_missing_and_a_folder(self, model, path):
+        self.check(model, path, "no file", FileNotFoundError)
+        path.mkdir()
+        self.check(model, path, "no file", FileNotFoundError)
+
+    def test_foreign(self, model, path):
+        low = {f"base_model.model.fc.lora_{k}.weight": torch.ones(8, 8) for k in "AB"}
+        for metadata in (None, {"format": "pt"}):
+            save_file(low, path, metadata)
+            self.check(model, path, "not an adapter of torch_subspace")
+
+    def test_another_version(self, model, path):
+        written(path)
+        save_file(load_file(path), path, metadata_of(path) | {"version": "2"})
+        self.check(model, path, "version")
+
+    def rewrite(self, path, tensors=None, **changes):
+        about = json.loads(metadata_of(path)["config"])
+        for keys, value in changes.items():
+            place, *keys = keys.split("__")
+            at = about[place] if keys else about
+            for key in keys[:-1]:
+                at = at[key.replace("_", ".")] if key.replace("_", ".") in at else at[key]
+            if value is None:
+                del at[keys[-1] if keys else place]
+            else:
+                at[keys[-1] if keys else place] = value
+        metadata = metadata_of(path) | {"config": json.dumps(about)}
+        save_file(tensors or load_file(path), path, metadata)
+
+    @pytest.mark.parametrize("changes", [
+        {"layers": None}, {"layers": []}, {"layers": 3}, {"saved": None}, {"config": None},
+        {"layers__body_fc__weight__scale": None}, {"layers__body_fc__weight__scale": "much"},
+        {"layers__body_fc__weight__shape": None}, {"layers__body_fc__weight__ranks": None},
+        {"layers__body_fc__weight__ranks": 2}, {"layers__body_fc__weight__shape": [8]},
+        {"layers__body_fc__weight__dropout": None}, {"layers__body_fc__weight__dropout": 2.0},
+    ])
+    def test_a_description_that_is_broken(self, model, path, changes):
+        written(path)
+        self.rewrite(path, **changes)
+        self.check(model, path, "")
+
+    def test_tensors_that_are_missing_or_too_many(self, model, path):
+        written(path)
+        tensors = load_file(path)
+        for other in ({k: t for k, t in tensors.items() if k != "body.fc.weight.core"},
+                      {k: t for k, t in tensors.items() if k != "head.bias"}, tensors | {"more": torch.ones(1)}):
+            save_file(other, path, metadata_of(path))
+            self.check(model, path, "contradicts itself")
+
+    @pytest.mark.parametrize("key, shape", [
+        ("body.fc.weight.core", (3, 2)), ("body.fc.weight.factor0", (8, 3)), ("body.fc.weight.factor1", (9, 2)),
+        ("stem.weight.core", (2, 2, 3)), ("head.weight", (4, 8)), ("head.bias", ()),
+    ])
+    def test_tensors_of_other_shapes(self, model, path, key, shape):
+        written(path)
+        save_file(load_file(path) | {key: torch.zeros(shape)}, path, metadata_of(path))
+        self.check(model, path, f"does not fit the model: .*{key}")
+
+    def test_other_models(self, path):
+        written(path)
+        changes = {
+            r"body\.fc\.weight": lambda m: m.body.update({"fc": nn.Linear(8, 9)}),
+            r"no layer 'body\.fc'": lambda m: m.body.pop("fc"),
+            r"'body\.fc' is a LayerNorm": lambda m: m.body.update({"fc": nn.LayerNorm(8)}),
+            r"'body\.conv'|body\.conv\.weight": lambda m: m.body.update({"conv": nn.Conv1d(8, 8, 3)}),
+            r"head\.weight is": lambda m: setattr(m, "head", nn.Linear(8, 5)),
+            "'head' has": lambda m: setattr(m, "head", nn.Linear(8, 3, bias=False)),
+            "no module 'head'": lambda m: delattr(m, "head"),
+            "tied": lambda m: m.body.update({"again": tied_to(m.body["fc"])}),
+            "parametrised": lambda m: nn.utils.parametrizations.weight_norm(m.body["fc"]),
+        }
+        for match, change in changes.items():
+            model, _ = net()
+            change(model)
+            self.check(model, path, match)
+        model, _ = net()
+        model.stem, model.body["fc"] = nn.Conv2d(3, 8, 5), nn.Linear(8, 9)
+        self.check(model, path, "1 more")
+
+    def test_heads_and_layers_of_other_adapters(self, path):
+        written(path)
+        model = ts.adapt(net()[0], ts.TuckerConfig(2, target_modules="head"), "mine")
+        self.check(model, path, "'head' has another adapter")
+        written(path, save_modules=())
+        model = ts.adapt(net()[0], ts.TuckerConfig(2, save_modules="head"), "mine")
+        self.check(model, path, "'head' is trained whole")
+
+    def test_merged_models_and_bad_names(self, path):
+        model, _ = written(path)
+        ts.merge(model)
+        self.check(model, path, "merged")
+        with pytest.raises(ValueError, match="^load_adapter: .*name"):
+            ts.load_adapter(net()[0], path, "a.b")
+        with pytest.raises(TypeError, match="^load_adapter: model"):
+            ts.load_adapter({}, path)
+
+
+class TestWriting:
+    def test_a_crash_leaves_the_old_file(self, path, monkeypatch):
+        import safetensors.torch
+
+        model, _ = written(path)
+        before = path.read_bytes()
+        disturb(model, seed=5)
+
+        def crash(tensors, file, metadata=None):
+            with open(file, "wb") as half:
+                half.write(b"half")
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", crash)
+        with pytest.raises(OSError, match="no space"):
+            ts.save_adapter(model, path)
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            ts.save_adapter(model, path)
+        assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+    def test_folders_that_cannot_be_written(self, tmp_path):
+        model, _ = written(tmp_path / "ok.safetensors")
+        with pytest.raises(OSError):
+            ts.save_adapter(model, tmp_path / "missing" / "a.safetensors")
+        with pytest.raises(OSError):
+            ts.save_adapter(model, tmp_path / "ok.safetensors" / "a.safetensors")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(OSError):
+            ts.save_adapter(model, tmp_path / "folder")
+        if os.geteuid():
+            (tmp_path / "folder").chmod(0o500)
+            with pytest.raises(PermissionError):
+                ts.save_adapter(model, tmp_path / "folder" / "a.safetensors")
+        assert sorted(os.listdir(tmp_path)) == ["folder", "ok.safetensors"]
+
+    def test_paths_and_permissions(self, tmp_path, monkeypatch):
+        model, x = written(tmp_path / "a.safetensors")
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+        monkeypatch.chdir(tmp_path)
+        ts.save_adapter(model, "b")
+        ts.load_adapter(net()[0], str(tmp_path / "b"))
+        ts.save_adapter(model, "n" * 250)  # as long as a name may be
+        os.symlink("b", "link")
+        disturb(model, seed=3)
+        ts.save_adapter(model, "link")
+        assert torch.equal(ts.load_adapter(net()[0], "link")(x), model(x))
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class TestCopies:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_deepcopy_and_pickle(self, kind):
+        model, inputs, more = adapted(kind)
+        want = disturb(model)(*inputs, **more)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+            assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+            assert torch.equal(twin(*inputs, **more), want)
+            disturb(twin, seed=8)
+            assert not torch.equal(twin(*inputs, **more), want) and torch.equal(model(*inputs, **more), want)
+            ts.delete_adapter(twin, "default")
+            assert not any("tucker" in key for m in twin.modules() for key in m.__dict__)
+
+    def test_copies_of_merged_and_half_chosen_models(self, path):
+        model, x = written(path)
+        ts.adapt(model, ts.TuckerConfig(1, target_modules="fc"), "b")
+        disturb(model, "b")
+        ts.set_adapter(model, {"default": 0.5, "b": 2})
+        want, state = model(x), state_of(model)
+        ts.merge(model)
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.equal(twin(x), model(x))
+        ts.unmerge(twin)
+        assert torch.equal(twin(x), want) and ts.active_adapters(twin) == {"default": 0.5, "b": 2.0}
+        assert_same_state(twin.state_dict(), state)
+        ts.set_adapter(twin, "b")  # its heads came along
+        assert torch.equal(twin.head.bias, net()[0].head.bias)
+
+    def test_state_dicts(self):
+        model, x = net()
+        ts.adapt(model, ts.TuckerConfig(2))
+        twin = copy.deepcopy(model)
+        disturb(model)
+        for assign in (False, True):
+            twin.load_state_dict(model.state_dict(), assign=assign)
+            assert torch.equal(twin(x), model(x))
+        base = net(seed=4)[0].state_dict()
+        missing = twin.load_state_dict(base, strict=False)
+        assert not missing.unexpected_keys and all(".tucker." in k for k in missing.missing_keys)
+        ts.set_adapter(twin, None)
+        assert torch.equal(twin(x), net(seed=4)[0](x))

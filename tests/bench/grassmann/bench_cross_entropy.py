@@ -1,0 +1,89 @@
+"""Fused subspace cross-entropy with both gradients, at ImageNet-21k's number of classes: time and peak memory.
+
+Memory is measured in a process of its own for each contender; what all of them must return, the two gradients, is
+taken off. Peers: the formula of the logits and torch's cross-entropy, eager and compiled, and our own logits.
+"""
+
+import torch
+from bench_logits import GAMMA, formula
+from harness import Case, Contender, Target, compiled, relative
+from torch.nn.functional import cross_entropy
+
+import torch_subspace as ts
+
+
+def inputs(batch, n, classes, k, dtype, device):
+    """Features, frames and labels."""
+    seed = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, n, generator=seed)
+    # nearly orthonormal, as it is for speed and memory alone that so many frames are wanted
+    weight = torch.randn(classes, k, n, generator=seed) / n**0.5
+    target = torch.randint(classes, (batch,), generator=seed)
+    return [t.to(device, dtype if t.is_floating_point() else None) for t in (x, weight, target)]
+
+
+def eager(x, weight, target):
+    """The loss as one would write it."""
+    return cross_entropy(formula(x, weight), target)
+
+
+def separate(x, weight, target):
+    """Our logits, torch's cross-entropy."""
+    return cross_entropy(ts.subspace_logits(x, weight, gamma=GAMMA), target)
+
+
+def fused(x, weight, target):
+    """Our loss."""
+    return ts.subspace_cross_entropy(x, weight, target, gamma=GAMMA)
+
+
+def contender(name, function, shape, device, check=True):
+    """Loss and gradients by `function`."""
+
+    def step(x, weight, target):
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = function(x, weight, target)
+        return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+
+    def build():
+        given = inputs(*shape, device)
+        return lambda: step(*given)
+
+    def error():  # on a part of the classes: the float64 graph of all of them would not fit everywhere
+        batch, n, classes, k, dtype = shape
+        x, weight, target = inputs(min(batch, 64), n, min(classes, 1000), k, dtype, device)
+        found = step(x, weight, target)
+        x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+        loss = eager(x, weight, target)
+        return relative(found, [t.detach() for t in (loss, *torch.autograd.grad(loss, (x, weight)))])
+
+    batch, n, classes, k, dtype = shape
+    return Contender(name, build, error if check else None, peak=True, kept=dtype.itemsize * n * (batch + classes * k))
+
+
+def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
+    """All contenders at one size."""
+    shape = (batch, n, classes, k, dtype)
+    contenders = [
+        contender("ours: fused", fused, shape, device),
+        contender("ours: logits, then cross_entropy", separate, shape, device),
+        contender("eager", eager, shape, device),
+    ]
+    if compile:
+        contenders.append(contender("torch.compile", compiled(eager), shape, device, check=False))
+    targets = [
+        Target("ours: fused", ("eager",), "<=", 1.1, 1.0),
+        Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
+    ]
+    name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
+    size = dtype.itemsize * n * (batch + classes * k) if device == "cuda" else 0  # a CPU is far from it
+    return Case(name, contenders, targets, bytes=3 * size, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
+
+
+def cases(device):
+    """Two batches; on a GPU one that fills it, also in the dtype it trains in."""
+    found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False)]
+    if device == "cuda":
+        found += [case(1024, 512, 21841, 8, device, dtype=torch.bfloat16),
+                  case(1024, 512, 21841, 8, device, compile=False)]
+    return found
