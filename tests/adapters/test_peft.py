@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 import torch_subspace as ts  # noqa: E402
 import torch_subspace.peft as tp  # noqa: E402
+from torch_subspace.adapters.state import layers  # noqa: E402
 from torch_subspace.peft import TuckerConfig, TuckerLayer, export_lora, import_lora  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -762,7 +763,7 @@ def test_export_lora(tmp_path, standalone, rank):
         config = ts.TuckerConfig(rank=rank, kernel_rank=2, alpha=0.7, target_modules=("all-linear", "all-conv", "emb"),
                                  save_modules="head")
         ts.adapt(model, config)
-        for layer in ts.adapter_state.layers(model).values():
+        for layer in layers(model).values():
             for p in layer.tucker.parameters():
                 p.data.normal_(0, 0.3)
         adapted = model
