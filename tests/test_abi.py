@@ -106,6 +106,14 @@ def test_import_is_silent_and_leaves_the_environment_alone():
     assert fresh_python(code) == fresh_python("import torch")
 
 
+def test_import_loads_no_compiler():
+    """torch.compile's modules take as long as torch itself, and set TORCHINDUCTOR_CACHE_DIR for the user."""
+    code = "import torch, sys; old = set(sys.modules); import torch_subspace; print(*set(sys.modules) - old)"
+    loaded = fresh_python(code).split()
+    assert "torch_subspace.grassmann.optim" in loaded
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "triton", "sympy"))]
+
+
 @pytest.mark.parametrize("level", library.config()["CPU"]["available"].split())
 def test_the_instruction_set_can_be_forced(level):
     text = fresh_python("import torch_subspace as ts; ts.show_config()", SUBSPACE_ISA=level)

@@ -104,7 +104,9 @@ class _WholeModel:
             factor = torch.where(found.to(device) > 0, torch.nan, factor)
         return [p.grad * factor.to(p.dtype) for p in frames]
 
-    @torch.compiler.disable  # torch 2.11 cannot trace attributes set on an optimiser
+    # torch 2.11 cannot trace attributes set on an optimiser. torch.compiler.disable would load the compiler at import;
+    # this is what torch.optim itself uses.
+    @torch._disable_dynamo
     def _count(self, number, skipped):
         found = getattr(self, "found_inf", None)
         if found is not None:
