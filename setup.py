@@ -87,6 +87,7 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     packages=["torch_subspace", *(f"torch_subspace.{name}" for name in find_packages("ops"))],
     package_dir={"torch_subspace": "ops"},
+    package_data={"torch_subspace": ["py.typed"]},
     ext_modules=[Extension("torch_subspace.native", sources=[])],  # no pure Python: the wheel is for one platform
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     setup_requires=[] if have_cmake() else ["cmake>=3.24"],  # what pip adds to its isolated build

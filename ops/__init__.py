@@ -4,6 +4,8 @@ Grassmann class representation (subspace logits, fused cross-entropy, Riemannian
 and coding rates (MCR², MLC) as torch ops with pure-C kernels, and the layers, adapters, losses and the clusterer that
 let standard models pick them up.
 """
+from typing import TYPE_CHECKING, Any
+
 from . import library
 from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
 from .adapters.config import TuckerConfig
@@ -62,7 +64,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+if TYPE_CHECKING:
+    from .clustering.manifold import ManifoldClustering as ManifoldClustering
+
+
+def __getattr__(name: str) -> Any:
     if name == "ManifoldClustering":  # needs scikit-learn, which nothing else here does
         from .clustering.manifold import ManifoldClustering
 
@@ -70,5 +76,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), "ManifoldClustering"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def write_whole(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_whole(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that appears whole or not at all."""
     from safetensors.torch import save_file
 

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ _cpu = _load_cpu()
 _cuda, _cuda_missing = _load_cuda()
 
 
-def config():
+def config() -> dict[str, Any]:
     """What `show_config` prints, as a dict."""
     cuda = {"loaded": _cuda is not None}
     if _cuda is None:
@@ -96,7 +97,7 @@ def config():
     }
 
 
-def show_config():
+def show_config() -> None:
     """Print which libraries, instruction set, BLAS and threads are in use, and why CUDA is not, if it is not."""
     for name, value in config().items():
         if not isinstance(value, dict):

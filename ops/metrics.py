@@ -4,7 +4,10 @@ Labels are sequences, arrays or tensors of n integers; what the integers are doe
 scipy.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,8 +19,10 @@ __all__ = [
     "principal_angles",
 ]
 
+Array = npt.ArrayLike | Tensor
 
-def match_clusters(labels_true, labels_pred) -> np.ndarray:
+
+def match_clusters(labels_true: Array, labels_pred: Array) -> npt.NDArray[np.integer[Any]]:
     """The clusters' labels renamed to those of the classes, one to one, such that most points agree.
 
     The best of all assignments is found by the Hungarian algorithm. Where there are more clusters than classes, those
@@ -42,7 +47,7 @@ def match_clusters(labels_true, labels_pred) -> np.ndarray:
     return name[found]
 
 
-def clustering_accuracy(labels_true, labels_pred) -> float:
+def clustering_accuracy(labels_true: Array, labels_pred: Array) -> float:
     """Fraction of the points whose cluster is matched with their class (ACC), by the best one-to-one assignment.
 
     Raises:
@@ -52,7 +57,7 @@ def clustering_accuracy(labels_true, labels_pred) -> float:
     return float((match_clusters(true, pred) == true).mean())
 
 
-def clustering_scores(labels_true, labels_pred) -> dict[str, float]:
+def clustering_scores(labels_true: Array, labels_pred: Array) -> dict[str, float]:
     """{"acc", "nmi", "ari"}: `clustering_accuracy`, and scikit-learn's normalised mutual information and adjusted Rand
     index."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -65,7 +70,7 @@ def clustering_scores(labels_true, labels_pred) -> dict[str, float]:
     }
 
 
-def effective_rank(z) -> float:
+def effective_rank(z: Array) -> float:
     """exp(H(p)) with p = s / Σs, s the singular values of z (n, d): between 1 and min(n, d), 0 where z is zero.
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
@@ -77,7 +82,7 @@ def effective_rank(z) -> float:
     return float(torch.special.entr(p).sum().exp())
 
 
-def principal_angles(z, labels, dim: int) -> Tensor:
+def principal_angles(z: Array, labels: Array, dim: int) -> Tensor:
     """Angles between the subspaces that the clusters' points span, as far as `dim` directions describe them.
 
     Args:

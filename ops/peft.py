@@ -129,8 +129,8 @@ class TuckerConfig(peft.PeftConfig):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules_to_save: list[str] | None = None
     bias: str = "none"
 

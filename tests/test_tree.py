@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import torch_subspace as ts
+from torch_subspace import metrics
 from torch_subspace.grassmann.frames import RETRACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,15 @@ def test_it_has_its_rows_for_a_gpu(op):
 def test_what_users_call_is_in_the_documentation():
     pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     assert not [name for name in ts.__all__ if not re.search(rf"\b{name}\b", pages)]
+
+
+def test_what_users_call_is_typed():
+    """tests/typing/public.py is checked strictly in `make lint`: here, that it leaves no public name out."""
+    text = (ROOT / "tests/typing/public.py").read_text()
+    names = [f"ts.{name}" for name in (*ts.__all__, "ManifoldClustering")]
+    names += [f"metrics.{name}" for name in metrics.__all__]
+    assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
+    assert (ROOT / "ops/py.typed").exists()
 
 
 def test_the_contract_lists_the_same_ops():

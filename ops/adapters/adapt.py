@@ -15,6 +15,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -230,7 +231,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def adapter_parameters(model: nn.Module, *, lr: float | None = None,
-                       lr_multipliers: Mapping[str, float] | None = None) -> list[dict]:
+                       lr_multipliers: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: the active adapters' cores and factors, then the saved modules.
 
     Frames of a saved `GrassmannLinear` come in a group of their own with `manifold="grassmann"`, for `RiemannianSGD`

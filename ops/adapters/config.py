@@ -7,6 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class TuckerConfig:
     exclude_modules: str | Sequence[str] = ()
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.rank = _rank("rank", self.rank)
         if not isinstance(self.kernel_rank, str) or self.kernel_rank != "full":
             self.kernel_rank = _rank("kernel_rank", self.kernel_rank)
@@ -110,7 +111,7 @@ class TuckerConfig:
         r = rank if isinstance(rank, int) else min(rank[:2])
         return float(alpha) / {"constant": 1, "lora": r, "rslora": math.sqrt(r)}[self.scaling]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 

@@ -35,7 +35,7 @@ from .targets import owners_of, refusal, weights_of
 FORMAT, VERSION = "torch_subspace.tucker", 1
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Write an adapter and its saved modules to a safetensors file, with all it takes to load it on a plain model.
 
     The file appears whole or not at all: it is written beside `path` and then moved there.
@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     write_whole(path, tensors, metadata)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
     """Load an adapter that `save_adapter` wrote, put it on the layers it was on, and make it the active one.
 
     The model may be plain: ranks, scales and layers are in the file. Where the model has an adapter of this name with
@@ -104,7 +104,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     return given
 
 
-def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]:
     """Tensors and description of an adapter file; ValueError when it is not one, or broken."""
     from safetensors import SafetensorError, safe_open
 

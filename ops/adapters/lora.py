@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)  # the others
 REFUSED = ("use_dora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices",
            "alora_invocation_tokens", "use_qalora", "megatron_config")
 
+Source = str | os.PathLike[str] | tuple[Mapping[str, Tensor], Mapping[str, Any] | Any]  # the Any has `to_dict`
 
-def import_lora(model: nn.Module, source, name: str = "default", *, standalone: bool = False) -> nn.Module:
+
+def import_lora(model: nn.Module, source: Source, name: str = "default", *, standalone: bool = False) -> nn.Module:
     """Put a LoRA checkpoint on a model as a Tucker adapter with the same change, ready to be trained on.
 
     Args:
@@ -228,7 +231,7 @@ def _targets(names, modules) -> list[str] | str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def export_lora(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Write a Tucker adapter as a LoRA checkpoint of peft with the same change: B = U G, A = V, alpha = scale · r.
 
     Args:

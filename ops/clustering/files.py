@@ -15,7 +15,7 @@ OBJECTS = ("encoder", "callbacks", "device")  # parameters that a file can't or 
 FITTED = ("_mean", "_anchors", "_potentials", "_anchor_labels", "labels_")
 
 
-def write_clustering(estimator, path: str | os.PathLike) -> None:
+def write_clustering(estimator, path: str | os.PathLike[str]) -> None:
     """Write a fitted estimator."""
     parameters = {k: _plain(v) for k, v in estimator.get_params(deep=False).items() if k not in OBJECTS}
     about = {
@@ -41,7 +41,7 @@ def _plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else _plain
 
 
-def read_clustering(cls, path: str | os.PathLike, encoder):
+def read_clustering(cls, path: str | os.PathLike[str], encoder):
     """A fitted estimator of class `cls` from a file."""
     tensors, about = _read(path)
     if about["own_encoder"] and encoder is None:

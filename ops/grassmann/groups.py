@@ -5,6 +5,7 @@ A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, o
 
 import fnmatch
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def param_groups(
     weight_decay: float | Tensor = 0.0,
     frame_lr_factor: float = 1.0,
     no_decay: str | Iterable[str] = (),
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Split the parameters of `model` into groups that any of this package's optimisers takes.
 
     Args:

@@ -3,6 +3,8 @@
 torchvision, timm and transformers are known by their conventions alone and are never imported.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,11 +42,11 @@ class PointwiseGrassmannLinear(GrassmannLinear):
 def swap_head(
     model: nn.Module,
     num_classes: int | None = None,
-    subspace_dim=8,
+    subspace_dim: int | Sequence[int] = 8,
     *,
-    gamma=25.0,
-    normalize=True,
-    init="linear",
+    gamma: float = 25.0,
+    normalize: bool = True,
+    init: str | tuple[Tensor, Tensor] = "linear",
     name: str | None = None,
 ) -> nn.Module:
     """Replace a model's classifier by a `GrassmannLinear`; returns the same model, changed in place.

@@ -8,6 +8,7 @@ whose `param_groups` finds the layer by its type.
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,14 @@ class GrassmannLinear(nn.Module):
         return subspace_logits(x, self._weight_for(x), gamma=self.gamma, normalize=self.normalize, dims=self.dims)
 
     def loss(
-        self, x: Tensor, target: Tensor, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
     ) -> Tensor:
         """Cross-entropy of this layer's logits of x (..., n), without ever holding the logits.
 
@@ -261,7 +269,7 @@ class GrassmannLinear(nn.Module):
         self._set_frames(frames)
         return self
 
-    def load_gcr(self, checkpoint: Mapping) -> "GrassmannLinear":
+    def load_gcr(self, checkpoint: Mapping[str, Any]) -> "GrassmannLinear":
         """Load the head of a checkpoint of the paper's code (innerlee/GCR, on mmpretrain); returns the layer.
 
         `checkpoint` is the whole file as `torch.load` gives it, or its "state_dict": the (C·k, n) matrix under a key

@@ -9,10 +9,12 @@ Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 20
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .groups import adam_rates, check_group, horizontal_gradient, is_frames, param_groups, partition, scalar
 from .rsgd import grassmann_step_
@@ -23,10 +25,11 @@ __all__ = ["RiemannianAdamW", "RiemannianSGD", "param_groups"]
 class _WholeModel:
     """What both optimisers add to torch's: frame groups, checked when added and stepped after the Euclidean ones."""
 
-    skipped_frames = 0  # classes left as they were for a non-finite gradient, since construction; a tensor off the CPU
+    # classes left as they were for a non-finite gradient, since construction; a tensor off the CPU
+    skipped_frames: int | Tensor = 0
     _warned = False
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         # torch's constructors build the defaults and add the groups in one go: ours join them here.
         self.defaults.update(self.__dict__.pop("_frame_defaults", {}))
         if isinstance(param_group, dict) and is_frames(param_group):
@@ -61,7 +64,13 @@ class _WholeModel:
         # torch's step asks this for the tensors of a group and does nothing when there are none.
         return False if is_frames(group) else super()._init_group(group, *lists)
 
-    def step(self, closure=None):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.
 
         Args:
@@ -163,7 +172,7 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -176,7 +185,7 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-    ):
+    ) -> None:
         self._frame_defaults = {"retraction": retraction, "transport": transport}
         super().__init__(
             params,
@@ -233,7 +242,7 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -247,7 +256,7 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-    ):
+    ) -> None:
         self._frame_defaults = {"retraction": retraction, "transport": transport}
         super().__init__(
             params,

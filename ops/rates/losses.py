@@ -53,7 +53,8 @@ class CodingRateLoss(nn.Module):
     collectives define it: after DistributedDataParallel's mean it is the gradient of the loss of the whole batch.
     """
 
-    def __init__(self, eps: float = 0.5, *, reduction: str = "mean", process_group=None) -> None:
+    def __init__(self, eps: float = 0.5, *, reduction: str = "mean",
+                 process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         _check(type(self).__name__, eps, reduction)
         self.eps, self.reduction, self.process_group = eps, reduction, process_group
@@ -105,7 +106,7 @@ class MLCLoss(nn.Module):
     """
 
     def __init__(self, eps: float = 0.5, eta: float = 0.1, reg: float = 0.05, *, reduction: str = "mean",
-                 mode: str = "implicit", process_group=None) -> None:
+                 mode: str = "implicit", process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         _check("MLCLoss", eps, reduction, eta=eta)
         if reg:

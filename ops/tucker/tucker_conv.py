@@ -7,6 +7,7 @@ Here is what users call: its checks, and the choice between the two forms of tuc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ FORMS = ("auto", "chain", "composed")
 SKINNY = 2.0
 
 
-def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors, *, scale: float = 1.0, stride=1,
-                padding=0, dilation=1, groups: int = 1, transposed: bool = False, output_padding=0,
-                form: str = "auto", dropout: float = 0.0, training: bool = True) -> Tensor:
+def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor | None], *,
+                scale: float = 1.0, stride: int | Sequence[int] = 1, padding: int | str | Sequence[int] = 0,
+                dilation: int | Sequence[int] = 1, groups: int = 1, transposed: bool = False,
+                output_padding: int | Sequence[int] = 0, form: str = "auto", dropout: float = 0.0,
+                training: bool = True) -> Tensor:
     """Convolution of ``x`` with ``weight`` plus ``scale`` times the Tucker product of ``core`` and ``factors``.
 
     Args:

@@ -1,0 +1,83 @@
+# pyright: strict
+"""Every public name as a user's strictly checked code has it: read by mypy --strict and pyright's strict mode in `make
+lint`, never run. A test asks that no public name is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import torch_subspace as ts
+from torch_subspace import metrics
+from torch_subspace import peft as tucker_peft
+
+x, labels = torch.randn(8, 16), torch.zeros(8, dtype=torch.int64)
+frames = torch.randn(4, 2, 16)
+
+# ------------------------------------------------------------------------------------------------------------- heads
+logits: Tensor = ts.subspace_logits(x, frames, gamma=25.0, normalize=True, dims=None)
+ragged: Tensor = ts.subspace_logits(x, frames.flatten(0, 1), dims=[2, 2, 2, 2])
+loss: Tensor = ts.subspace_cross_entropy(x, frames, labels, class_weight=None, label_smoothing=0.1, reduction="mean")
+skipped: Tensor = ts.grassmann_step_(frames, torch.zeros_like(frames), None, lr=0.1, retraction="geodesic")
+layer: ts.GrassmannLinear = ts.GrassmannLinear(16, 4, subspace_dim=2)
+y: Tensor = layer(x)
+fused: Tensor = layer.loss(x, labels, label_smoothing=0.1)
+weight: nn.Parameter = layer.weight
+made: ts.GrassmannLinear = ts.GrassmannLinear.from_linear(nn.Linear(16, 4))
+layer.init_from_features(x, labels)
+layer.orthonormalize_()
+error: Tensor = layer.frame_error()
+net: nn.Module = ts.swap_head(nn.Sequential(nn.Linear(16, 4)), num_classes=4, subspace_dim=2, init="random", name=None)
+groups: list[dict[str, Any]] = ts.param_groups(net, weight_decay=1e-4, frame_lr_factor=0.3)
+sgd: torch.optim.Optimizer = ts.RiemannianSGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+adam: torch.optim.Optimizer = ts.RiemannianAdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
+closure: Callable[[], float] = lambda: 0.0  # noqa: E731
+got: float | None = sgd.step(closure)
+nothing: None = ts.RiemannianSGD(net.parameters()).step()
+left: int | Tensor = ts.RiemannianAdamW(net.parameters()).skipped_frames
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
+adapted: nn.Module = ts.adapt(net, config, name="default")
+of_adapter: list[dict[str, Any]] = ts.adapter_parameters(net)
+table: str = ts.adapter_summary(net)
+names: list[str] = ts.adapter_names(net)
+active: dict[str, float] = ts.active_adapters(net)
+ts.set_adapter(net, {"default": 0.5})
+ts.save_adapter(net, Path("adapter.safetensors"), name="default")
+loaded: nn.Module = ts.load_adapter(net, "adapter.safetensors")
+with ts.disabled(net):
+    plain: Tensor = net(x)
+merged: nn.Module = ts.merge(net)
+unmerged: nn.Module = ts.unmerge(net)
+ts.delete_adapter(net, "default")
+whole: nn.Module = ts.merge_and_unload(net)
+core, u, v = torch.zeros(2, 3), torch.zeros(4, 2), torch.zeros(3, 16)
+change: Tensor = ts.tucker_compose(core, [u, v.mT], scale=0.5, base=None)
+linear: Tensor = ts.tucker_linear(x, torch.zeros(4, 16), None, core, u, v, scale=0.5, dropout=0.1, training=True)
+conv: Tensor = ts.tucker_conv(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), None, torch.zeros(2, 2, 3, 3),
+                              [torch.zeros(4, 2), torch.zeros(3, 2), None, None], padding=1, form="chain")
+
+# ------------------------------------------------------------------------------------------------------------- rates
+rate: Tensor = ts.coding_rate(x, labels, eps=0.5)
+reduction: Tensor = ts.rate_reduction(x, labels)
+plan: Tensor = ts.sinkhorn(x @ x.mT, eta=0.1, tol=1e-6, max_iter=100, symmetric=True, mode="implicit")
+total: Tensor = ts.CodingRateLoss(eps=0.5)(x)
+mcr2: Tensor = ts.MCR2Loss(eps=0.5)(x, labels)
+mlc: Tensor = ts.MLCLoss(eps=0.2, eta=0.1, reg=0.05)(x, x)
+clusterer = ts.ManifoldClustering(n_clusters=4, random_state=0)
+clusters = clusterer.fit(x.numpy()).predict(x.numpy())
+accuracy: float = metrics.clustering_accuracy(labels, labels)
+scores: dict[str, float] = metrics.clustering_scores(labels, labels)
+renamed: np.ndarray = metrics.match_clusters([0, 1], labels)
+width: float = metrics.effective_rank(x)
+angles: Tensor = metrics.principal_angles(x, labels, dim=2)
+ts.show_config()
+
+# -------------------------------------------------------------------------------------------------------------- peft
+method = tucker_peft.TuckerConfig(r=8, target_modules=["0"])
+imported: nn.Module = tucker_peft.import_lora(net, "lora", standalone=True)
+tucker_peft.export_lora(imported, Path("lora"))
