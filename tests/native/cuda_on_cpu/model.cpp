@@ -23,6 +23,7 @@
 extern "C" {
 #include "dispatch.h"
 #include "linalg.h"
+#include "subspace.h"
 }
 
 #if defined(__SANITIZE_ADDRESS__)
