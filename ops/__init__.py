@@ -4,9 +4,16 @@ Grassmann class representation (subspace logits, fused cross-entropy, Riemannian
 and coding rates (MCR², MLC) as torch ops with pure-C kernels, and the layers, adapters, losses and the clusterer that
 let standard models pick them up.
 """
+import sys as _sys
 from typing import TYPE_CHECKING, Any
 
-from . import library
+try:
+    from . import library
+except (ImportError, OSError) as _error:
+    if _sys.argv[:1] == ["-m"] and "torch_subspace" in _sys.orig_argv:  # `python -m torch_subspace` says it in a line
+        print(f"torch_subspace can't be loaded: {_error}", file=_sys.stderr)
+        raise SystemExit(2) from None
+    raise
 from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
 from .adapters.config import TuckerConfig
 from .adapters.files import load_adapter, save_adapter
