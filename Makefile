@@ -13,7 +13,7 @@ gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
 .PHONY: c-files help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
-    pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+    pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
@@ -107,6 +107,7 @@ clean:          ## remove what was built, keep the environments
 # stages one by one, in this order; each ends within ten minutes. It needs nvcc, CMake and a python3 with torch 2.11 or
 # newer, pytest, pytest-xdist and hypothesis; nothing outside this folder is changed. Without a GPU the last three pass
 # and say that they did nothing.
+# `make gpu-quick` does the same within GPU_SECONDS in one call, what matters most first; its results are two small files.
 packages := $(abspath build/gpu-packages)
 gpu_py   := env PYTHONPATH=$(packages) PYTHONUNBUFFERED=1 $(PYTHON)
 offline  := --no-cache-dir $(if $(wildcard $(BUNDLE)),--no-index --find-links $(BUNDLE))
@@ -120,6 +121,10 @@ gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks
 	rm -rf $(BUNDLE)
 	$(py) -m pip download $(fetch) -d $(BUNDLE) $(build_requires) wheel $(peers)
 	$(py) tests/gpu/bundle.py $(BUNDLE) 60
+
+gpu-quick:      ## all that a GPU can tell in GPU_SECONDS=520, into GPU_OUT; AGAIN=last (or results.tar.gz): what failed or is missing
+	$(gpu_py) tests/gpu/quick.py --seconds $(or $(GPU_SECONDS),520) --out $(or $(GPU_OUT),build/gpu-quick) \
+	    $(if $(AGAIN),--again $(AGAIN))
 
 gpu: gpu-build gpu-native gpu-test gpu-sanitize gpu-bench ## the following five; with -k, those after one that failed too
 

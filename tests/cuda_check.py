@@ -17,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-KEPT = Path(__file__).resolve().parent.parent / "cuda" / "resources.txt"
+CUDA = Path(__file__).resolve().parent.parent / "cuda"
+KEPT = CUDA / "resources.txt"
 KINDS = "registers", "stack", "shared"
 MOST = {"registers": 255, "stack": 1 << 10, "shared": 48 << 10}  # beyond these a kernel is not launched, or crawls
 
@@ -42,7 +43,10 @@ def compiler():
 def measured(build):
     """{kernel: {kind: most}} of all architectures in a build's objects, and the architectures."""
     found, architectures = collections.defaultdict(lambda: dict.fromkeys(KINDS, 0)), set()
-    for path in sorted(build.rglob("torch_subspace_cuda.dir/cuda/**/*.cu.o")):
+    objects = sorted(build.rglob("torch_subspace_cuda.dir/cuda/**/*.cu.o"))
+    if absent := {f"{path.name}.o" for path in CUDA.rglob("*.cu")} - {path.name for path in objects}:
+        sys.exit(f"cuda_check: not built under {build}: {', '.join(sorted(absent))}")
+    for path in objects:
         usage = [tool(), "--dump-resource-usage", str(path)]
         dump = subprocess.run(usage, check=True, capture_output=True, text=True).stdout
         names = subprocess.run(["c++filt"], input=dump, check=True, capture_output=True, text=True).stdout
@@ -111,8 +115,6 @@ def main():
     parser.add_argument("--update", action="store_true", help=f"write {KEPT.name} instead")
     args = parser.parse_args()
     found, architectures = measured(args.build)
-    if not found:
-        sys.exit(f"cuda_check: no kernels under {args.build}")
     print(f"{len(found)} kernels on {', '.join(sorted(architectures))}")
     if args.update:
         return update(found)

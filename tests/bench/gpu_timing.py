@@ -37,6 +37,15 @@ def once(function):
     return time.perf_counter() - start
 
 
+def broken():
+    """Does the GPU refuse all work of this process? So it does after a fault in a kernel."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def host_seconds(function, seconds=0.03):
     """Of a call in a loop that waits at its end: seconds until it is launched, and until it is done."""
     count = min(max(1, int(seconds / min(once(function), once(function)))), 200)

@@ -1,13 +1,15 @@
 """What a GPU machine without a network needs beside the wheels of `make gpu-bundle`, and which of them it lacks.
 
-    python tests/gpu/bundle.py gpu-bundle 60            # add GoogleTest's sources; fails above 60 MiB
+    python tests/gpu/bundle.py gpu-bundle 60            # add GoogleTest's sources and the commit; fails above 60 MiB
     python tests/gpu/bundle.py --missing peft geoopt    # prints those that this python can't import
 """
 
 import hashlib
 import io
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import urllib.request
@@ -15,6 +17,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMIT = ROOT / "gpu-bundle" / "commit"
+BUILT_OF = "cpu", "cuda", "shim", "ops", "CMakeLists.txt", "setup.py", "pyproject.toml"
 SYSTEM = Path("/usr/src/googletest")
 NEEDED = "CMakeLists.txt", "LICENSE", *(f"googletest/{part}" for part in ("CMakeLists.txt", "cmake", "include", "src"))
 
@@ -47,9 +51,39 @@ def googletest(folder):
                 archive.extract(member, folder / "googletest", filter="data")
 
 
+def sources():
+    """A digest of what the package is built of."""
+    digest = hashlib.sha256()
+    for name in BUILT_OF:
+        top = ROOT / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and not {"lib", "__pycache__"} & set(path.relative_to(ROOT).parts):
+                digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git(*words):
+    """What git prints; None where there is no history."""
+    try:
+        told = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
+def name_commit():
+    """In a copy without history the benchmarks take the commit from SUBSPACE_COMMIT: the one of the bundle."""
+    if git("rev-parse", "HEAD") is None and COMMIT.exists():
+        commit, _, digest = COMMIT.read_text().rpartition(" ")
+        os.environ.setdefault("SUBSPACE_COMMIT", commit if digest == sources() else f"{commit} with changes")
+
+
 def collect(folder, most):
     """Complete the folder, list it, and refuse it when it is too large to travel."""
     googletest(folder)
+    commit = git("describe", "--always", "--exclude=*", "--dirty= with changes")
+    if commit:
+        (folder / "commit").write_text(f"{commit} {sources()}")
     parts = [(sum(f.stat().st_size for f in (p.rglob("*") if p.is_dir() else (p,)) if f.is_file()), p.name)
              for p in folder.iterdir()]
     for size, name in sorted(parts, reverse=True):

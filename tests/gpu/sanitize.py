@@ -2,6 +2,7 @@
 
     python tests/gpu/sanitize.py                                 # memcheck, racecheck, synccheck, then initcheck
     python tests/gpu/sanitize.py --tool racecheck --case sinkhorn   # one tool, the cases with this in their name
+    python tests/gpu/sanitize.py --small --seconds 60            # only the smallest cases, as many as there is time for
 
 Fails where a report names one of our kernels or, from memcheck, a call of our library; reports on others' kernels
 (cuBLAS, torch) are counted and the first is shown. initcheck only informs. Where there is no GPU or no sanitizer, or it
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "cuda" / "resources.txt"
 TOOLS = "memcheck", "racecheck", "synccheck", "initcheck"
 INFORMS = ("initcheck",)  # what torch and cuBLAS leave unwritten on purpose can't be told apart
 OTHERS = re.compile(r"\bat::|cublas|cutlass|cudnn|cusolver|cub::|thrust|sm\d\d_xmma|Host Frame|Frame:", re.I)
@@ -33,31 +35,42 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tool", choices=TOOLS, action="append")
     parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--small", action="store_true", help="without those beyond a block or a multiprocessor")
     parser.add_argument("--seconds", type=float, default=570, help="for all tools together")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def inside(part):
-    """Run the cases; the sanitizer looks on."""
+def planned(part, small):
+    """(name, case, dtype) of what runs: all ops in float32 first."""
     import torch
-    from cases import CASES, DROPOUT, LARGER, run, synchronise
+    from cases import CASES, DROPOUT, LARGER
 
-    for case in (*CASES, *DROPOUT, *LARGER):
-        if part not in case.name:
-            continue
-        for dtype in (torch.float32, torch.bfloat16 if case.halves and case not in LARGER else torch.float64):
-            print(f"case: {case.name} {str(dtype).removeprefix('torch.')}", flush=True)
-            run(case, dtype)
-            synchronise()
+    chosen = [case for case in (*CASES, *DROPOUT, *(() if small else LARGER)) if part in case.name]
+    pairs = [(case, torch.float32) for case in chosen]
+    pairs += [(case, torch.bfloat16 if case.halves and case not in LARGER else torch.float64) for case in chosen]
+    return [(f"{case.name} {str(dtype).removeprefix('torch.')}", case, dtype) for case, dtype in pairs]
+
+
+def inside(part, small):
+    """Run the cases; the sanitizer looks on."""
+    from cases import run, synchronise
+
+    for name, case, dtype in planned(part, small):
+        print(f"case: {name}", flush=True)
+        run(case, dtype)
+        synchronise()
     print("case: done", flush=True)
 
 
 def our_kernels():
-    """Names of all __global__ functions in cuda/."""
+    """Names of all __global__ functions in cuda/, which are those of cuda/resources.txt."""
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"  # one parenthesis within another
     kernel = re.compile(rf"__global__\s+{bounds}(?:static\s+)?void\s+{bounds}(\w+)")
-    return {name for path in (ROOT / "cuda").rglob("*.cu*") for name in kernel.findall(path.read_text())}
+    found = {name for path in (ROOT / "cuda").rglob("*.cu*") for name in kernel.findall(path.read_text())}
+    if unseen := set(re.findall(r"^\w+\.(\w+)", KEPT.read_text(), re.M)) - found:
+        sys.exit(f"sanitize: found no source of the kernels {', '.join(sorted(unseen))} of {KEPT.name}")
+    return found
 
 
 def reports(lines):
@@ -81,10 +94,12 @@ def is_ours(report, tool, kernels):
         tool == "memcheck" and "torch_subspace" in report)
 
 
-def check(program, tool, part, seconds, kernels):
-    """One tool: passed, skipped or failed, and why."""
+def check(program, tool, args, seconds, kernels):
+    """One tool: passed, skipped, failed, or stopped before it has found anything; and why."""
     command = [program, "--tool", tool, "--target-processes", "application-only", "--print-limit", "200"]
-    command += [sys.executable, "-u", str(Path(__file__).resolve()), "--inside", "--case", part]
+    command += [sys.executable, "-u", str(Path(__file__).resolve()), "--inside", "--case", args.case]
+    command += ["--small"] * args.small
+    names = [name for name, *_ in planned(args.case, args.small)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else None
     start, lines, at = time.monotonic(), [], ""
     process = subprocess.Popen(command, env=environment, text=True, errors="replace", stdout=subprocess.PIPE,
@@ -117,7 +132,8 @@ def check(program, tool, part, seconds, kernels):
     if ours:
         return "failed", f"{len(ours)} reports"
     if stopped:
-        return "failed", f"stopped after {seconds:.0f} s in the case {at!r}, nothing found until then"
+        left = names[names.index(at):] if at in names else names
+        return "stopped", f"nothing found in {seconds:.0f} s, not done: {', '.join(left)}"
     if at != "done":
         print("".join(lines[-40:]))
         return "failed", f"the program ended with {code} in the case {at!r}"
@@ -133,7 +149,8 @@ def main():
     """Run what the command line asks for."""
     args = arguments()
     if args.inside:
-        return inside(args.case)
+        return inside(args.case, args.small)
+    kernels = our_kernels()
     folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"])
     program = shutil.which("compute-sanitizer", path=folders)
     if not program:
@@ -142,7 +159,7 @@ def main():
 
     if not PRESENT:
         return print("skipped: there is no GPU")
-    kernels, results, end = our_kernels(), {}, time.monotonic() + args.seconds
+    results, end = {}, time.monotonic() + args.seconds
     tools = args.tool or list(TOOLS)
     for i, tool in enumerate(tools):
         later = sum(other not in INFORMS for other in tools[i + 1:])
@@ -151,10 +168,10 @@ def main():
             results[tool] = "skipped", "no time was left"
             continue
         print(f"\n{tool}", flush=True)
-        results[tool] = check(program, tool, args.case, left, kernels)
+        results[tool] = check(program, tool, args, left, kernels)
         print(f"{tool}: {': '.join(results[tool])}", flush=True)
     print("\n" + "\n".join(f"{tool}: {': '.join(result)}" for tool, result in results.items()))
-    if any(result[0] == "failed" and tool not in INFORMS for tool, result in results.items()):
+    if any(result[0] in ("failed", "stopped") and tool not in INFORMS for tool, result in results.items()):
         sys.exit(1)
 
 

@@ -1,0 +1,98 @@
+"""A pytest plugin for a machine that may be taken back at any time: `-p outcomes`, with tests/gpu and tests/bench on
+PYTHONPATH.
+
+SUBSPACE_OUTCOMES names a file to which every outcome is added as it comes, after the names of all tests; SUBSPACE_DONE
+one of tests to leave out, a line each. A process whose GPU a fault has broken is replaced.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+DONE = "passed", "skipped"
+
+
+def plain(name):
+    """A test's name without the group that xdist's loadgroup adds."""
+    return re.sub(r"@[\w-]+$", "", name)
+
+
+def read(path):
+    """Names of the tests that there are, and {name: its last outcome}, failures before the last collection left out."""
+    names, outcomes = {}, {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # half a line, where the writer was stopped
+            continue
+        if "tests" in row:
+            outcomes = {name: outcome for name, outcome in outcomes.items() if outcome in DONE}
+            names = dict.fromkeys([*outcomes, *row["tests"]])
+        else:
+            outcomes[row["test"]] = row["outcome"]
+    return list(names), outcomes
+
+
+class Writer:
+    """In the process that collects from all others."""
+
+    def __init__(self, path):
+        self.path, self.collected = path, False
+        path.open("a").write("\n")  # after half a line of one that was stopped
+
+    def write(self, row):
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def pytest_collection_finish(self, session):
+        self.collect([item.nodeid for item in getattr(session, "items", ())])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.collect(ids)
+
+    def collect(self, names):
+        """Once: all processes collect the same."""
+        if names and not self.collected:
+            self.collected = True
+            self.write({"tests": [plain(name) for name in names]})
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            self.write({"test": plain(report.nodeid), "outcome": report.outcome})
+
+
+class Guard:
+    """In each process of xdist: ends it after a test that has broken the GPU, so that those to come have a new one."""
+
+    failed = False
+
+    def pytest_runtest_logreport(self, report):
+        self.failed |= report.outcome == "failed"
+
+    def pytest_runtest_logfinish(self):
+        if self.failed:
+            import gpu_timing
+
+            if gpu_timing.broken():
+                os._exit(1)
+        self.failed = False
+
+
+def pytest_configure(config):
+    """One of the two for each process."""
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Guard())
+    else:
+        config.pluginmanager.register(Writer(Path(os.environ["SUBSPACE_OUTCOMES"]).absolute()))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is done already."""
+    if "SUBSPACE_DONE" in os.environ:
+        done = set(Path(os.environ["SUBSPACE_DONE"]).read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if plain(item.nodeid) in done])
+        items[:] = [item for item in items if plain(item.nodeid) not in done]
