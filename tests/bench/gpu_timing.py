@@ -40,7 +40,8 @@ def once(function):
 def broken():
     """Does the GPU refuse all work of this process? So it does after a fault in a kernel."""
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-DONE = "passed", "skipped"
-
 
 def plain(name):
     """A test's name without the group that xdist's loadgroup adds."""
@@ -21,7 +19,8 @@ def plain(name):
 
 
 def read(path):
-    """Names of the tests that there are, and {name: its last outcome}, failures before the last collection left out."""
+    """Names of the tests that there are, and {name: its last outcome}. What did not pass before the last collection is
+    left out: it runs again."""
     names, outcomes = {}, {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -29,7 +28,7 @@ def read(path):
         except ValueError:  # half a line, where the writer was stopped
             continue
         if "tests" in row:
-            outcomes = {name: outcome for name, outcome in outcomes.items() if outcome in DONE}
+            outcomes = {name: outcome for name, outcome in outcomes.items() if outcome == "passed"}
             names = dict.fromkeys([*outcomes, *row["tests"]])
         else:
             outcomes[row["test"]] = row["outcome"]

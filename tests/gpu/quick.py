@@ -13,6 +13,7 @@ Without a GPU the stages say so and skip.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -33,8 +34,9 @@ sys.path.insert(0, str(ROOT / "tests" / "bench"))
 PACKAGES, LIVE = ROOT / "build" / "gpu-packages", ROOT / "build" / "gpu-live"
 STAMP = PACKAGES / "torch_subspace.stamp"  # of which sources, and for which GPU, the build in there is
 KEPT = {"tests": 0.2, "rows": 0.33}  # shares of all seconds that the stages before leave to these
-SUMMING_UP, GRACE, RENEWED, NATIVE = 8, 8, 10, 150  # seconds
+SUMMING_UP, GRACE, LEAST, RENEWED, NATIVE = 8, 8, 10, 10, 150  # seconds
 LARGEST = 2 << 20  # of a log, its end, in the results
+LARGE = "tests/gpu/test_cuda_memory.py"  # one after the other, up to 45 GiB
 TOOLS = "memcheck", "racecheck", "synccheck"
 
 
@@ -61,14 +63,14 @@ class Stage:
 def together(stages, seconds, folder, renew):
     """Run stages side by side, each within its seconds; {name: (status, words, seconds)}."""
     running, found, begun, renewed = {}, {}, time.monotonic(), time.monotonic()
-    for stage in stages:
-        mine = min(seconds, stage.most)
-        print(f"{stage.name}: begins, {mine:.0f} s at most", flush=True)
-        with (folder / f"{stage.name}.log").open("w") as log:
-            running[stage.name] = stage, mine, subprocess.Popen(
-                stage.command(mine), cwd=ROOT, env=os.environ | stage.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     try:
+        for stage in stages:
+            mine = min(seconds, stage.most)
+            with (folder / f"{stage.name}.log").open("w") as log:
+                running[stage.name] = stage, mine, subprocess.Popen(
+                    stage.command(mine), cwd=ROOT, env=os.environ | stage.environment, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            print(f"{stage.name}: begun, {mine:.0f} s at most", flush=True)
         while running:
             time.sleep(0.1)
             now = time.monotonic()
@@ -118,9 +120,11 @@ def judged(stage, code, folder):
 # -------------------------------------------------------------------------------------------------------- their results
 
 
-def last_line(text):
-    """The last that says something."""
-    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "no output")
+def last_line(text, without=r"make\S*[:[]|\d+ s$|$"):
+    """The last that says something, an error before others."""
+    lines = [line.strip()[:200] for line in text.splitlines() if not re.match(without, line.strip())]
+    errors = [line for line in lines if re.search(r"\b(error|fatal|Error):", line)]
+    return (errors or lines or ["no output"])[-1]
 
 
 def by_code(code, folder, text):
@@ -132,17 +136,23 @@ def judge_build(code, folder, text):
     """Leaves its stamp."""
     if code == 0:
         STAMP.write_text(wanted_stamp())
-    return "failed" if code is None else by_code(code, folder, text)[0], f"for sm_{architecture()}: {last_line(text)}"
+        return "passed", f"for sm_{architecture()}"
+    return "failed", last_line(text)
 
 
-def judge_tests(code, folder, text):
+def judge_machine(code, folder, text):
+    """What it prints is in the summary's second line."""
+    return by_code(code, folder, text)[0], ""
+
+
+def judge_tests(which, code, folder, text):
     """From the outcomes; pytest's own exit status tells only whether it began."""
-    names, found = outcomes.read(folder / "tests.jsonl")
+    names, found = outcomes.read(folder / f"{which}.jsonl")
     count = {word: sum(found.get(name) == word for name in names) for word in ("passed", "failed", "skipped")}
     left = sum(name not in found for name in names)
     words = f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped, {left} not reached"
     if not names:
-        return "failed", f"no test was collected: {last_line(text)}"
+        return ("stopped" if code is None else "failed"), f"no test was collected: {last_line(text)}"
     if count["failed"] or code not in (0, 1, 5, None):
         return "failed", words
     if left:
@@ -156,6 +166,12 @@ def judge_tool(code, folder, text):
     if code is None or not told:
         return ("stopped" if code is None else "failed"), last_line(text)
     return told[-1]
+
+
+def all_tests(folder):
+    """Names and outcomes of all stages."""
+    both = [outcomes.read(folder / f"{which}.jsonl") for which in ("tests", "memory")]
+    return both[0][0] + both[1][0], both[0][1] | both[1][1]
 
 
 def rows_of(folder):
@@ -216,19 +232,24 @@ def phases(folder, again, cores):
     python, jobs = sys.executable, max(1, cores // 2)
     done = {"SUBSPACE_DONE": str(folder / "done.txt")} if again else {}
     folders = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "bench"), os.environ.get("PYTHONPATH", "")]
+
+    def pytest(name, count, *what):  # not loadgroup: with that xdist doesn't survive a process that ends
+        command = [python, "-m", "pytest", *what, "-m", "gpu", "-q", "--tb=short", "-p", "outcomes", "-p",
+                   "no:cacheprovider", "--dist", "load", "-n", str(count), "--max-worker-restart", "1000"]
+        environment = {"SUBSPACE_OUTCOMES": str(folder / f"{name}.jsonl"), "OMP_NUM_THREADS": "1",
+                       "PYTHONPATH": os.pathsep.join(folders)} | done  # fmt: skip
+        return Stage(name, lambda s: command, functools.partial(judge_tests, name), environment=environment)
+
     native = (f"cmake -S . -B build/gpu-native -DTS_TESTS=ON -DTS_CUDA_ON_CPU=OFF -DTORCH_SUBSPACE_CUDA=OFF "
               f"-DPython3_EXECUTABLE={python} && cmake --build build/gpu-native --parallel {max(1, cores // 4)} && "
               f"ctest --test-dir build/gpu-native --parallel {max(1, cores // 4)}")  # fmt: skip
     build = Stage("build", lambda s: ["make", "gpu-build", f"PYTHON={python}"], judge_build,
                   environment={"PIP_VERBOSE": "2", "MAX_JOBS": str(cores)})  # fmt: skip
     tests = [
-        Stage("machine", lambda s: [python, __file__, "--machine"], by_code, 60),
+        Stage("machine", lambda s: [python, __file__, "--machine"], judge_machine, 60),
         Stage("selftest", lambda s: [python, "-m", "torch_subspace"], by_code, 90),
-        Stage("tests", lambda s: [python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "--tb=short", "-p",
-                                  "outcomes", "-p", "no:cacheprovider", "--dist", "loadgroup", "-n", str(jobs),
-                                  "--max-worker-restart", "1000"], judge_tests,
-              environment={"SUBSPACE_OUTCOMES": str(folder / "tests.jsonl"), "OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": os.pathsep.join(folders)} | done),
+        pytest("tests", jobs, "tests/gpu", f"--ignore={LARGE}"),
+        pytest("memory", 1, LARGE),
         *(Stage(tool, lambda s, tool=tool: [python, "tests/gpu/sanitize.py", "--tool", tool, "--small", "--seconds",
                                             f"{s - 10:.0f}"], judge_tool) for tool in TOOLS),
         Stage("native", lambda s: ["nice", "sh", "-c", native], by_code, NATIVE),
@@ -254,7 +275,7 @@ def machine():
 def summary(found, folder, spent):
     """The page, and the exit status."""
     statuses = [status for status, *_ in found.values()]
-    names, tests = outcomes.read(folder / "tests.jsonl")
+    names, tests = all_tests(folder)
     planned, there, wrong = rows_of(folder / "bench")
     known = folder / "machine.log"
     try:
@@ -272,6 +293,10 @@ def summary(found, folder, spent):
     lines = [f"# {verdict}", "", f"{', '.join(told)}; {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; "
              f"{spent:.0f} s in this call.", "", "| stage | | s | |", "|---|---|---|---|"]  # fmt: skip
     lines += [f"| {name} | {status} | {seconds:.0f} | {words} |" for name, (status, words, seconds) in found.items()]
+    for name, (status, *_) in found.items():
+        log = folder / f"{name}.log"
+        if status == "failed" and log.exists() and name not in ("tests", "memory", "bench"):
+            lines += ["", f"## {name}", "", "```", *log.read_text(errors="replace").splitlines()[-20:], "```"]
     failed = [name for name in names if tests.get(name) == "failed"]
     lines += listed("Tests that failed", failed) + listed("Rows without our time", [
         f"{op}, {case}: {why}" for (op, case), why in wrong.items()])  # fmt: skip
@@ -330,6 +355,12 @@ def earlier(again, out, folder):
     return json.loads(state.read_text()) if again else {}
 
 
+def leave_out(folder):
+    """Write the names of the tests that are not run again."""
+    _, found = all_tests(folder)
+    (folder / "done.txt").write_text("".join(f"{name}\n" for name, word in found.items() if word == "passed"))
+
+
 def run(plan, seconds, out, folder, before, built):
     """All phases within the seconds; the exit status. What passed `before` is left out, and a build that is there."""
     begun = time.monotonic()
@@ -341,8 +372,8 @@ def run(plan, seconds, out, folder, before, built):
     for i, phase in enumerate(order):
         spare = sum(KEPT[later] * seconds for later in order[i + 1:] if plan[later])
         left = seconds - SUMMING_UP - GRACE - spare - (time.monotonic() - begun)
-        if left < 5 or found.get("build", ("passed",))[0] != "passed":
-            why = "no time was left" if left < 5 else "there is no build"
+        if left < LEAST or found.get("build", ("passed",))[0] != "passed":
+            why = "no time was left" if left < LEAST else "there is no build"
             found |= {stage.name: ("not begun", why, 0.0) for stage in plan[phase]}
             continue
         earlier_found = dict(found)
@@ -374,8 +405,7 @@ def main():
     bundle.name_commit()
     before = earlier(args.again, args.out, LIVE)
     if args.again:
-        _, tests = outcomes.read(LIVE / "tests.jsonl")
-        (LIVE / "done.txt").write_text("".join(f"{name}\n" for name, word in tests.items() if word in outcomes.DONE))
+        leave_out(LIVE)
     built = STAMP.exists() and STAMP.read_text() == wanted_stamp()
     plan = phases(LIVE, bool(args.again), os.cpu_count() or 1)
     try:
