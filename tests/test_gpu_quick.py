@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -371,6 +372,34 @@ def test_sanitize_sees_the_source_of_every_kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(sanitize, "KEPT", kept)
     with pytest.raises(SystemExit, match="not_there"):
         sanitize.our_kernels()
+
+
+FAULT = "Invalid __global__ read of size 4 bytes"
+SANITIZER = """#!{python}
+import subprocess, sys
+code = subprocess.run(sys.argv[sys.argv.index("-u") - 1:]).returncode
+for line in {report!r}:
+    print("=========", line, flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("seconds, report, result", [
+    (100, [], r"memcheck: passed: nothing found"),
+    (0.5, [], r"memcheck: stopped: nothing found in \d+ s, not done: logits float32, .*logits ragged bfloat16"),
+    (100, [FAULT, "    at write_logits<float>(int)+0x10 in logits.cu:20", ""], r"memcheck: failed: 1 reports"),
+    (100, [FAULT, "    at at::native::copy+0x10", ""], r"memcheck: passed: nothing of ours, 1 of others"),
+], ids=["nothing", "no time", "ours", "others"])  # fmt: skip
+def test_sanitize(tmp_path, seconds, report, result):
+    """A compute-sanitizer that runs the program, and has something to report."""
+    stub = tmp_path / "compute-sanitizer"
+    stub.write_text(SANITIZER.format(python=sys.executable, report=report))
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SUBSPACE_TEST_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "tests/gpu/sanitize.py", "--tool", "memcheck", "--small", "--case", "logits",
+                           "--seconds", str(seconds)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert re.fullmatch(result, done.stdout.strip().splitlines()[-1]), done.stdout + done.stderr
+    assert done.returncode == (": passed:" not in result)
 
 
 def test_cuda_check_wants_every_file_built(tmp_path):

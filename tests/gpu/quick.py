@@ -283,7 +283,9 @@ def summary(found, folder, spent):
     except (OSError, ValueError, IndexError):
         where = {}
     code = 1 if "failed" in statuses else 2 if {"stopped", "not begun"} & set(statuses) else 0
-    verdict = {0: "all passed", 1: "something FAILED", 2: "nothing failed, but not all was reached"}[code]
+    skipped = [name for name, (status, *_) in found.items() if status == "skipped"]
+    verdict = {0: f"what ran has passed; skipped: {', '.join(skipped)}" if skipped else "all passed",
+               1: "something FAILED", 2: "nothing failed, but not all was reached"}[code]
     if where.get("device") == "cpu":
         verdict = f"there is no GPU: nothing was shown on one ({verdict})"
     card = where.get("device") or query("name") or "unknown GPU"
