@@ -186,7 +186,7 @@ ROWS = (
     Row("coding_rate", _points, coding_rate, _plain_labelled, 1, (60, 24, 7), (1024, 128, 10)),
     Row("coding_rate_soft", _members, coding_rate, _rate, 2, (40, 12, 20), (512, 64, 64), 2e-5),
     Row("sinkhorn", _scores, _plan, _plain_plan, 1, (30,), (512,), 2e-5),
-)  # fmt: skip
+)
 
 
 # --------------------------------------------------------------------------------------------------------- running
@@ -273,7 +273,7 @@ def bench(device: str, seconds: float = 15.0) -> None:
         sizes = " ".join(f"{name}={size}" for name, size in zip(names, row.large))
         given = row.make(*row.large)
         calls = [functools.partial(_results, row, function, _leaves(row, given, torch.float32, device))
-                 for function in (row.ours, row.plain)]  # fmt: skip
+                 for function in (row.ours, row.plain)]
         for call in calls:
             _timed(call, device)
         taken: list[list[float]] = [[], []]

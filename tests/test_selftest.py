@@ -45,7 +45,7 @@ def test_all_is_right_within_seconds(monkeypatch, capsys):
     lambda y: y * y.detach().fill_(1).index_fill_(0, torch.tensor([0]), float("nan")),
     lambda y: y[:1],
     lambda y: y.double(),
-], ids=["off by 1e-4", "nan", "shape", "dtype"])  # fmt: skip
+], ids=["off by 1e-4", "nan", "shape", "dtype"])
 def test_a_wrong_value_is_named(monkeypatch, capsys, change):
     row = selftest.ROWS[0]
     wrong = dataclasses.replace(row, ours=lambda *t: change(row.ours(*t)))
@@ -116,7 +116,7 @@ def another_torch(package):
 
 
 @pytest.mark.parametrize("change, reason", [(lambda package: None, "is not built"), (another_torch, "torch")],
-                         ids=["not built", "torch too old"])  # fmt: skip
+                         ids=["not built", "torch too old"])
 def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, change, reason):
     done = in_a_copy(tmp_path, change, "-m", "torch_subspace")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -28,7 +28,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 OPS = sorted(harness.FILES)
-FIRST = "rsgd", "logits", "cross_entropy", "sinkhorn", "coding_rate", "coding_rate_soft", "tucker"  # on a GPU
+FIRST = (  # on a GPU, which may be lent for some minutes only
+    "rsgd", "logits", "cross_entropy", "sinkhorn", "coding_rate", "coding_rate_soft", "tucker_linear", "tucker_conv")
 
 
 def arguments():
@@ -151,7 +152,7 @@ def bench_on_gpu(ops, args, top, end):
             found = harness.run_on_gpu(case, 0.2 if args.quick else 1.0, top)
         except RuntimeError as problem:
             found = [{"case": case.name, "contender": c.name, "missing": harness.said(problem)}
-                     for c in case.contenders]  # fmt: skip
+                     for c in case.contenders]
         rows[op] += found
         show(case, found, [])
         sys.stdout.flush()
@@ -206,7 +207,7 @@ def main():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         top = gpu_timing.ceilings()
         print(", ".join(f"{name} {value / 1e12:.3g} T{'B' if name in ('copy', 'sum') else 'FLOP'}/s"
-                        for name, value in top.items()))  # fmt: skip
+                        for name, value in top.items()))
         ops = args.op or [*FIRST, *(op for op in OPS if op not in FIRST)]
         bench_on_gpu(ops, args, top, start + args.seconds)
     print(f"\n{time.perf_counter() - start:.0f} s")

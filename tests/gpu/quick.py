@@ -69,13 +69,13 @@ def together(stages, seconds, folder, renew):
             with (folder / f"{stage.name}.log").open("w") as log:
                 running[stage.name] = stage, mine, subprocess.Popen(
                     stage.command(mine), cwd=ROOT, env=os.environ | stage.environment, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             print(f"{stage.name}: begun, {mine:.0f} s at most", flush=True)
         while running:
             time.sleep(0.1)
             now = time.monotonic()
             late = [name for name, (_, mine, process) in running.items()
-                    if process.poll() is None and now - begun > mine]  # fmt: skip
+                    if process.poll() is None and now - begun > mine]
             stop([running[name][2] for name in late])
             for name in [name for name, (_, _, process) in running.items() if process.poll() is not None]:
                 stage, _, process = running.pop(name)
@@ -88,7 +88,7 @@ def together(stages, seconds, folder, renew):
     except KeyboardInterrupt:
         stop([process for _, _, process in running.values()])
         renew(found | {name: (*judged(stage, None, folder), time.monotonic() - begun)
-                       for name, (stage, _, _) in running.items()})  # fmt: skip
+                       for name, (stage, _, _) in running.items()})
         raise
     return found
 
@@ -237,14 +237,14 @@ def phases(folder, again, cores):
         command = [python, "-m", "pytest", *what, "-m", "gpu", "-q", "--tb=short", "-p", "outcomes", "-p",
                    "no:cacheprovider", "--dist", "load", "-n", str(count), "--max-worker-restart", "1000"]
         environment = {"SUBSPACE_OUTCOMES": str(folder / f"{name}.jsonl"), "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(folders)} | done  # fmt: skip
+                       "PYTHONPATH": os.pathsep.join(folders)} | done
         return Stage(name, lambda s: command, functools.partial(judge_tests, name), environment=environment)
 
     native = (f"cmake -S . -B build/gpu-native -DTS_TESTS=ON -DTS_CUDA_ON_CPU=OFF -DTORCH_SUBSPACE_CUDA=OFF "
               f"-DPython3_EXECUTABLE={python} && cmake --build build/gpu-native --parallel {max(1, cores // 4)} && "
-              f"ctest --test-dir build/gpu-native --parallel {max(1, cores // 4)}")  # fmt: skip
+              f"ctest --test-dir build/gpu-native --parallel {max(1, cores // 4)}")
     build = Stage("build", lambda s: ["make", "gpu-build", f"PYTHON={python}"], judge_build,
-                  environment={"PIP_VERBOSE": "2", "MAX_JOBS": str(cores)})  # fmt: skip
+                  environment={"PIP_VERBOSE": "2", "MAX_JOBS": str(cores)})
     tests = [
         Stage("machine", lambda s: [python, __file__, "--machine"], judge_machine, 60),
         Stage("selftest", lambda s: [python, "-m", "torch_subspace"], by_code, 90),
@@ -253,10 +253,10 @@ def phases(folder, again, cores):
         *(Stage(tool, lambda s, tool=tool: [python, "tests/gpu/sanitize.py", "--tool", tool, "--small", "--seconds",
                                             f"{s - 10:.0f}"], judge_tool) for tool in TOOLS),
         Stage("native", lambda s: ["nice", "sh", "-c", native], by_code, NATIVE),
-    ]  # fmt: skip
+    ]
     bench = Stage("bench", lambda s: [python, "tests/bench/bench.py", "--device", "cuda", "--seconds", f"{s - 15:.0f}",
                                       "--results", str(folder / "bench"), *(["--missing"] if again else [])],
-                  judge_bench)  # fmt: skip
+                  judge_bench)
     return {"build": [build], "tests": tests, "rows": [bench]}
 
 
@@ -291,9 +291,9 @@ def summary(found, folder, spent):
     card = where.get("device") or query("name") or "unknown GPU"
     told = [card, *(f"{name} {where[key]}" for name, key in (
         ("driver", "driver version"), ("CUDA", "cuda"), ("torch", "torch"), ("commit", "commit"), ("on", "cpu"))
-        if key in where)]  # fmt: skip
+        if key in where)]
     lines = [f"# {verdict}", "", f"{', '.join(told)}; {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; "
-             f"{spent:.0f} s in this call.", "", "| stage | | s | |", "|---|---|---|---|"]  # fmt: skip
+             f"{spent:.0f} s in this call.", "", "| stage | | s | |", "|---|---|---|---|"]
     lines += [f"| {name} | {status} | {seconds:.0f} | {words} |" for name, (status, words, seconds) in found.items()]
     for name, (status, *_) in found.items():
         log = folder / f"{name}.log"
@@ -301,7 +301,7 @@ def summary(found, folder, spent):
             lines += ["", f"## {name}", "", "```", *log.read_text(errors="replace").splitlines()[-20:], "```"]
     failed = [name for name in names if tests.get(name) == "failed"]
     lines += listed("Tests that failed", failed) + listed("Rows without our time", [
-        f"{op}, {case}: {why}" for (op, case), why in wrong.items()])  # fmt: skip
+        f"{op}, {case}: {why}" for (op, case), why in wrong.items()])
     lines += listed("Tests not reached", [name for name in names if name not in tests])
     lines += listed("Rows not reached", [f"{op}, {case}" for op, case in planned if (op, case) not in there])
     table = folder / "bench" / "gpu.md"
@@ -380,7 +380,7 @@ def run(plan, seconds, out, folder, before, built):
             continue
         earlier_found = dict(found)
         found |= together(plan[phase], left, folder, lambda new, earlier_found=earlier_found: publish(
-            out, folder, earlier_found | new, time.monotonic() - begun))  # fmt: skip
+            out, folder, earlier_found | new, time.monotonic() - begun))
         publish(out, folder, found, time.monotonic() - begun)
     code = publish(out, folder, found, time.monotonic() - begun)
     print("\n" + (out / "summary.md").read_text(), flush=True)
