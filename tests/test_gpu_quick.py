@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 import time
 import types
 from pathlib import Path
@@ -141,14 +142,14 @@ def test_a_long_log_comes_back_by_its_end(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tests
 
 SUITE = """
-    import os, pathlib, time, pytest
+    import os, time, pytest
     def test_good(): pass
     def test_bad(): assert os.environ.get("REPAIRED")
     @pytest.mark.skip
     def test_skipped(): pass
-    def test_another(): pass
+    def test_hangs(): time.sleep(float(os.environ.get("HANGS", 0)))
     @pytest.mark.parametrize("i", range(3))
-    def test_slow(i): time.sleep(float(os.environ.get("SLOW", 0)))
+    def test_of_several(i): pass
 """
 
 
@@ -183,30 +184,36 @@ def test_outcomes_come_as_they_are_and_only_failures_run_again(tmp_path):
 
 
 def test_tests_that_were_not_reached_are_named(tmp_path):
-    slow = suite(tmp_path, {"SLOW": "300", "REPAIRED": "1"})
-    slow.most = 15
-    code, state, summary = go(tmp_path, {"tests": [slow]}, seconds=60)
-    assert code == 2 and state["tests"][:2] == ["stopped", "3 passed, 0 failed, 1 skipped, 3 not reached"]
-    assert "## Tests not reached: 3\n\n* test_suite.py::test_slow[0]" in summary
-    code, state, _ = go(tmp_path, {"tests": [suite(tmp_path, {"REPAIRED": "1"}, done=True)]}, 60, state)
-    assert code == 0 and state["tests"][1] == "6 passed, 0 failed, 1 skipped, 0 not reached"
+    path = tmp_path / "tests.jsonl"
+    writer = outcomes.Writer(path)
+    writer.collect(["a", "b", "c[1]@group"])
+    outcomes.write(path, {"test": "a", "outcome": "passed"})
+    path.rename(tmp_path / "begun")
+    copy = f"import shutil, time; shutil.copy({str(tmp_path / 'begun')!r}, {str(tmp_path / 'live/tests.jsonl')!r})"
+    slow = stage("tests", f"{copy}; time.sleep(60)", functools.partial(quick.judge_tests, "tests"), most=2)
+    code, state, summary = go(tmp_path, {"tests": [slow]})
+    assert code == 2 and state["tests"][:2] == ["stopped", "1 passed, 0 failed, 0 skipped, 2 not reached"]
+    assert "## Tests not reached: 2\n\n* b\n* c[1]" in summary
 
 
-def test_a_process_whose_gpu_is_broken_is_replaced(tmp_path):
+def test_a_process_whose_gpu_is_broken_or_hangs_is_replaced(tmp_path):
     """A stand-in for gpu_timing says that it is broken once a test has failed."""
     (tmp_path / "gpu_timing.py").write_text("def broken(): return True\n")
-    broken = suite(tmp_path, {})
+    broken = suite(tmp_path, {"HANGS": "300", "SUBSPACE_LIMIT": "4"})
     broken.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), broken.environment["PYTHONPATH"]])
     code, state, _ = go(tmp_path, {"tests": [broken]}, seconds=60)
-    assert code == 1 and state["tests"][1] == "5 passed, 1 failed, 1 skipped, 0 not reached"
-    assert "crashed" in (tmp_path / "live" / "tests.log").read_text()
+    assert code == 1 and state["tests"][1] == "4 passed, 2 failed, 1 skipped, 0 not reached"
+    told = [json.loads(line) for line in (tmp_path / "live" / "tests.jsonl").read_text().splitlines() if "why" in line]
+    assert {row["test"].split("::")[1]: row["why"] for row in told} == {
+        "test_bad": "the GPU does nothing more for this process", "test_hangs": "took more than 4 s"}
 
 
 def test_half_a_line_is_no_outcome(tmp_path):
     path = tmp_path / "tests.jsonl"
     path.write_text('{"tests": ["a", "b"]}\n{"test": "a", "outcome": "passed"}\n{"test": "b", "outc')
     assert outcomes.read(path) == (["a", "b"], {"a": "passed"})
-    outcomes.Writer(path).write({"test": "b", "outcome": "failed"})
+    outcomes.Writer(path)
+    outcomes.write(path, {"test": "b", "outcome": "failed"})
     assert outcomes.read(path)[1] == {"a": "passed", "b": "failed"}
 
 
@@ -249,7 +256,8 @@ def test_headlines_come_first(monkeypatch, gpu):
     assert gpu.measured[:5] == ["rsgd 0", "logits 0", "cross_entropy 0", "sinkhorn 0", "coding_rate 0"]
     assert gpu.measured[len(bench.OPS):][:2] == ["rsgd 1", "logits 1"]
     rows = 2 * len(bench.OPS) - 1
-    assert quick.judge_bench(0, gpu.folder.parent, "") == ("passed", f"{rows} of {rows} rows, 0 of them without our time")
+    words = f"{rows} of {rows} rows, 0 of them without our time"
+    assert quick.judge_bench(0, gpu.folder.parent, "") == ("passed", words)
 
 
 def test_rows_not_reached_are_named_and_measured_again(monkeypatch, gpu, capsys, tmp_path):
@@ -297,6 +305,17 @@ def test_a_case_that_breaks_the_gpu_is_a_row_and_a_new_process_goes_on(monkeypat
         bench_main(monkeypatch, gpu.folder)
     assert started[0][-5:-1] == ["--missing", "--after", "1", "--seconds"]
     assert "illegal memory access" in json.loads((gpu.folder / "rsgd_cuda.json").read_text())["rows"][0]["missing"]
+
+
+def test_a_case_that_hangs_is_a_row_and_a_new_process_goes_on(monkeypatch, gpu):
+    started = threading.Event()
+    monkeypatch.setattr(bench, "HANGS", 0.2)
+    monkeypatch.setattr(bench.harness, "run_on_gpu", lambda *_: started.wait(20) and sys.exit())
+    monkeypatch.setattr(os, "execv", lambda *_: started.set())
+    with pytest.raises(SystemExit):
+        bench_main(monkeypatch, gpu.folder)
+    row = json.loads((gpu.folder / "rsgd_cuda.json").read_text())["rows"][0]
+    assert row["missing"] == "took more than 0.2 s" and row["contender"] == "ours"
 
 
 @pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
@@ -386,11 +405,9 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize("seconds, report, result", [
-    (100, [], r"memcheck: passed: nothing found"),
     (0.5, [], r"memcheck: stopped: nothing found in \d+ s, not done: logits float32, .*logits ragged bfloat16"),
     (100, [FAULT, "    at write_logits<float>(int)+0x10 in logits.cu:20", ""], r"memcheck: failed: 1 reports"),
-    (100, [FAULT, "    at at::native::copy+0x10", ""], r"memcheck: passed: nothing of ours, 1 of others"),
-], ids=["nothing", "no time", "ours", "others"])
+], ids=["no time", "a fault"])
 def test_sanitize(tmp_path, seconds, report, result):
     """A compute-sanitizer that runs the program, and has something to report."""
     stub = tmp_path / "compute-sanitizer"
@@ -400,7 +417,14 @@ def test_sanitize(tmp_path, seconds, report, result):
     done = subprocess.run([sys.executable, "tests/gpu/sanitize.py", "--tool", "memcheck", "--small", "--case", "logits",
                            "--seconds", str(seconds)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert re.fullmatch(result, done.stdout.strip().splitlines()[-1]), done.stdout + done.stderr
-    assert done.returncode == (": passed:" not in result)
+    assert done.returncode == 1 and "case: done" not in done.stdout
+
+
+@pytest.mark.parametrize("place, ours", [("write_logits<float>(int)+0x10", True), ("cutlass::gemm+0x10", False),
+                                         ("at::native::write_logits+0x10", False)])
+def test_a_report_is_ours_where_it_names_a_kernel_of_ours(place, ours):
+    found = sanitize.reports([f"========= {FAULT}\n", f"=========     at {place}\n", "=========\n"])
+    assert [sanitize.is_ours(report, "racecheck", sanitize.our_kernels()) for report in found] == [ours]
 
 
 def test_cuda_check_wants_every_file_built(tmp_path):

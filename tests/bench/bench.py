@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 OPS = sorted(harness.FILES)
 FIRST = (  # on a GPU, which may be lent for some minutes only
     "rsgd", "logits", "cross_entropy", "sinkhorn", "coding_rate", "coding_rate_soft", "tucker_linear", "tucker_conv")
+HANGS = 100  # seconds of a case on a GPU above which it is given up
 
 
 def arguments():
@@ -131,6 +133,13 @@ def kept(args, op, where):
     return [row for row in found["rows"] if args.after or row["case"] not in wrong]
 
 
+def go_on(after, end):
+    """With the cases from this one on, in a process that has the GPU anew: a kernel has failed or hangs."""
+    print("on in a new process", flush=True)
+    left = ["--missing", "--after", str(after), "--seconds", f"{end - time.perf_counter():.0f}"]
+    os.execv(sys.executable, [sys.executable, *sys.argv, *left])
+
+
 def bench_on_gpu(ops, args, top, end):
     """The same on a GPU. What DESIGN promises is of a CPU, but for the figures in gpu_table.py."""
     where = harness.environment("cuda", args.threads) | {"ceilings": top}
@@ -148,21 +157,30 @@ def bench_on_gpu(ops, args, top, end):
             continue
         print(f"\n{op}")
         torch._dynamo.reset()
+
+        def keep(found, op=op, case=case):
+            rows[op] += found
+            show(case, found, [])
+            sys.stdout.flush()
+            if not args.quick:  # early: the machine may be taken back
+                store(args.results, f"{op}_cuda", where, rows[op], [])
+                gpu_table.write(args.results)
+
+        def give_up(why, case=case, keep=keep, i=i):
+            keep([{"case": case.name, "contender": c.name, "missing": why} for c in case.contenders])
+            go_on(i + 1, end)
+
+        clock = threading.Timer(HANGS, give_up, [f"took more than {HANGS} s"])
+        clock.start()
         try:
             found = harness.run_on_gpu(case, 0.2 if args.quick else 1.0, top)
         except RuntimeError as problem:
-            found = [{"case": case.name, "contender": c.name, "missing": harness.said(problem)}
-                     for c in case.contenders]
-        rows[op] += found
-        show(case, found, [])
-        sys.stdout.flush()
-        if not args.quick:  # early: the machine may be taken back
-            store(args.results, f"{op}_cuda", where, rows[op], [])
-            gpu_table.write(args.results)
-        if gpu_timing.broken():  # go on in a process that has a GPU
-            print("a kernel has failed: on in a new process", flush=True)
-            left = ["--missing", "--after", str(i + 1), "--seconds", f"{end - time.perf_counter():.0f}"]
-            os.execv(sys.executable, [sys.executable, *sys.argv, *left])
+            give_up(harness.said(problem))
+        finally:
+            clock.cancel()
+        keep(found)
+        if gpu_timing.broken():
+            go_on(i + 1, end)
     for op in () if args.quick else filter(rows.get, ops):
         draw(args.results, f"{op}_cuda", op, where, rows[op])
 

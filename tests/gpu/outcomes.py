@@ -2,12 +2,14 @@
 PYTHONPATH.
 
 SUBSPACE_OUTCOMES names a file to which every outcome is added as it comes, after the names of all tests; SUBSPACE_DONE
-one of tests to leave out, a line each. A process whose GPU a fault has broken is replaced.
+one of tests to leave out, a line each. A process of xdist whose GPU a fault has broken, or in which a test takes more
+than SUBSPACE_LIMIT seconds, is replaced.
 """
 
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,16 +37,18 @@ def read(path):
     return list(names), outcomes
 
 
+def write(path, row):
+    """Add a line."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 class Writer:
     """In the process that collects from all others."""
 
     def __init__(self, path):
         self.path, self.collected = path, False
         path.open("a").write("\n")  # after half a line of one that was stopped
-
-    def write(self, row):
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
     def pytest_collection_finish(self, session):
         self.collect([item.nodeid for item in getattr(session, "items", ())])
@@ -57,36 +61,48 @@ class Writer:
         """Once: all processes collect the same."""
         if names and not self.collected:
             self.collected = True
-            self.write({"tests": [plain(name) for name in names]})
+            write(self.path, {"tests": [plain(name) for name in names]})
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            self.write({"test": plain(report.nodeid), "outcome": report.outcome})
+            write(self.path, {"test": plain(report.nodeid), "outcome": report.outcome})
 
 
 class Guard:
-    """In each process of xdist: ends it after a test that has broken the GPU, so that those to come have a new one."""
+    """In each process of xdist: ends it where a test breaks the GPU, or hangs, so that those to come have a new one."""
 
-    failed = False
+    def __init__(self, path, seconds):
+        self.path, self.seconds, self.failed, self.clock = path, seconds, False, None
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.clock = threading.Timer(self.seconds, self.end, [nodeid, f"took more than {self.seconds:g} s"])
+        self.clock.daemon = True
+        self.clock.start()
+
+    def end(self, nodeid, why):
+        write(self.path, {"test": plain(nodeid), "outcome": "failed", "why": why})
+        os._exit(1)
 
     def pytest_runtest_logreport(self, report):
         self.failed |= report.outcome == "failed"
 
-    def pytest_runtest_logfinish(self):
+    def pytest_runtest_logfinish(self, nodeid):
+        self.clock.cancel()
         if self.failed:
             import gpu_timing
 
             if gpu_timing.broken():
-                os._exit(1)
+                self.end(nodeid, "the GPU does nothing more for this process")
         self.failed = False
 
 
 def pytest_configure(config):
     """One of the two for each process."""
+    path = Path(os.environ["SUBSPACE_OUTCOMES"]).absolute()
     if hasattr(config, "workerinput"):
-        config.pluginmanager.register(Guard())
+        config.pluginmanager.register(Guard(path, float(os.environ.get("SUBSPACE_LIMIT", "90"))))
     else:
-        config.pluginmanager.register(Writer(Path(os.environ["SUBSPACE_OUTCOMES"]).absolute()))
+        config.pluginmanager.register(Writer(path))
 
 
 def pytest_collection_modifyitems(config, items):

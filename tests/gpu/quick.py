@@ -236,8 +236,8 @@ def phases(folder, again, cores):
     def pytest(name, count, *what):  # not loadgroup: with that xdist doesn't survive a process that ends
         command = [python, "-m", "pytest", *what, "-m", "gpu", "-q", "--tb=short", "-p", "outcomes", "-p",
                    "no:cacheprovider", "--dist", "load", "-n", str(count), "--max-worker-restart", "1000"]
-        environment = {"SUBSPACE_OUTCOMES": str(folder / f"{name}.jsonl"), "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(folders)} | done
+        environment = {"SUBSPACE_OUTCOMES": str(folder / f"{name}.jsonl"), "SUBSPACE_LIMIT": "90",
+                       "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)} | done
         return Stage(name, lambda s: command, functools.partial(judge_tests, name), environment=environment)
 
     native = (f"cmake -S . -B build/gpu-native -DTS_TESTS=ON -DTS_CUDA_ON_CPU=OFF -DTORCH_SUBSPACE_CUDA=OFF "
@@ -366,7 +366,8 @@ def leave_out(folder):
 def run(plan, seconds, out, folder, before, built):
     """All phases within the seconds; the exit status. What passed `before` is left out, and a build that is there."""
     begun = time.monotonic()
-    found = {name: tuple(result) for name, result in before.items() if result[0] == "passed" and name != "machine"}
+    found = {name: tuple(result) for name, result in before.items() if result[0] == "passed"}
+    found = {name: result for name, result in found.items() if name not in ("build", "machine")}
     if built:
         found["build"] = "passed", "it is there already, of these sources", 0.0
     plan = {phase: [stage for stage in stages if stage.name not in found] for phase, stages in plan.items()}
