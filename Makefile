@@ -107,7 +107,7 @@ clean:          ## remove what was built, keep the environments
 # stages one by one, in this order; each ends within ten minutes. It needs nvcc, CMake and a python3 with torch 2.11 or
 # newer, pytest, pytest-xdist and hypothesis; nothing outside this folder is changed. Without a GPU the last three pass
 # and say that they did nothing.
-# `make gpu-quick` does the same within GPU_SECONDS in one call, what matters most first; its results are two small files.
+# `make gpu-quick` is the short form: one call within GPU_SECONDS, what matters most first, two small files as result.
 packages := $(abspath build/gpu-packages)
 gpu_py   := env PYTHONPATH=$(packages) PYTHONUNBUFFERED=1 $(PYTHON)
 offline  := --no-cache-dir $(if $(wildcard $(BUNDLE)),--no-index --find-links $(BUNDLE))
@@ -122,7 +122,7 @@ gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks
 	$(py) -m pip download $(fetch) -d $(BUNDLE) $(build_requires) wheel $(peers)
 	$(py) tests/gpu/bundle.py $(BUNDLE) 60
 
-gpu-quick:      ## all that a GPU can tell in GPU_SECONDS=520, into GPU_OUT; AGAIN=last (or results.tar.gz): what failed or is missing
+gpu-quick:      ## all that GPU_SECONDS=520 allow, into GPU_OUT; AGAIN=last or =results.tar.gz: what failed or is missing
 	$(gpu_py) tests/gpu/quick.py --seconds $(or $(GPU_SECONDS),520) --out $(or $(GPU_OUT),build/gpu-quick) \
 	    $(if $(AGAIN),--again $(AGAIN))
 

@@ -279,7 +279,7 @@ def summary(found, folder, spent):
     planned, there, wrong = rows_of(folder / "bench")
     known = folder / "machine.log"
     try:
-        where = json.loads(known.read_text().splitlines()[-1])
+        where = json.loads(re.findall(r"^\{.*\}$", known.read_text(), re.M)[-1])
     except (OSError, ValueError, IndexError):
         where = {}
     code = 1 if "failed" in statuses else 2 if {"stopped", "not begun"} & set(statuses) else 0
