@@ -4,6 +4,7 @@ VENV   ?= .venv
 BUNDLE := gpu-bundle
 
 py             := $(VENV)/bin/python
+lint           := .venv-lint/bin
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
 sources        := cpu cuda shim tests/native tests/abi
 c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
@@ -19,15 +20,30 @@ help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
 
 # ------------------------------------------------------------- environment
-.venv-floor/.ready: torch := 'torch==2.11.*'
-.venv-floor/.ready: extras := test
-extras := test,demo,bench,lint
+# An environment holds what its file in locks/ names, to the byte, and this package in place.
+.venv-floor/.ready: lock := floor
+lock := newest
 
-%/.ready: pyproject.toml
+.SECONDEXPANSION:
+%/.ready: locks/$$(lock).txt pyproject.toml
 	$(PYTHON) -m venv $*
-	$*/bin/pip install -q $(build_requires)
-	$(dev) $*/bin/pip install -q --no-build-isolation $(torch) -e '.[$(extras)]'
+	$*/bin/pip install -q --require-hashes -r $<
+	$(dev) $*/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
+
+.venv-lint/.ready: locks/lint.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --require-hashes -r $<
+	touch $@
+
+# locks/$1.txt: the newest set that holds together, of what $2 and the lines $3 ask for
+resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
+    --custom-compile-command 'make lock' -c locks/constraints.in $2 - -o locks/$1.txt
+
+lock: .venv-lint/.ready ## renew locks/ from today's package index
+	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench,$(build_requires))
+	$(call resolve,floor,pyproject.toml --extra test,$(build_requires) 'torch==2.11.*')
+	$(call resolve,lint,--group lint)
 
 build: $(VENV)/.ready ## compile what has changed, into ops/lib
 	$(dev) $(py) setup.py -q build_ext --inplace
