@@ -13,40 +13,43 @@ c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -nam
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: c-files help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
-    pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: c-files help lock demo test test-latest pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu \
+    cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
 
 # ------------------------------------------------------------- environment
-# An environment holds what its file in locks/ names, to the byte, and this package in place.
-.venv-floor/.ready: lock := floor
+# An environment holds what its file in locks/ names, to the byte. pip alone will do; with UV=1, as .ci/run has it, the uv
+# of locks/lint.txt installs, in a third of the time.
 lock := newest
+.venv-floor/.ready: lock := floor
+.venv-lint/.ready: lock := lint
+.venv-lint/.ready: override UV :=
+install = $(if $(UV),$(lint)/uv pip install -q -p $*/bin/python,$*/bin/pip install -q --no-compile)
 
+.PRECIOUS: %/.ready
 .SECONDEXPANSION:
-%/.ready: locks/$$(lock).txt pyproject.toml
+%/.ready: locks/$$(lock).txt $$(if $$(UV),.venv-lint/.ready)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install -q --require-hashes -r $<
+	$(install) --require-hashes -r $<
+	touch $@
+
+%/.in_place: %/.ready pyproject.toml # this package, in place
 	$(dev) $*/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-.venv-lint/.ready: locks/lint.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q --require-hashes -r $<
-	touch $@
+build: $(VENV)/.in_place ## compile what has changed, into ops/lib
+	$(dev) $(py) setup.py -q build_ext --inplace
 
 # locks/$1.txt: the newest set that holds together, of what $2 and the lines $3 ask for
 resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
     --custom-compile-command 'make lock' -c locks/constraints.in $2 - -o locks/$1.txt
 
-lock: .venv-lint/.ready ## renew locks/ from today's package index
+lock: .venv-lint/.ready ## renew locks/ from what the package index has today
 	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench,$(build_requires))
 	$(call resolve,floor,pyproject.toml --extra test,$(build_requires) 'torch==2.11.*')
 	$(call resolve,lint,--group lint)
-
-build: $(VENV)/.ready ## compile what has changed, into ops/lib
-	$(dev) $(py) setup.py -q build_ext --inplace
 
 # -------------------------------------------------------------- daily work
 demo: build     ## train with a linear and a Grassmann head, then fine-tune with adapters, on real images
@@ -57,6 +60,14 @@ test: native-release pytest ## GoogleTest at every instruction set, ABI checks, 
 
 pytest: build   ## pytest alone, in JOBS=2 processes; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
 	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
+
+test-latest:    ## the same tests without the locks, on what the index has today, in .venv-latest
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install -q --no-compile $(build_requires)
+	$(dev) .venv-latest/bin/pip install -q --no-compile --no-build-isolation -e '.[test,demo,bench]'
+	touch .venv-latest/.ready .venv-latest/.in_place
+	$(MAKE) test VENV=.venv-latest
 
 native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug, clang, asan
 	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py))
@@ -90,19 +101,19 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
 
-lint: $(VENV)/.ready ## clang-format, cppcheck, ruff
+lint: .venv-lint/.ready ## clang-format, cppcheck, ruff
 	clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
 	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
 	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
-	$(py) -m ruff check .
+	$(lint)/ruff check .
 
 c-files:        # what lint and format look at
 	@echo $(c_files)
 
-format: $(VENV)/.ready ## what lint can repair by itself
+format: .venv-lint/.ready ## what lint can repair by itself
 	clang-format -i $(c_files)
-	$(py) -m ruff check --fix .
+	$(lint)/ruff check --fix .
 
 wheel: $(VENV)/.ready ## dist/*.whl, built in isolation
 	rm -rf build/lib build/temp.* build/bdist.* dist
