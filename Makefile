@@ -24,6 +24,7 @@ help:           ## this list
 # of locks/lint.txt installs, in a third of the time.
 lock := newest
 .venv-floor/.ready: lock := floor
+.venv-build/.ready: lock := build
 .venv-lint/.ready: lock := lint
 .venv-lint/.ready: override UV :=
 install = $(if $(UV),$(lint)/uv pip install -q -p $*/bin/python,$*/bin/pip install -q --no-compile)
@@ -49,6 +50,7 @@ resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --p
 lock: .venv-lint/.ready ## renew locks/ from what the package index has today
 	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench,$(build_requires))
 	$(call resolve,floor,pyproject.toml --extra test,$(build_requires) 'torch==2.11.*')
+	$(call resolve,build,--group build,$(build_requires))
 	$(call resolve,lint,--group lint)
 
 # -------------------------------------------------------------- daily work
@@ -102,7 +104,7 @@ bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
 
 lint: .venv-lint/.ready ## clang-format, cppcheck, ruff
-	clang-format --dry-run -Werror $(c_files)
+	$(lint)/clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
 	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
 	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
@@ -112,17 +114,17 @@ c-files:        # what lint and format look at
 	@echo $(c_files)
 
 format: .venv-lint/.ready ## what lint can repair by itself
-	clang-format -i $(c_files)
+	$(lint)/clang-format -i $(c_files)
 	$(lint)/ruff check --fix .
 
-wheel: $(VENV)/.ready ## dist/*.whl, built in isolation
+wheel: .venv-build/.ready ## dist/*.whl, built in isolation
 	rm -rf build/lib build/temp.* build/bdist.* dist
-	$(py) -m pip wheel -q --no-deps -w dist .
+	PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w dist .
 
-wheel-check: wheel ## install it into an empty environment and import it
+wheel-check: wheel .venv-lint/.ready ## install it, with what it asks for, into an empty environment and import it; LOCK=floor: on the oldest torch
 	rm -rf build/wheel-venv
 	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/pip install -q dist/*.whl
+	$(lint)/uv pip install -q -p build/wheel-venv/bin/python -c locks/$(or $(LOCK),newest).txt dist/*.whl
 	cd build && wheel-venv/bin/python -c 'import torch, warnings; warnings.simplefilter("error"); \
 	    import torch_subspace; torch_subspace.show_config()'
 
