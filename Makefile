@@ -13,8 +13,8 @@ c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -nam
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: c-files help lock demo test test-latest pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu \
-    cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: c-files help lock demo test test-latest pytest build bench docs lint format asan wheel wheel-check clean \
+    cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
@@ -48,7 +48,7 @@ resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --p
     --custom-compile-command 'make lock' -c locks/constraints.in $2 - -o locks/$1.txt
 
 lock: .venv-lint/.ready ## renew locks/ from what the package index has today
-	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench,$(build_requires))
+	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench --group docs,$(build_requires))
 	$(call resolve,floor,pyproject.toml --extra test,$(build_requires) 'torch==2.11.*')
 	$(call resolve,build,--group build,$(build_requires))
 	$(call resolve,lint,--group lint)
@@ -102,6 +102,9 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
+
+docs: build     ## the site of guides and reference, in build/docs
+	$(py) -m sphinx -q -E -W --keep-going -n -b html -d build/docs-cache docs build/docs
 
 lint: .venv-lint/.ready ## clang-format, cppcheck, ruff
 	$(lint)/clang-format --dry-run -Werror $(c_files)
