@@ -16,7 +16,8 @@ release = version = torch_subspace.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "torch-subspace"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
