@@ -21,6 +21,7 @@ html_css_files = ["site.css"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # what torch says of forward() is of no use
 autodoc_typehints = "none"  # the docstrings say it, with shapes
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape"]

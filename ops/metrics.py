@@ -113,7 +113,7 @@ def principal_angles(z: Array, labels: Array, dim: int) -> Tensor:
         dim: directions per cluster, those of its largest singular values; at most d and the smallest cluster's size.
 
     Returns:
-        float64 (K, K, dim): in degrees, ascending, between any two of the K clusters in the order of their labels.
+        float64 (K, K, dim) in degrees, ascending, between any two of the K clusters in the order of their labels.
 
     Raises:
         ValueError: labels that don't fit z, dim out of range.

@@ -33,8 +33,8 @@ def param_groups(
         no_decay: shell-style patterns of parameter names without weight decay, such as `("*.bias", "*norm*")`.
 
     Returns:
-        A list of dicts: Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`, a group
-        per `dims`. Empty groups are left out.
+        A list of dicts with the Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`,
+        a group per `dims`. Empty groups are left out.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), ts.GrassmannLinear(8, 4, subspace_dim=2))

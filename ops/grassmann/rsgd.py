@@ -43,7 +43,7 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
         dims: subspace dimension of each class, for ragged frames.
 
     Returns:
-        int64, 0-dim: how many classes were left alone because their gradient, momentum or frame was not
+        int64, 0-dim, the number of classes left alone because their gradient, momentum or frame was not
         finite (or the frame had lost rank). Their weight and momentum are untouched, all others stepped.
 
     Raises:

@@ -34,8 +34,8 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
         eps: the papers' epsilon², above 0: the squared error at which points are coded.
 
     Returns:
-        rates in nats, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast: the
-        Gram matrix of halves need not be positive definite).
+        rates in nats, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast, as
+        the Gram matrix of halves need not be positive definite).
 
     Differentiable in ``z``, and in a floating ``membership``; there once, else any number of times. Second derivatives,
     forward mode and torch.func go by the plain formula.
