@@ -4,6 +4,7 @@ VENV   ?= .venv
 BUNDLE := gpu-bundle
 
 py             := $(VENV)/bin/python
+lint           := .venv-lint/bin
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
 sources        := cpu cuda shim tests/native tests/abi
 c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
@@ -12,25 +13,45 @@ c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -nam
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 
-.PHONY: c-files help demo test pytest build bench lint format asan wheel wheel-check clean cuda-on-cpu cuda-race \
-    pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: c-files help lock demo test test-latest pytest build bench docs lint format asan wheel wheel-check clean \
+    cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
 
 # ------------------------------------------------------------- environment
-.venv-floor/.ready: torch := 'torch==2.11.*'
-.venv-floor/.ready: extras := test
-extras := test,demo,bench,lint
+# An environment holds what its file in locks/ names, to the byte. pip alone will do; with UV=1, as .ci/run has it, the uv
+# of locks/lint.txt installs, in a third of the time.
+lock := newest
+.venv-floor/.ready: lock := floor
+.venv-build/.ready: lock := build
+.venv-lint/.ready: lock := lint
+.venv-lint/.ready: override UV :=
+install = $(if $(UV),$(lint)/uv pip install -q -p $*/bin/python,$*/bin/pip install -q --no-compile)
 
-%/.ready: pyproject.toml
+.PRECIOUS: %/.ready
+.SECONDEXPANSION:
+%/.ready: locks/$$(lock).txt $$(if $$(UV),.venv-lint/.ready)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install -q $(build_requires)
-	$(dev) $*/bin/pip install -q --no-build-isolation $(torch) -e '.[$(extras)]'
+	$(install) --require-hashes -r $<
 	touch $@
 
-build: $(VENV)/.ready ## compile what has changed, into ops/lib
+%/.in_place: %/.ready pyproject.toml # this package, in place
+	$(dev) $*/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+build: $(VENV)/.in_place ## compile what has changed, into ops/lib
 	$(dev) $(py) setup.py -q build_ext --inplace
+
+# locks/$1.txt: the newest set that holds together, of what $2 and the lines $3 ask for
+resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
+    --custom-compile-command 'make lock' -c locks/constraints.in $2 - -o locks/$1.txt
+
+lock: .venv-lint/.ready ## renew locks/ from what the package index has today
+	$(call resolve,newest,pyproject.toml --extra test --extra demo --extra bench --group docs,$(build_requires))
+	$(call resolve,floor,pyproject.toml --extra test,$(build_requires) 'torch==2.11.*')
+	$(call resolve,build,--group build,$(build_requires))
+	$(call resolve,lint,--group lint)
 
 # -------------------------------------------------------------- daily work
 demo: build     ## train with a linear and a Grassmann head, then fine-tune with adapters, on real images
@@ -41,6 +62,14 @@ test: native-release pytest ## GoogleTest at every instruction set, ABI checks, 
 
 pytest: build   ## pytest alone, in JOBS=2 processes; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
 	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
+
+test-latest:    ## the same tests without the locks, on what the index has today, in .venv-latest
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install -q --no-compile $(build_requires)
+	$(dev) .venv-latest/bin/pip install -q --no-compile --no-build-isolation -e '.[test,demo,bench]'
+	touch .venv-latest/.ready .venv-latest/.in_place
+	$(MAKE) test VENV=.venv-latest
 
 native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug, clang, asan
 	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py))
@@ -74,28 +103,31 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
 
-lint: $(VENV)/.ready ## clang-format, cppcheck, ruff
-	clang-format --dry-run -Werror $(c_files)
+docs: build     ## the site of guides and reference, in build/docs
+	$(py) -m sphinx -q -E -W --keep-going -n -b html -d build/docs-cache docs build/docs
+
+lint: .venv-lint/.ready ## clang-format, cppcheck, ruff
+	$(lint)/clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
 	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
 	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
-	$(py) -m ruff check .
+	$(lint)/ruff check .
 
 c-files:        # what lint and format look at
 	@echo $(c_files)
 
-format: $(VENV)/.ready ## what lint can repair by itself
-	clang-format -i $(c_files)
-	$(py) -m ruff check --fix .
+format: .venv-lint/.ready ## what lint can repair by itself
+	$(lint)/clang-format -i $(c_files)
+	$(lint)/ruff check --fix .
 
-wheel: $(VENV)/.ready ## dist/*.whl, built in isolation
+wheel: .venv-build/.ready ## dist/*.whl, built in isolation
 	rm -rf build/lib build/temp.* build/bdist.* dist
-	$(py) -m pip wheel -q --no-deps -w dist .
+	PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w dist .
 
-wheel-check: wheel ## install it into an empty environment and import it
+wheel-check: wheel .venv-lint/.ready ## install it, with what it asks for, into an empty environment and import it; LOCK=floor: on the oldest torch
 	rm -rf build/wheel-venv
 	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/pip install -q dist/*.whl
+	$(lint)/uv pip install -q -p build/wheel-venv/bin/python -c locks/$(or $(LOCK),newest).txt dist/*.whl
 	cd build && wheel-venv/bin/python -c 'import torch, warnings; warnings.simplefilter("error"); \
 	    import torch_subspace; torch_subspace.show_config()'
 

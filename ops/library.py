@@ -98,7 +98,12 @@ def config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print which libraries, instruction set, BLAS and threads are in use, and why CUDA is not, if it is not."""
+    """Print which libraries, instruction set, BLAS and threads are in use, and why CUDA is not, if it is not.
+
+    Example:
+        >>> ts.show_config()                                    # doctest: +ELLIPSIS
+        torch_subspace: ...
+    """
     for name, value in config().items():
         if not isinstance(value, dict):
             print(f"{name}: {value}")

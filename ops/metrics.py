@@ -33,6 +33,11 @@ def match_clusters(labels_true: Array, labels_pred: Array) -> npt.NDArray[np.int
 
     Raises:
         ValueError: labels that are not two rows of n > 0 integers.
+
+    Example:
+        >>> from torch_subspace.metrics import match_clusters
+        >>> match_clusters([0, 0, 1, 1], [7, 7, 3, 3])
+        array([0, 0, 1, 1])
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -52,6 +57,11 @@ def clustering_accuracy(labels_true: Array, labels_pred: Array) -> float:
 
     Raises:
         ValueError: labels that are not two rows of n > 0 integers.
+
+    Example:
+        >>> from torch_subspace.metrics import clustering_accuracy
+        >>> clustering_accuracy([0, 0, 1, 1], [7, 7, 7, 3])
+        0.75
     """
     true, pred = _labels(labels_true, labels_pred)
     return float((match_clusters(true, pred) == true).mean())
@@ -59,7 +69,14 @@ def clustering_accuracy(labels_true: Array, labels_pred: Array) -> float:
 
 def clustering_scores(labels_true: Array, labels_pred: Array) -> dict[str, float]:
     """{"acc", "nmi", "ari"}: `clustering_accuracy`, and scikit-learn's normalised mutual information and adjusted Rand
-    index."""
+    index.
+
+    Example:
+        >>> from torch_subspace.metrics import clustering_scores
+        >>> scores = clustering_scores([0, 0, 1, 1], [7, 7, 3, 3])
+        >>> {name: round(float(value), 2) for name, value in scores.items()}
+        {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0}
+    """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     true, pred = _labels(labels_true, labels_pred)
@@ -74,6 +91,11 @@ def effective_rank(z: Array) -> float:
     """exp(H(p)) with p = s / Σs, s the singular values of z (n, d): between 1 and min(n, d), 0 where z is zero.
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
+
+    Example:
+        >>> from torch_subspace.metrics import effective_rank
+        >>> round(effective_rank(torch.eye(3, 5)), 4)
+        3.0
     """
     s = torch.linalg.svdvals(_matrix("effective_rank", z))
     if s.sum() == 0:
@@ -91,10 +113,16 @@ def principal_angles(z: Array, labels: Array, dim: int) -> Tensor:
         dim: directions per cluster, those of its largest singular values; at most d and the smallest cluster's size.
 
     Returns:
-        float64 (K, K, dim): in degrees, ascending, between any two of the K clusters in the order of their labels.
+        float64 (K, K, dim) in degrees, ascending, between any two of the K clusters in the order of their labels.
 
     Raises:
         ValueError: labels that don't fit z, dim out of range.
+
+    Example:
+        >>> from torch_subspace.metrics import principal_angles
+        >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+        >>> principal_angles(z, labels, dim=2)[0, 1]
+        tensor([90., 90.], dtype=torch.float64)
     """
     z = _matrix("principal_angles", z)
     labels = _array(labels)

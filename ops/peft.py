@@ -117,6 +117,14 @@ class TuckerConfig(peft.PeftConfig):
 
     Raises:
         ValueError, TypeError: a value is out of range or of a wrong kind.
+
+    Example:
+        >>> import peft
+        >>> from torch_subspace.peft import TuckerConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = peft.get_peft_model(model, TuckerConfig(r=2, target_modules=["0"]))
+        >>> model.peft_type.value
+        'TUCKER'
     """
 
     r: Any = 16
@@ -180,7 +188,16 @@ _add_peft_type("TUCKER")
 
 
 class TuckerModel(tuners_utils.BaseTuner):
-    """A model with Tucker adapters, as peft makes it from a `TuckerConfig`."""
+    """A model with Tucker adapters, as peft makes it from a `TuckerConfig`.
+
+    Example:
+        >>> import peft
+        >>> from torch_subspace.peft import TuckerConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = peft.get_peft_model(model, TuckerConfig(r=2, target_modules=["0"]))
+        >>> type(model.base_model).__name__
+        'TuckerModel'
+    """
 
     prefix = "tucker_"
     tuner_layer_cls = TuckerLayer

@@ -66,6 +66,16 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
             adapter). The model is then as it was.
 
     Source: arXiv 2405.14739.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(4, 6)
+        >>> before = model(x)
+        >>> model = ts.adapt(model, ts.TuckerConfig(rank=2, target_modules="0", save_modules="2"))
+        >>> torch.equal(model(x), before)
+        True
+        >>> [name for name, p in model.named_parameters() if p.requires_grad and "2." in name]
+        ['2.weight', '2.bias']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
@@ -154,6 +164,13 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
 
     Raises:
         ValueError: a name is unknown, a weight isn't finite, or the model is merged. Nothing is changed then.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> model = ts.adapt(model, ts.TuckerConfig(rank=4), name="other")
+        >>> ts.set_adapter(model, {"default": 0.5, "other": 0.5})
+        >>> ts.active_adapters(model)
+        {'default': 0.5, 'other': 0.5}
     """
     known_layers("set_adapter", model)
     refuse_merged("set_adapter", model)
@@ -187,6 +204,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: there is no adapter, or the model is merged.
+
+    Example:
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
+        >>> before = model(x)
+        >>> model = ts.adapt(model, ts.TuckerConfig(rank=2))
+        >>> with ts.disabled(model):
+        ...     print(torch.equal(model(x), before))
+        True
     """
     found = known_layers("disabled", model)
     refuse_merged("disabled", model)
@@ -216,6 +241,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: the name is unknown, or the model is merged.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> ts.delete_adapter(model, "default")
+        >>> list(model.state_dict()), type(model[0]).__name__
+        (['0.weight', '0.bias'], 'Linear')
     """
     found = known_layers("delete_adapter", model)
     check_known("delete_adapter", model, name)
@@ -244,6 +275,12 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
     Raises:
         ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> opt = torch.optim.AdamW(ts.adapter_parameters(model, lr=1e-3, lr_multipliers={"0.core": 10}))
+        >>> sorted(group["lr"] for group in opt.param_groups)
+        [0.001, 0.01]
     """
     found = known_layers("adapter_parameters", model)
     multipliers, used, groups = dict(lr_multipliers or {}), set(), {}
@@ -277,7 +314,15 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
 
 def adapter_summary(model: nn.Module) -> str:
-    """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all."""
+    """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> print(ts.adapter_summary(model))
+        layer  parameter  shape  ranks  adapter  trainable
+        0      weight     8 x 6  2 x 2  default  32
+        active: default; trainable 32 of 88 parameters (36.36%)
+    """
     found = known_layers("adapter_summary", model)
     rows = [("layer", "parameter", "shape", "ranks", "adapter", "trainable")]
     for key, layer in found.items():

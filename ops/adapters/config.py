@@ -46,6 +46,11 @@ class TuckerConfig:
         ValueError, TypeError: a value is out of range or of a wrong kind.
 
     Source: FLoRA, arXiv 2405.14739; the scalings are LoRA's (arXiv 2106.09685) and rsLoRA's (arXiv 2312.03732).
+
+    Example:
+        >>> config = ts.TuckerConfig(rank=(8, 4), target_modules="all-conv", rank_pattern={"stem": 2})
+        >>> config.kernel_rank, config.scaling
+        ('full', 'constant')
     """
 
     rank: int | Sequence[int] = 16

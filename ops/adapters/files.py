@@ -43,6 +43,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     Raises:
         ValueError: there is no such adapter.
         OSError: the file can't be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> ts.save_adapter(model, path)
+        >>> os.path.exists(path)
+        True
     """
     found = known_layers("save_adapter", model)
     check_known("save_adapter", model, name)
@@ -74,6 +82,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or not ours, or a layer is missing, has another shape or can't be adapted. The
             model is then as it was.
+
+    Example:
+        >>> import copy, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> plain = torch.nn.Sequential(torch.nn.Linear(6, 8))
+        >>> model = ts.adapt(copy.deepcopy(plain), ts.TuckerConfig(rank=2))
+        >>> ts.save_adapter(model, path)
+        >>> ts.adapter_names(ts.load_adapter(plain, path))    # nothing but the file is needed
+        ['default']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")

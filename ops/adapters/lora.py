@@ -52,6 +52,18 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
         ValueError: it isn't an ordinary LoRA (DoRA, biases, starts that change the base weights, LoRA of single
             parameters), it doesn't fit the model, or a layer is a grouped convolution, where peft's LoRA is no change
             of the weight. The model is then as it was.
+
+    Example:
+        >>> import copy, peft, tempfile
+        >>> from torch_subspace.peft import import_lora
+        >>> plain, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
+        >>> config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> lora = peft.get_peft_model(copy.deepcopy(plain), config)
+        >>> path = tempfile.mkdtemp()
+        >>> lora.save_pretrained(path)
+        >>> model = import_lora(plain, path, standalone=True)
+        >>> torch.allclose(model(x), lora(x), atol=1e-5)
+        True
     """
     tensors, config = _read(source)
     pairs, rest = _pairs(tensors)
@@ -242,6 +254,14 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "def
     Raises:
         ValueError: there is no such adapter, or peft's LoRA can't say the same: transposed, grouped and dilated
             convolutions, padding modes other than zeros, attention's joint projections. Nothing is written then.
+
+    Example:
+        >>> import os, tempfile
+        >>> from torch_subspace.peft import export_lora
+        >>> path = tempfile.mkdtemp()
+        >>> export_lora(ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2)), path)
+        >>> sorted(os.listdir(path))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     from safetensors.torch import save_file
 

@@ -25,6 +25,16 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: nothing to merge, merged already, or a weight is packed (quantised). Nothing is changed then.
+
+    Example:
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
+        >>> model = ts.adapt(model, ts.TuckerConfig(rank=2))
+        >>> core = next(p for name, p in model.named_parameters() if "core" in name)
+        >>> torch.nn.init.normal_(core).shape                   # in place of training
+        torch.Size([2, 2])
+        >>> y = model(x)
+        >>> torch.allclose(ts.merge(model)(x), y, atol=1e-5)
+        True
     """
     found = {key: layer for key, layer in known_layers("merge", model).items() if _active_parameters(layer)}
     refuse_merged("merge", model)
@@ -88,7 +98,14 @@ def _restore(snapshots) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`, bit for bit."""
+    """Undo `merge`, bit for bit.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2, init="svd"))
+        >>> before = model[0].weight.clone()
+        >>> torch.equal(ts.unmerge(ts.merge(model))[0].weight, before)
+        True
+    """
     found = known_layers("unmerge", model).values()
     found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
     if not found:
@@ -101,7 +118,13 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge the active adapters and remove every trace of them: a plain model with the changed weights and the active
-    adapter's saved modules. Raises as `merge` does."""
+    adapter's saved modules. Raises as `merge` does.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> type(ts.merge_and_unload(model)[0]).__name__, ts.adapter_names(model)
+        ('Linear', [])
+    """
     found = known_layers("merge_and_unload", model)
     if not any(layer.tucker_merged is not None for layer in found.values()):
         merge(model)

@@ -20,6 +20,16 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     """A layer with Tucker adapters. `tucker_parts[adapter]` has the core and the factors, `scaling[adapter]` the scale.
 
     Reads of what the wrapper lacks go to the layer inside; `weight` has the active adapters' change in it.
+
+    Example:
+        >>> import peft
+        >>> from torch_subspace.peft import TuckerConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = peft.get_peft_model(model, TuckerConfig(r=2, target_modules=["0"]))
+        >>> from torch_subspace.peft import TuckerLayer
+        >>> layer = model.base_model.model[0]
+        >>> isinstance(layer, TuckerLayer), layer.scaling
+        (True, {'default': 1.0})
     """
 
     adapter_layer_names = ("tucker_parts",)

@@ -40,12 +40,25 @@ def known_layers(function: str, model: nn.Module) -> dict[str, Adapted]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the model's adapters, the oldest first."""
+    """Names of the model's adapters, the oldest first.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> model = ts.adapt(model, ts.TuckerConfig(rank=4), name="other")
+        >>> ts.adapter_names(model)
+        ['default', 'other']
+    """
     return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.tucker))
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
-    """The adapters whose changes are seen, with their weights."""
+    """The adapters whose changes are seen, with their weights.
+
+    Example:
+        >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
+        >>> ts.active_adapters(model)
+        {'default': 1.0}
+    """
     return next((dict(layer.tucker_active) for layer in layers(model).values()), {})
 
 

@@ -78,7 +78,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         augment: "noise"; "images", for points that are images of `image_shape`; a callable from a batch to another view
             of it, both float32 on `device`, called once per view; None: no views.
         image_shape: (height, width) or (channels, height, width) of a point. X may then have it too, and the encoder
-            is given (n, *image_shape).
+            is given ``(n, *image_shape)``.
         views: of each point in a batch.
         neighbors: half of the views are of one of so many points that are nearest to the point, or to views of it; 0
             for views of the point alone. The search takes n² distances, for a few views.
@@ -103,6 +103,12 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         RuntimeError: a loss that is not finite.
 
     Source: arXiv 2301.01805; the invariance term after arXiv 2304.03977.
+
+    Example:
+        >>> X = torch.randn(60, 6) + torch.arange(60)[:, None] % 2 * torch.tensor([9.0, 0, 0, 0, 0, 0])
+        >>> found = ts.ManifoldClustering(2, init_epochs=1, epochs=1, neighbors=5, random_state=0).fit(X.numpy())
+        >>> found.labels_.shape, found.transform(X.numpy()[:3]).shape
+        ((60,), (3, 32))
     """
 
     def __init__(
@@ -156,7 +162,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     # ------------------------------------------------------------------ fit
     def fit(self, X, y=None) -> ManifoldClustering:
-        """Learn features and clusters of X (n, f), or (n, *image_shape); y is not used."""
+        """Learn features and clusters of X (n, f), or ``(n, *image_shape)``; y is not used."""
         self._check_parameters()
         X = self._checked(X, reset=True)
         if len(X) < max(2, self.n_clusters):

@@ -47,6 +47,14 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         on the CPU (on CUDA, where looking would stall the stream, such a row's loss is NaN).
 
     Source: arXiv 2308.01547 for the logits; semantics of torch.nn.functional.cross_entropy.
+
+    Example:
+        >>> x, weight = torch.randn(4, 8, requires_grad=True), ts.GrassmannLinear(8, 3, 2).weight
+        >>> target = torch.tensor([0, 2, 1, 2])
+        >>> loss = ts.subspace_cross_entropy(x, weight, target)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(ts.subspace_logits(x, weight), target), atol=1e-5)
+        True
+        >>> loss.backward()
     """
     x, weight = autocast(x, weight)
     check_frames(_NAME, x, weight, dims)

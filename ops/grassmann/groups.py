@@ -33,8 +33,14 @@ def param_groups(
         no_decay: shell-style patterns of parameter names without weight decay, such as `("*.bias", "*norm*")`.
 
     Returns:
-        A list of dicts: Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`, a group
-        per `dims`. Empty groups are left out.
+        A list of dicts with the Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`,
+        a group per `dims`. Empty groups are left out.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), ts.GrassmannLinear(8, 4, subspace_dim=2))
+        >>> groups = ts.param_groups(model, weight_decay=1e-4, no_decay="*.bias")
+        >>> [(group.get("manifold"), group.get("weight_decay"), len(group["params"])) for group in groups]
+        [(None, 0.0001, 1), (None, 0.0, 1), ('grassmann', 0.0, 1)]
     """
     from .layers import GrassmannLinear  # here, since layers may use what is above
 

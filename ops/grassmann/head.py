@@ -76,6 +76,11 @@ def swap_head(
         TypeError: `model` is not a module, or the layer isn't a Linear, a 1x1 convolution or a GrassmannLinear.
         ValueError: the classifier can't be told (the message names candidates); its weight is tied to another module,
             parametrised, sharded or quantised; an argument is out of range. Nothing is changed on an error.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> ts.swap_head(model, subspace_dim=2)[2]
+        GrassmannLinear(in_features=8, num_classes=3, subspace_dim=2, gamma=25, normalize=True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_head: model must be an nn.Module, got {type(model).__name__}")

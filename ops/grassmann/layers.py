@@ -73,7 +73,7 @@ def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, .
 
 
 class GrassmannLinear(nn.Module):
-    r"""Classification layer with one subspace per class: logit :math:`y_c = \gamma \lVert W_c \hat x \rVert`.
+    """Classification layer with one subspace per class: logit ``y_c = γ ‖W_c x̂‖``.
 
     Takes features (..., `in_features`) to logits (..., `num_classes`), in [0, `gamma`] when `normalize`; there
     is no bias. Source: arXiv 2308.01547.
@@ -101,6 +101,15 @@ class GrassmannLinear(nn.Module):
     Raises:
         TypeError: a size is not an int, or `dtype` is not a floating-point one.
         ValueError: a size, `subspace_dim` or `gamma` is out of range.
+
+    Example:
+        >>> head = ts.GrassmannLinear(16, num_classes=5, subspace_dim=3)
+        >>> features, labels = torch.randn(8, 16), torch.randint(5, (8,))
+        >>> head(features).shape
+        torch.Size([8, 5])
+        >>> head.loss(features, labels).backward()    # cross-entropy without the logits
+        >>> head.weight.shape, head.frame_error().item() < 1e-5
+        (torch.Size([5, 3, 16]), True)
     """
 
     def __init__(
@@ -189,7 +198,7 @@ class GrassmannLinear(nn.Module):
 
         The first direction of a class is its vector scaled to unit length (a random one where the vector is zero), the
         rest are random, drawn from `generator` on the weight's device. The device and the training mode are kept, and
-        so is the dtype, except that half precision becomes float32. With `subspace_dim=1` the logits are γ·|cos|.
+        so is the dtype, except that half precision becomes float32. With `subspace_dim=1` the logits are ``γ·|cos|``.
 
         Raises TypeError when `linear` has no (C, n) weight, ValueError when `subspace_dim` exceeds n or the weight is
         not finite.

@@ -45,6 +45,11 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
         ValueError: shapes, devices, ``dims`` or ``gamma`` do not fit.
 
     Source: arXiv 2308.01547, section 3.
+
+    Example:
+        >>> weight = torch.eye(4).reshape(2, 2, 4)              # the first two axes, the last two
+        >>> ts.subspace_logits(torch.tensor([3.0, 4.0, 0.0, 0.0]), weight, gamma=1.0)
+        tensor([1., 0.])
     """
     x, weight = autocast(x, weight)
     check_frames("subspace_logits", x, weight, dims)

@@ -165,6 +165,14 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
         RuntimeError: a frame with a sparse gradient; torch's own about `fused` and `foreach`.
 
     Source: arXiv 2308.01547; Edelman, Arias and Smith (1998) for the geodesics.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), ts.GrassmannLinear(8, 4, subspace_dim=2))
+        >>> opt = ts.RiemannianSGD(ts.param_groups(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(10, 6)), torch.arange(10) % 4).backward()
+        >>> opt.step()
+        >>> model[1].frame_error().item() < 1e-5, opt.skipped_frames
+        (True, 0)
     """
 
     # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
@@ -236,6 +244,14 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
     Non-finite gradients and errors: as for `RiemannianSGD`; weight decay asked of a frame group is a ValueError.
 
     Source: Bécigneul and Ganea (2019), Riemannian Adaptive Optimization Methods; arXiv 2308.01547.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), ts.GrassmannLinear(8, 4, subspace_dim=2))
+        >>> opt = ts.RiemannianAdamW(ts.param_groups(model, weight_decay=0.01), lr=1e-3)
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(10, 6)), torch.arange(10) % 4).backward()
+        >>> opt.step()
+        >>> model[1].frame_error().item() < 1e-5
+        True
     """
 
     _euclidean_step = inspect.unwrap(torch.optim.AdamW.step)

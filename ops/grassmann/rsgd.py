@@ -43,12 +43,18 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
         dims: subspace dimension of each class, for ragged frames.
 
     Returns:
-        int64, 0-dim: how many classes were left alone because their gradient, momentum or frame was not
+        int64, 0-dim, the number of classes left alone because their gradient, momentum or frame was not
         finite (or the frame had lost rank). Their weight and momentum are untouched, all others stepped.
 
     Raises:
         TypeError: not tensors, or dtypes other than one of float32 and float64.
         ValueError: shapes, devices or values do not fit. Nothing is changed then.
+
+    Example:
+        >>> weight = ts.GrassmannLinear(8, 3, 2).weight.detach()
+        >>> skipped = ts.grassmann_step_(weight, torch.randn(3, 2, 8), lr=0.1)
+        >>> int(skipped), torch.allclose(weight @ weight.mT, torch.eye(2).expand(3, 2, 2), atol=1e-5)
+        (0, True)
     """
     weights, grads, buffers = _as_lists(weight, grad, momentum_buffer)
     _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport)

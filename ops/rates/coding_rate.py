@@ -34,8 +34,8 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
         eps: the papers' epsilon², above 0: the squared error at which points are coded.
 
     Returns:
-        rates in nats, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast: the
-        Gram matrix of halves need not be positive definite).
+        rates in nats, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast, as
+        the Gram matrix of halves need not be positive definite).
 
     Differentiable in ``z``, and in a floating ``membership``; there once, else any number of times. Second derivatives,
     forward mode and torch.func go by the plain formula.
@@ -47,6 +47,15 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
             stream).
 
     Source: arXiv 2006.08558, eq. 7 and 8; soft memberships as in arXiv 2301.01805.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.randn(20, 8), dim=1)
+        >>> labels = torch.arange(20) % 4
+        >>> bool(ts.coding_rate(z) > ts.coding_rate(z, labels))    # apart, the classes take less
+        True
+        >>> weights = torch.nn.functional.one_hot(labels).float()
+        >>> torch.allclose(ts.coding_rate(z, weights), ts.coding_rate(z, labels))
+        True
     """
     check("coding_rate", z, membership, eps)
     z = _widened(z)
@@ -72,6 +81,12 @@ def rate_reduction(z: Tensor, membership: Tensor, *, eps: float = 0.5) -> Tensor
         (...,), of z's dtype, float32 for half types.
 
     Source: arXiv 2006.08558, eq. 9.
+
+    Example:
+        >>> z = torch.eye(8).repeat_interleave(5, 0)             # eight classes, each a direction of its own
+        >>> labels = torch.arange(8).repeat_interleave(5)
+        >>> bool(ts.rate_reduction(z, labels) > ts.rate_reduction(z, labels.flip(0) // 2))
+        True
     """
     if membership is None:
         raise TypeError("rate_reduction: membership must be a tensor, got None")

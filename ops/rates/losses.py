@@ -51,6 +51,13 @@ class CodingRateLoss(nn.Module):
 
     In a process group the gradient is that of the sum of all processes' (equal) losses, as torch.distributed.nn's
     collectives define it: after DistributedDataParallel's mean it is the gradient of the loss of the whole batch.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.eye(4), dim=1).requires_grad_()
+        >>> loss = ts.CodingRateLoss(eps=0.5)(z)
+        >>> torch.equal(loss, -ts.coding_rate(z, eps=0.5))
+        True
+        >>> loss.backward()
     """
 
     def __init__(self, eps: float = 0.5, *, reduction: str = "mean",
@@ -77,6 +84,14 @@ class MCR2Loss(CodingRateLoss):
     Shape: z (n, d) or views (V, n, d); membership int64 labels (n,) or (V, n), or weights >= 0, (n, K) or (V, n, K).
 
     In a process group labels cost d x d numbers a class to sum, up to the largest label of all processes.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.randn(20, 8), dim=1).requires_grad_()
+        >>> labels = torch.arange(20) % 4
+        >>> loss = ts.MCR2Loss(eps=0.5)(z, labels)
+        >>> torch.allclose(loss, -ts.rate_reduction(z, labels, eps=0.5))
+        True
+        >>> loss.backward()
     """
 
     def forward(self, z: Tensor, membership: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ class MCR2Loss(CodingRateLoss):
 
 
 class MLCLoss(nn.Module):
-    """-R(z) + Rc(z, Γ) + reg/2 ‖Γ‖², with Γ = sinkhorn(|ĉ ĉ'|, eta) a doubly stochastic membership.
+    """-R(z) + Rc(z, Γ) + reg/2 ‖Γ‖², with ``Γ = sinkhorn(|ĉ ĉ'|, eta)`` a doubly stochastic membership.
 
     Args:
         eps: allowed squared distortion, the papers' ε²; default 0.5.
@@ -103,6 +118,14 @@ class MLCLoss(nn.Module):
     here; or views (V, n, d) and (V, n, h).
 
     `membership(c)` is Γ, for the read-out.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.randn(20, 8), dim=1).requires_grad_()
+        >>> c = torch.randn(20, 6, requires_grad=True)
+        >>> loss = ts.MLCLoss(eps=0.5, eta=0.1)
+        >>> loss(z, c).backward()
+        >>> torch.allclose(loss.membership(c).sum(1), torch.ones(20), atol=1e-4)
+        True
     """
 
     def __init__(self, eps: float = 0.5, eta: float = 0.1, reg: float = 0.05, *, reduction: str = "mean",

@@ -37,7 +37,7 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         symmetric: True promises that scores equal their transpose (up to rounding: the upper half is taken) and that
             col = row. That halves the work, and the gradient is that of a symmetric argument, itself symmetric.
             None: it is found out, plan by plan, to a few units of rounding, and the gradient stays the general one; the
-            symmetric sweeps suit scores like |cosines|, while indefinite ones can take many more than False does.
+            symmetric sweeps suit scores like ``|cosines|``; indefinite ones can take many more than False does.
         mode: "implicit", or "cpp" for what the public code of MLC and CPP computes: from potentials of 0 five half
             steps, rows, columns, rows, columns, rows, so that only the row sums are exact; each column potential is a
             constant to the gradient, which is that of the last row normalisation. ``tol``, ``max_iter`` and
@@ -61,6 +61,14 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         RuntimeError: a score is NaN or +inf; a whole row or column is -inf.
 
     Source: Cuturi, arXiv 1306.0895; symmetric: arXiv 2301.01805, section 3.
+
+    Example:
+        >>> plan = ts.sinkhorn(torch.randn(6, 6), eta=0.5)
+        >>> torch.allclose(plan.sum(0), torch.ones(6), atol=1e-4), torch.allclose(plan.sum(1), torch.ones(6), atol=1e-4)
+        (True, True)
+        >>> half = ts.sinkhorn(torch.randn(2, 4), eta=0.5, row=torch.tensor([1.0, 1.0]), col=torch.full((4,), 0.5))
+        >>> torch.allclose(half.sum(0), torch.full((4,), 0.5), atol=1e-4)
+        True
     """
     _check(scores, eta, tol, max_iter, symmetric, mode)
     wide = scores if scores.dtype in WIDE else scores.float()

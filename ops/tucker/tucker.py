@@ -43,6 +43,11 @@ def tucker_compose(core: Tensor, factors: Sequence[Tensor | None], *, scale: flo
         ValueError: shapes, devices or ``scale`` do not fit, or ``out`` is given where a gradient is wanted.
 
     Source: arXiv 2405.14739, section 3.
+
+    Example:
+        >>> core, u, v = torch.randn(2, 3), torch.randn(8, 2), torch.randn(6, 3)
+        >>> torch.allclose(ts.tucker_compose(core, [u, v], scale=0.5), 0.5 * u @ core @ v.T, atol=1e-5)
+        True
     """
     factors = list(factors)
     shape, wide = _check(core, factors, scale, base)

@@ -34,8 +34,8 @@ def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, fa
     """Convolution of ``x`` with ``weight`` plus ``scale`` times the Tucker product of ``core`` and ``factors``.
 
     Args:
-        x: (batch, in, *spatial) or (in, *spatial) with 1 to 3 spatial dimensions, channels first or last in memory.
-        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) when ``transposed``; of x's dtype.
+        x: ``(batch, in, *spatial)`` or ``(in, *spatial)``, 1 to 3 spatial dimensions, channels first or last in memory.
+        weight: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` when ``transposed``; of x's dtype.
         bias: (out,) or None.
         core: (r_0, r_1, ...), one rank for each dimension of the weight; float32 or float64.
         factors: one (d_i, r_i) for each dimension d_i of the weight, in its order, or None for the identity.
@@ -63,6 +63,13 @@ def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, fa
         ValueError: shapes, devices, ``form``, ``padding``, ``dropout`` or another value do not fit.
 
     Source: arXiv 2405.14739.
+
+    Example:
+        >>> x, weight = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
+        >>> core, u, v = torch.zeros(2, 2, 3, 3), torch.randn(6, 2), torch.randn(4, 2)
+        >>> y = ts.tucker_conv(x, weight, None, core, [u, v, None, None], padding=1)
+        >>> torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1))
+        True
     """
     x, weight, bias = autocast(x, weight, bias)
     factors = _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout)

@@ -47,6 +47,13 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
         ValueError: shapes, devices, ``scale`` or ``dropout`` do not fit.
 
     Source: arXiv 2405.14739, section 3.
+
+    Example:
+        >>> x, weight = torch.randn(4, 6), torch.randn(8, 6)
+        >>> core, u, v = torch.randn(2, 3), torch.randn(8, 2), torch.randn(3, 6)
+        >>> y = ts.tucker_linear(x, weight, None, core, u, v)
+        >>> torch.allclose(y, x @ (weight + u @ core @ v).T, atol=1e-4)
+        True
     """
     x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, core, u, v, scale, dropout)

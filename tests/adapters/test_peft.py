@@ -635,8 +635,11 @@ def test_trainer_resumes_to_the_bit(tmp_path):
     assert torch.equal(loaded(input_ids=ids).logits, whole.eval()(input_ids=ids).logits)
 
 
-@pytest.mark.skipif(peft.__version__ < "0.20", reason="transformers 5.23 asks for peft 0.20")
 def test_adapters_of_transformers_itself(tmp_path):
+    try:
+        gpt2().add_adapter(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"not even LoRA: {error}")  # this transformers does not take this peft
     model, ids = gpt2(), torch.arange(12).view(2, 6)
     base = model(ids).logits
     model.add_adapter(TuckerConfig(r=3, target_modules=["c_attn", "c_fc"]), "one")

@@ -1,10 +1,11 @@
-"""Write the README's tables anew from tests/bench/results/*.json and the examples' own results."""
+"""Write the tables and the picture of README.md and docs/ anew, from the results of the benchmarks and the examples."""
 
 import json
 import re
 from pathlib import Path
 
 import gpu_table
+import overview
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {  # op, case, our contender, theirs, in the order of the table
@@ -38,32 +39,85 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                    "eager implicit gradient"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
 }
+PEERS = [  # op, case, what the README calls it, our contender, the usual or official one
+    ("rsgd", "C=1000 k=8 n=2048 float32", "optimiser step, 1000 frames of 8 × 2048", "ours: geodesic",
+     "geoopt Euclidean Stiefel"),
+    ("logits", "B=256 n=2048 C=1000 k=8 float32, forward and backward", "logits of 256 × 2048, 1000 classes",
+     "ours: projections kept", "eager formula"),
+    ("cross_entropy", "B=256 n=512 C=21841 k=8 float32", "loss of 256 × 512, 21841 classes", "ours: fused", "eager"),
+    ("tucker_linear", "linear 4096 to 4096, T=512 float32", "adapted linear layer, 4096 to 4096", "ours",
+     "FLoRA's formula"),
+    ("tucker_conv", "depthwise 7x7 (ConvNeXt), C=96, 56x56, B=8 float32", "adapted depthwise convolution, 7 × 7",
+     "ours", "peft LoHa"),
+    ("coding_rate", "n=2048 d=512 100 classes float32", "coding rate of 100 labels, 2048 × 512", "ours",
+     "loop over classes"),
+    ("coding_rate_soft", "MLC n=1024 d=128 K=1024 float32", "coding rate of 1024 soft classes, 1024 × 128", "ours",
+     "official form"),
+    ("sinkhorn", "n=1024 eta=0.1 float32", "doubly stochastic projection, 1024 × 1024", "ours", "five half steps"),
+]
+NAMES = {
+    "geoopt Euclidean Stiefel": "geoopt",
+    "eager": "eager formula",
+    "torch.compile": "compiled formula",
+    "torch.compile of the formula": "compiled formula",
+    "five half steps": "official five half steps, inexact",
+    "five half steps, compiled": "five half steps compiled, inexact",
+}
+
+
+def results(op):
+    """Where an op was measured, and its rows by (case, contender)."""
+    found = json.loads((ROOT / f"tests/bench/results/{op}.json").read_text())
+    return found["environment"], {(row["case"], row["contender"]): row for row in found["rows"]}
+
+
+def peers_table():
+    """The README's few rows: time, and peak memory where the best other one takes more than half as much again."""
+
+    def number(value):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    def cell(row, memory):
+        peak = f", {number(row['beyond_results_mib'])} MiB" if memory else ""
+        name = NAMES.get(row["contender"], row["contender"])
+        return f"{number(row['p50_ms'])} ms{peak}" + ("" if name.startswith("ours") else f" ({name})")
+
+    lines = ["| forward and backward | ours | fastest other | usual or official |", "|---|---|---|---|"]
+    threads = set()
+    for op, case, what, ours, usual in PEERS:
+        where, rows = results(op)
+        threads.add(where["threads"])
+        mine, other, usual = rows[case, ours], gpu_table.best_other(list(rows.values()), case), rows[case, usual]
+        peaks = [row.get("beyond_results_mib", 0) for row in (mine, other)]
+        memory = peaks[0] > 0 and peaks[1] > 1.5 * peaks[0]
+        lines.append(f"| {what} | {' | '.join(cell(row, memory) for row in (mine, other, usual))} |")
+    lines += ["", f"Medians on a CPU, float32, threads: {', '.join(map(str, sorted(threads)))}; MiB: peak memory "
+              "beyond the gradients. Machines, commits",
+              "and all other rows, also where ours is slower: [performance](docs/performance.md)."]
+    return "\n".join(lines)
 
 
 def bench_table():
     """Medians of the main cases, and where they were measured."""
-    lines = ["| op, size | ours | against | theirs | theirs / ours |", "|---|---|---|---|---|"]
+    lines = ["| op, size | | time | of ours | peak memory |", "|---|---|---|---|---|"]
     places = {}
     for op, cases in SHOWN.items():
-        path = ROOT / f"tests/bench/results/{op}.json"
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text())
-        places[place(found["environment"])] = None
-        rows = {(row["case"], row["contender"]): row for row in found["rows"]}
+        where, rows = results(op)
+        places.setdefault(place(where), []).append(f"`{op}`")
         for case, ours, peers in cases:
             mine = rows[case, ours]
-            for peer in peers:
-                row = rows[case, peer]
+            memory = mine.get("beyond_results_mib", 0) > 0
+            for contender in (ours, *peers):
+                row = rows[case, contender]
                 if "missing" in row:
                     continue
-                lines.append(f"| `{op}` {case.replace(' float32', '')} | {mine['p50_ms']:.4g} ms | {peer} | "
-                             f"{row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} |")
-                if "peak_mib" in row and mine["beyond_results_mib"] > 0:
-                    less, more = mine["beyond_results_mib"], row["beyond_results_mib"]
-                    lines.append(f"| … peak memory beyond the gradients | {less:.3g} MiB | {peer} | {more:.3g} MiB | "
-                                 f"{more / less:.1f} |")
-    lines += ["", "Medians, CPU, float32. " + " ".join(places)]
+                size = f"`{op}` {case.replace(' float32', '')}" if contender == ours else ""
+                name = f"**{contender}**" if contender == ours else contender
+                peak = f"{row['beyond_results_mib']:.3g} MiB" if memory else ""
+                lines.append(f"| {size} | {name} | {row['p50_ms']:.4g} ms | {row['p50_ms'] / mine['p50_ms']:.2f} × | "
+                             f"{peak} |")
+    lines += ["", "Medians, CPU, float32; peak memory beyond the gradients.", ""]
+    lines += [f"* {', '.join(ops)}: {told}" for told, ops in places.items()]
     return "\n".join(lines)
 
 
@@ -87,8 +141,8 @@ def demo_table():
         lines.append(f"| {head} | {row['lr']:g} | {row['accuracy']:.2%} ± {row['spread']:.2%} | {row['lowest']:.2%} to "
                      f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")
     lines += ["", f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              "[swap_head.json](examples/swap_head.json). Easy images and three seeds can't tell the heads apart; what "
-              "subspaces bring on ImageNet is in the paper."]
+              "[swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the heads apart; "
+              "what subspaces bring on ImageNet is in the paper."]
     return "\n".join(lines)
 
 
@@ -105,7 +159,7 @@ def finetune_table(name):
     seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
     lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, "
               f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              f"[{name}.json](examples/{name}.json). " + " ".join(found["notes"])]
+              f"[{name}.json](../examples/{name}.json). " + " ".join(found["notes"])]
     return "\n".join(lines)
 
 
@@ -123,7 +177,7 @@ def cluster_table():
               f"{setting['seeds']} seeds; clusters are matched to digits by the Hungarian method. The others get raw "
               "pixels, ManifoldClustering augments them. CPU, threads: "
               f"{setting['threads']}, torch {setting['torch']}; numbers in "
-              "[cluster.json](examples/cluster.json)."]
+              "[cluster.json](../examples/cluster.json)."]
     return "\n".join(lines)
 
 
@@ -138,33 +192,57 @@ def represent_table():
     overlap = ", ".join(f"{name} {value:.2f}" for name, value in found["mean cosine between classes"].items())
     lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds. Mean |cosine| of two classes' features, "
               f"labels right: {overlap}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              "[represent.json](examples/represent.json)."]
+              "[represent.json](../examples/represent.json)."]
     return "\n".join(lines)
+
+
+UNVERIFIED = """**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120. On a CPU, a fiber a thread,
+they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,
+`make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures."""
 
 
 def gpu():
     """What a GPU has shown: the table without its title, or that none has run this."""
     text = gpu_table.write()
-    if text == gpu_table.UNVERIFIED:
-        return "\n".join([
-            "**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120. On a CPU, a fiber a thread,",
-            "they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,",
-            "`make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures.",
-        ])
-    return text.split("\n", 2)[2].strip()
+    return UNVERIFIED if text == gpu_table.UNVERIFIED else text.split("\n", 2)[2].strip()
+
+
+def gpu_mark():
+    """The README's words on GPUs."""
+    cards = {json.loads(path.read_text())["environment"]["device"]
+             for path in sorted((ROOT / "tests/bench/results").glob("*_cuda.json"))}
+    if not cards:
+        return UNVERIFIED
+    return f"Measured on {' and '.join(sorted(cards))}: [on a GPU](docs/gpu.md)."
+
+
+PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
+    "README.md": {"peers": peers_table, "gpu": gpu_mark},
+    "docs/heads.md": {"demo": demo_table},
+    "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),
+                         "finetune_text": lambda: finetune_table("finetune_text")},
+    "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
+    "docs/performance.md": {"bench": bench_table},
+    "docs/gpu.md": {"gpu": gpu},
+}
+
+
+def page(path):
+    """The text of a page with its tables as they should be."""
+    text = (ROOT / path).read_text()
+    for name, table in PAGES[path].items():
+        block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+        text, found = re.subn(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, b=block: b, text, flags=re.S)
+        if found != 1:
+            raise ValueError(f"{path} needs one pair of markers <!-- {name} --> and <!-- /{name} -->, has {found}")
+    return text
 
 
 def main():
-    """Replace what stands between the markers."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    tables = {"demo": demo_table(), "cluster": cluster_table(), "represent": represent_table()}
-    tables |= {"bench": bench_table(), "gpu": gpu()}
-    tables |= {name: finetune_table(name) for name in ("finetune", "finetune_text")}
-    for name, table in tables.items():
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = re.sub(f"<!-- {name} -->(.*<!-- /{name} -->)?", lambda _, block=block: block, text, flags=re.S)
-    readme.write_text(text)
+    """Replace what stands between the markers, and the picture."""
+    for path in PAGES:
+        (ROOT / path).write_text(page(path))
+    overview.draw()
 
 
 if __name__ == "__main__":
