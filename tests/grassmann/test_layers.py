@@ -1,4 +1,4 @@
-"""GrassmannLinear: the facts of arXiv 2308.01547, the ways to start it, its checkpoints and its errors."""
+"""GrassmannLinear: the facts of arXiv 2308.01547, its frames, its checkpoints and its errors."""
 
 import copy
 import io
@@ -9,28 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers_cases import DOUBLE, assert_frames, rows
 from torch import nn
 
 from torch_subspace import GrassmannLinear
 
-DOUBLE = {"dtype": torch.float64}
 RAGGED = (1, 3, 2, 4)
-
-
-def rows(layer):
-    """The frames, one (k, n) matrix a class."""
-    return list(layer.weight.detach()) if layer.dims is None else list(layer.weight.detach().split(layer.dims))
-
-
-def assert_frames(layer, tol=1e-6):
-    for w in rows(layer):
-        w = w.double()
-        assert (w @ w.mT - torch.eye(len(w), dtype=w.dtype)).abs().max() <= tol
-
-
-def contains(w, v, tol=1e-6):
-    """Whether the span of the orthonormal rows of w holds v."""
-    return (v - v @ w.mT @ w).norm() <= tol * v.norm()
 
 
 class TestFacts:
@@ -178,148 +162,6 @@ class TestFrames:
         with torch.no_grad():
             layer.weight[1] *= 2
         torch.testing.assert_close(float(layer.frame_error()), 3.0, rtol=1e-5, atol=0)
-
-
-class TestFromLinear:
-    def test_with_one_direction_classes_rank_by_the_cosine(self):
-        linear, x = nn.Linear(6, 5, **DOUBLE), torch.randn(7, 6, **DOUBLE)
-        cos = torch.cosine_similarity(x[:, None], linear.weight, dim=-1)
-        layer = GrassmannLinear.from_linear(linear, 1)
-        torch.testing.assert_close(layer(x), 25 * cos.abs())
-
-    @pytest.mark.parametrize("k", [1, 3, 6, (1, 2, 3, 6, 6)])
-    def test_the_class_vector_comes_first(self, k):
-        linear = nn.Linear(6, 5)
-        layer = GrassmannLinear.from_linear(linear, k, gamma=3.0, normalize=False)
-        assert_frames(layer)
-        assert (layer.gamma, layer.normalize) == (3.0, False)
-        for w, v in zip(rows(layer), linear.weight.detach(), strict=True):
-            torch.testing.assert_close(w[0], v / v.norm())
-
-    def test_a_zero_class_vector_is_replaced(self):
-        linear = nn.Linear(6, 5)
-        nn.init.zeros_(linear.weight[1:3])
-        assert_frames(GrassmannLinear.from_linear(linear, 3))
-
-    def test_a_tiny_class_vector_keeps_its_direction(self):
-        linear = nn.Linear(6, 5, dtype=torch.float64)
-        with torch.no_grad():
-            linear.weight *= 1e-200
-        layer = GrassmannLinear.from_linear(linear, 2)
-        torch.testing.assert_close(layer.weight[:, 0], nn.functional.normalize(linear.weight * 1e200, dim=-1))
-
-    def test_generator(self):
-        linear = nn.Linear(6, 5)
-        a, b = (GrassmannLinear.from_linear(linear, 3, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-        assert torch.equal(a.weight, b.weight)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_keeps_dtype_but_for_half(self, dtype):
-        layer = GrassmannLinear.from_linear(nn.Linear(6, 5, dtype=dtype).eval(), 3)
-        assert layer.weight.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
-        assert not layer.training
-        assert_frames(layer)
-
-    def test_meta(self):
-        assert GrassmannLinear.from_linear(nn.Linear(6, 5, device="meta"), 3).weight.is_meta
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match="<= in_features = 6, got 7"):
-            GrassmannLinear.from_linear(nn.Linear(6, 5), 7)
-        with pytest.raises(TypeError, match="from_linear"):
-            GrassmannLinear.from_linear(nn.Conv2d(6, 5, 1), 2)
-        linear = nn.Linear(6, 5)
-        nn.init.constant_(linear.weight[0], math.inf)
-        with pytest.raises(ValueError, match="non-finite"):
-            GrassmannLinear.from_linear(linear, 2)
-
-    def test_init_from_vectors_keeps_given_frames(self):
-        given_frames = GrassmannLinear(6, 4, 2).weight.detach()
-        wider = GrassmannLinear(6, 4, 3).init_from_vectors(given_frames)
-        torch.testing.assert_close(wider.weight.detach()[:, :2], given_frames)
-        assert_frames(wider)
-        narrower = GrassmannLinear(6, 4, 1).init_from_vectors(given_frames)
-        torch.testing.assert_close(narrower.weight.detach(), given_frames[:, :1])
-        with pytest.raises(ValueError, match=r"\(4, j, 6\)"):
-            wider.init_from_vectors(given_frames[:2])
-
-
-class TestInitFromFeatures:
-    def clusters(self, k=2, each=9, num_classes=3, n=8):
-        """Features that lie in k-dimensional subspaces, their labels shuffled, and the subspaces."""
-        frames = rows(GrassmannLinear(n, num_classes, k, **DOUBLE))
-        x = torch.cat([torch.randn(each, k, **DOUBLE) @ w for w in frames])
-        y = torch.arange(num_classes).repeat_interleave(each)
-        order = torch.randperm(len(y))
-        return x[order], y[order], frames
-
-    @pytest.mark.parametrize("each", [4, 20])  # fewer and more samples than features: both sides of the Gram matrix
-    def test_finds_the_subspaces(self, each):
-        x, y, frames = self.clusters(each=each)
-        layer = GrassmannLinear(8, 3, 2, **DOUBLE)
-        assert layer.init_from_features(x, y) is layer
-        for w, truth in zip(rows(layer), frames, strict=True):
-            assert contains(w, truth, 1e-12)
-        torch.testing.assert_close(layer(x)[torch.arange(len(y)), y], torch.full((len(y),), 25.0, **DOUBLE))
-
-    def test_is_the_uncentred_pca(self):
-        x, y = torch.randn(50, 8, **DOUBLE) + 1, torch.arange(50) % 3
-        layer = GrassmannLinear(8, 3, 4, normalize=False, **DOUBLE).init_from_features(x, y)
-        for c, w in enumerate(rows(layer)):
-            truth = torch.linalg.svd(x[y == c], full_matrices=False)[2][:4]
-            torch.testing.assert_close(w.mT @ w, truth.mT @ truth)
-
-    def test_normalized_features_count_alike(self):
-        x, y, _ = self.clusters()
-        x = x + 0.1 * torch.randn_like(x)
-        a = GrassmannLinear(8, 3, 2, **DOUBLE).init_from_features(x, y)
-        b = GrassmannLinear(8, 3, 2, **DOUBLE).init_from_features(x * torch.rand(len(x), 1, **DOUBLE).add(0.1), y)
-        for w, v in zip(rows(a), rows(b), strict=True):
-            torch.testing.assert_close(w.mT @ w, v.mT @ v)
-
-    @pytest.mark.parametrize("k", [4, (4, 1, 8, 2)])
-    def test_completes_classes_with_too_few_samples(self, k):
-        x = torch.randn(6, 8)
-        x[5] = x[4]  # class 2 has two equal samples, class 3 none
-        y = torch.tensor([0, 0, 0, 1, 2, 2])
-        layer = GrassmannLinear(8, 4, k).init_from_features(x, y)
-        assert_frames(layer)
-        for c in range(3):
-            dim = len(rows(layer)[c])
-            if dim >= (y == c).sum():
-                assert contains(rows(layer)[c], x[y == c], 1e-5)
-
-    def test_half_features_and_no_features(self):
-        x, y, _ = self.clusters()
-        assert_frames(GrassmannLinear(8, 3, 2).init_from_features(x.bfloat16(), y))
-        assert_frames(GrassmannLinear(8, 3, 2).init_from_features(torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)))
-        assert_frames(GrassmannLinear(8, 3, 2).init_from_features(x[:0], y[:0]))
-
-    def test_classifies_digits_without_training(self):
-        datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn's digits are not installed")
-        x, y = (torch.from_numpy(a) for a in datasets.load_digits(return_X_y=True))
-        layer = GrassmannLinear(64, 10, 4, **DOUBLE).init_from_features(x[:1200], y[:1200].long())
-        assert (layer(x[1200:]).argmax(-1) == y[1200:]).double().mean() > 0.9
-
-    @pytest.mark.parametrize(
-        ("x", "y", "error", "match"),
-        [
-            (torch.ones(4, 7), torch.zeros(4).long(), ValueError, "need x"),
-            (torch.ones(4, 8), torch.zeros(3).long(), ValueError, "need x"),
-            (torch.ones(8), torch.zeros(8).long(), ValueError, "need x"),
-            (torch.ones(4, 8), torch.full((4,), 3), ValueError, "labels 3 to 3"),
-            (torch.ones(4, 8), torch.full((4,), -1), ValueError, "labels -1 to -1"),
-            (torch.full((4, 8), math.nan), torch.zeros(4).long(), ValueError, "not finite"),
-            (torch.ones(4, 8), torch.zeros(4), TypeError, "int64"),
-            (torch.ones(4, 8).long(), torch.zeros(4).long(), TypeError, "floating"),
-        ],
-    )
-    def test_errors_change_nothing(self, x, y, error, match):
-        layer = GrassmannLinear(8, 3, 2)
-        before = layer.weight.clone()
-        with pytest.raises(error, match=match):
-            layer.init_from_features(x, y)
-        assert torch.equal(layer.weight, before)
 
 
 class TestErrors:
