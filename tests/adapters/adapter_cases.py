@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 import torch_subspace as ts
@@ -190,3 +191,27 @@ class Net(nn.Module):
 def net(seed=0, **kwargs):
     torch.manual_seed(seed)
     return Net(**kwargs).eval(), torch.randn(4, 3, 6, 6)
+
+
+def written(path, name="default", seed=0, **config):
+    """A model with an adapter and a changed head, saved to path."""
+    model, x = net(seed)
+    disturb(ts.adapt(model, ts.TuckerConfig(**{"rank": 2, "alpha": 3.0, "save_modules": "head"} | config), name))
+    with torch.no_grad():
+        model.head.bias += 1
+    ts.save_adapter(model, path, name)
+    return model, x
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def gradients(model, inputs, more=(), seed=0):
+    model.zero_grad()
+    y = model(*inputs, **dict(more))
+    draw = torch.Generator().manual_seed(seed)
+    y.float().backward(torch.randn(y.shape, generator=draw))
+    inner = getattr(model, "_orig_mod", getattr(model, "module", model))  # of torch.compile and DDP
+    return y.detach(), {n: p.grad.clone() for n, p in inner.named_parameters() if p.grad is not None}

@@ -5,17 +5,7 @@ import sys
 
 import pytest
 import torch
-from adapter_cases import (
-    adapted,
-    assert_same_state,
-    boxed,
-    change,
-    disturb,
-    net,
-    parts_of,
-    relative,
-    state_of,
-)
+from adapter_cases import adapted, assert_same_state, boxed, change, disturb, net, parts_of, relative, state_of
 from torch import nn
 
 import torch_subspace as ts

@@ -1,4 +1,4 @@
-"""Tucker adapters beside the rest of torch: compile, export, autocast, checkpointing, DDP, half and packed weights."""
+"""Tucker adapters beside the rest of torch: compile, export, autocast, checkpointing, DDP and half weights."""
 
 import copy
 import warnings
@@ -13,6 +13,7 @@ from adapter_cases import (
     boxed,
     change,
     disturb,
+    gradients,
     net,
     parts_of,
     relative,
@@ -27,15 +28,6 @@ SLOW = ["conv2d_same_reflect", "conv1d_same", "transposed2d_size", "conv1d_of_tr
         "encoder_layer", "timm_std_conv2d", "swin"]
 SOME = ["linear", "linear_own_forward", "embedding_padding", "conv2d", "conv2d_depthwise", *[
     pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW]]
-
-
-def gradients(model, inputs, more=(), seed=0):
-    model.zero_grad()
-    y = model(*inputs, **dict(more))
-    draw = torch.Generator().manual_seed(seed)
-    y.float().backward(torch.randn(y.shape, generator=draw))
-    inner = getattr(model, "_orig_mod", getattr(model, "module", model))  # of torch.compile and DDP
-    return y.detach(), {n: p.grad.clone() for n, p in inner.named_parameters() if p.grad is not None}
 
 
 def assert_near(got, want, tol=1e-5):
@@ -316,99 +308,6 @@ class TestDistributed:
             plain = net()[0]
             fully_shard(plain, mesh=mesh)
             ts.adapt(plain, ts.TuckerConfig(2, target_modules="fc"))
-
-
-def torchao_int8(model):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    return model
-
-
-def _bitsandbytes(cls, *args, **kwargs):
-    module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
-    layer = nn.Linear(64, 32)
-    twin = getattr(module, cls)(64, 32, *args, **kwargs)
-    twin.load_state_dict(layer.state_dict())
-    twin = twin.to("cpu")
-    try:
-        with torch.no_grad():
-            twin(torch.ones(1, 64))
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        pytest.skip(f"bitsandbytes' {cls} does not run here: {error}")
-    return Box(twin)
-
-
-PACKED = {
-    "torchao_int8": lambda: torchao_int8(Box(nn.Linear(64, 32))),
-    "bitsandbytes_8bit": lambda: _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
-    "bitsandbytes_4bit": lambda: _bitsandbytes("Linear4bit", compute_dtype=torch.float32, quant_type="nf4"),
-}
-
-
-@pytest.mark.parametrize("kind", PACKED)
-class TestPacked:
-    """Quantised bases: their own forward, the change beside it."""
-
-    def make(self, kind):
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = PACKED[kind]().eval()
-        return model, torch.randn(3, 5, 64)
-
-    def test_forward_backward_and_files(self, kind, tmp_path):
-        model, x = self.make(kind)
-        base = model(x).detach()
-        before = model.layer.weight
-        ts.adapt(model, ts.TuckerConfig(4, dropout=0.0))
-        assert torch.equal(model(x), base)
-        part = parts_of(disturb(model))["layer.weight"]
-        assert part.shape == (32, 64) and model.layer._parameters["weight"] is before
-        y, grads = gradients(model, [x])
-        torch.testing.assert_close(y, base + (x.double() @ change(part).detach().mT).float(), rtol=1e-4, atol=1e-4)
-        assert len(grads) == 3 and all(g.abs().sum() > 0 for g in grads.values())
-        with ts.disabled(model):
-            assert torch.equal(model(x), base)
-        for call in (ts.merge, ts.merge_and_unload):
-            with pytest.raises(ValueError, match="merge: .*'layer'.*quantised"):
-                call(model)
-        assert torch.equal(model(x), y)
-        ts.save_adapter(model, tmp_path / "a")
-        fresh, _ = self.make(kind)
-        assert torch.equal(ts.load_adapter(fresh, tmp_path / "a")(x), y)
-        ts.delete_adapter(model, "default")
-        assert torch.equal(model(x), base) and model.layer.weight is before
-
-    def test_gradient_of_the_input(self, kind):
-        model, x = self.make(kind)
-        disturb(ts.adapt(model, ts.TuckerConfig(4)))
-        part, x = parts_of(model)["layer.weight"], x.requires_grad_()
-        model(x).sum().backward()
-        with ts.disabled(model):
-            (base,) = torch.autograd.grad(model(x).sum(), x)
-        torch.testing.assert_close(x.grad, base + change(part).float().sum(0), rtol=1e-4, atol=1e-4)
-
-    def test_copies(self, kind):
-        model, x = self.make(kind)
-        disturb(ts.adapt(model, ts.TuckerConfig(4)))
-        assert torch.equal(copy.deepcopy(model)(x), model(x))
-
-    def test_svd_needs_the_weight(self, kind):
-        model, x = self.make(kind)
-        with pytest.raises(ValueError, match='adapt: init="svd".*packed'):
-            ts.adapt(model, ts.TuckerConfig(4, init="svd"))
-        assert type(model.layer).__name__.startswith("Linear")
-
-
-def test_a_float_copy_of_a_quantised_model_takes_the_adapter(tmp_path):
-    """Trained on int8, merged into float32."""
-    torch.manual_seed(0)
-    plain = Box(nn.Linear(64, 32))
-    packed, x = torchao_int8(copy.deepcopy(plain)), torch.randn(5, 64)
-    disturb(ts.adapt(packed, ts.TuckerConfig(4)))
-    ts.save_adapter(packed, tmp_path / "a")
-    ts.merge(ts.load_adapter(plain, tmp_path / "a"))
-    assert relative(plain(x), packed(x)) < 0.02
 
 
 def test_inference_mode():

@@ -1,0 +1,8 @@
+"""What the tests of files ask for."""
+
+import pytest
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
