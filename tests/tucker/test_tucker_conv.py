@@ -1,97 +1,20 @@
-"""Tucker convolutions: every kind against the composed float64 form, the facts of the adapter, and what is refused."""
+"""Tucker convolutions: every kind against the composed float64 form, the facts of the adapter, bad input."""
 
 import importlib
-import warnings
 
 import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
+from tucker_conv_cases import FORMS, KINDS, NONE, OP, base, both, close, composed, problem
 
 import torch_subspace as ts
 import torch_subspace.tucker.tucker_conv_forms as forms
 
 module = importlib.import_module("torch_subspace.tucker.tucker_conv")  # the function has the module's name
-
-OP = torch.ops.torch_subspace
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-FORMS = ["chain", "composed"]
-CONV = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
-TRANSPOSED = {3: torch.nn.functional.conv_transpose1d, 4: torch.nn.functional.conv_transpose2d,
-              5: torch.nn.functional.conv_transpose3d}
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-NONE = torch.empty(0, dtype=torch.int64)
-
-
-def base(x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, transposed=False, output_padding=0):
-    """torch's own convolution with tucker_conv's arguments."""
-    if transposed:
-        return TRANSPOSED[weight.dim()](x, weight, bias, stride, padding, output_padding, groups, dilation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an uneven "same" makes a copy
-        return CONV[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
-
-
-def composed(x, weight, bias, core, *factors, scale=1.0, **options):
-    """The truth: one convolution with the composed weight."""
-    return base(x, ref.tucker(core, factors, scale=scale, base=weight), bias, **options)
-
-
-def problem(spatial=(7, 6), channels=(6, 8), ranks=(3, 2), kernel=3, *, batch=2, dtype=torch.float64, last=False,
-            groups=1, transposed=False, seed=0):
-    """x, weight, bias, core, factor, factor, factor, ... with the identity on the last mode."""
-    g = torch.Generator().manual_seed(seed + sum(spatial) + sum(channels))
-    (inputs, outputs), n = channels, len(spatial)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def randn(*shape, dtype=wide):
-        return torch.randn(*shape, dtype=torch.float64, generator=g).to(dtype)
-
-    kernel = (kernel,) * n if isinstance(kernel, int) else kernel
-    shape = ((inputs, outputs // groups) if transposed else (outputs, inputs // groups)) + kernel
-    ranks = tuple(min(r, d) for r, d in zip(ranks, shape))
-    x = randn(batch, inputs, *spatial, dtype=dtype)
-    weight = randn(*shape, dtype=dtype)
-    if last and n > 1:
-        x, weight = (t.contiguous(memory_format=LAST[n + 2]) for t in (x, weight))
-    inner = (*(min(2, k) for k in kernel[:-1]), kernel[-1])
-    factors = [randn(d, r) for d, r in zip(shape, (*ranks, *inner))]
-    return [x, weight, randn(outputs, dtype=dtype), randn(*ranks, *inner), *factors[:-1], None]
-
-
-def both(inputs, **options):
-    """(values, every gradient) of ours in the inputs' dtypes and of the truth in float64 at the same points."""
-    out, ours_only = [], {k: options.pop(k) for k in ("form", "dropout", "training") if k in options}
-    for wide in (False, True):
-        leaves = [t if t is None else t.detach().double().contiguous() if wide else t.detach() for t in inputs]
-        leaves = [t if t is None else t.requires_grad_() for t in leaves]
-        f = composed if wide else lambda x, w, b, c, *u, **o: ts.tucker_conv(x, w, b, c, u, **o, **ours_only)
-        y = f(*leaves, **options)
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-        out.append((y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)))
-    return out
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth, strict=True):
-        assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
-
 
 # ------------------------------------------------------------------------------------------------------------- values
-
-KINDS = {  # spatial, transposed, options
-    "1d": ((9,), False, {"padding": 1}),
-    "2d": ((7, 6), False, {"padding": 1}),
-    "3d": ((5, 4, 6), False, {"padding": 1}),
-    "stride": ((9, 8), False, {"stride": 2, "padding": (1, 0)}),
-    "dilation": ((9, 8), False, {"dilation": (1, 2), "padding": 2}),
-    "valid": ((7, 6), False, {"padding": "valid"}),
-    "same": ((7, 6), False, {"padding": "same", "dilation": 2}),
-    "1d transposed": ((6,), True, {"padding": 1}),
-    "2d transposed": ((5, 6), True, {"stride": 2, "padding": 1, "output_padding": 1}),
-    "3d transposed": ((3, 4, 3), True, {"dilation": 2, "stride": 2, "output_padding": (1, 0, 1)}),
-}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -316,219 +239,19 @@ def test_the_rule():
     assert not cheaper((256, 256, 3, 3), 56, training=False)  # nothing but W + dW to make
 
 
-# ------------------------------------------------------------------------------------------------- torch's machinery
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["1d", "2d", "2d transposed", "same"])
-def test_gradcheck(kind, form):
-    spatial, transposed, options = KINDS[kind]
-    inputs = problem(tuple(4 for _ in spatial), (3, 2), (2, 2), 2, batch=1, transposed=transposed)
-    leaves = [t.requires_grad_() for t in inputs if t is not None]
-
-    def f(x, w, b, c, *u):
-        return ts.tucker_conv(x, w, b, c, [*u, None], form=form, transposed=transposed, scale=0.7, **options)
-
-    assert torch.autograd.gradcheck(f, leaves)
-    assert torch.autograd.gradgradcheck(f, leaves, atol=1e-4)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_with_dropout_and_groups(form):
-    groups = 1 if form == "chain" else 2
-    inputs = problem((4, 4), (4, 2), (2, 2), 2, batch=1, groups=groups)
-    leaves = [t.requires_grad_() for t in inputs if t is not None]
-
-    def f(x, w, b, c, *u):
-        torch.manual_seed(5)
-        return ts.tucker_conv(x, w, b, c, [*u, None], form=form, groups=groups, dropout=0.4)
-
-    assert torch.autograd.gradcheck(f, leaves)
-    assert torch.autograd.gradgradcheck(f, leaves, atol=1e-4)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_only_the_gradients_that_are_asked_for(form):
-    inputs = problem()
-    names = [i for i, t in enumerate(inputs) if t is not None]
-    full = dict(zip([None, *names], both(inputs, form=form, padding=1)[1]))
-    for asked in [[i] for i in names] + [[0, 3], [3, 4, 5], [0, 4], [1, 5]]:
-        leaves = [t if t is None else t.detach().clone().requires_grad_(i in asked) for i, t in enumerate(inputs)]
-        y = ts.tucker_conv(*leaves[:4], leaves[4:], form=form, padding=1)
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        y.backward(dy)
-        for i, t in enumerate(leaves):
-            if i in asked:
-                close([t.grad], [full[i]], 1e-12)
-            elif t is not None:
-                assert t.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    x, f, w = torch.randn(2, 6, 9).to(dtype), torch.randn(6, 3), torch.randn(2, 3, 9)
-    seed = torch.tensor([7])
-    for last in (False, True):
-        a, b = (t.mT.contiguous() if last else t for t in (x, w))
-        for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(OP.tucker_project, (a, f, b, seed, 0.3, last, *needs))
-        torch.library.opcheck(OP.tucker_expand_, (a, b, f, NONE, 0.0, last))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("form, groups", [("chain", 1), ("composed", 1), ("composed", 2)])
-def test_compile_without_graph_breaks(form, groups, dropout):
-    torch._dynamo.reset()
-    inputs = problem((9, 8), dtype=torch.float32, groups=groups)
-    leaves = [t.requires_grad_() for t in inputs if t is not None]
-
-    def loss(x, w, b, c, *u):
-        y = ts.tucker_conv(x.relu(), w, b, c, [*u, None], form=form, groups=groups, padding=1, dropout=dropout)
-        return y.square().mean()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(2)
-    ours = torch.autograd.grad(compiled(*leaves), leaves)
-    torch.manual_seed(2)
-    eager = torch.autograd.grad(loss(*leaves), leaves)
-    assert all(torch.allclose(a, e, rtol=1e-4, atol=1e-4 * e.abs().max().item()) for a, e in zip(ours, eager))
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, inputs, **options):
-        super().__init__()
-        self.weight, self.bias, self.core, self.u, self.v, self.k = (torch.nn.Parameter(t.clone()) for t in inputs[1:7])
-        self.options = options
-
-    def forward(self, x):
-        factors = [self.u, self.v, self.k, None]
-        return ts.tucker_conv(x, self.weight, self.bias, self.core, factors, padding=1, **self.options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_the_default_compiler(form):
-    torch._dynamo.reset()
-    inputs = problem((9, 8), dtype=torch.float32)
-    layer = Layer(inputs, form=form)
-    compiled = torch.compile(layer, fullgraph=True)
-    grads = []
-    for f in (layer, compiled):
-        layer.zero_grad()
-        f(inputs[0]).square().sum().backward()
-        grads.append([p.grad for p in layer.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(*grads))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_export(form):
-    inputs = problem((9, 8), dtype=torch.float32, batch=4)
-    layer = Layer(inputs, form=form)
-    program = torch.export.export(layer, (inputs[0],), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=64)},))
-    if form == "chain":
-        assert "torch_subspace.tucker_project" in program.graph_module.code
-    assert torch.allclose(program.module()(inputs[0]), layer(inputs[0]), atol=1e-4)
-    more = inputs[0].repeat(3, 1, 1, 1)
-    assert torch.allclose(program.module()(more), layer(more), atol=1e-4)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_checkpointing(form, reentrant):
-    inputs = problem((9, 8), dtype=torch.float32)
-    layer, grads = Layer(inputs, form=form, dropout=0.3), []
-    for kept in (False, True):
-        x = inputs[0].clone().requires_grad_()
-        torch.manual_seed(4)
-        y = layer(x) if kept else torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
-        grads.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-                     if kept or not reentrant else None)
-        if grads[-1] is None:
-            y.square().sum().backward()
-            grads[-1] = [x.grad, *(p.grad for p in layer.parameters())]
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_what_it_is_for_a_convolution(dtype, form):
-    inputs = problem((9, 8), dtype=torch.float32)
-    leaves = [t.requires_grad_() for t in inputs if t is not None]
-    x, w, b, core, *factors = leaves
-    with torch.autocast("cpu", dtype=dtype):
-        y = ts.tucker_conv(x, w, b, core, [*factors, None], form=form, padding=1)
-        assert torch.equal(ts.tucker_conv(x, w, b, core * 0, [*factors, None], form=form, padding=1),
-                           base(x, w, b, padding=1))
-        assert ts.tucker_conv(*(t if t is None else t.double() for t in inputs[:4]),
-                              [t if t is None else t.double() for t in inputs[4:]]).dtype == torch.float64
-        inside = torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)
-    outside = torch.autograd.grad(y.float().square().sum(), leaves)
-    assert y.dtype == dtype and all(torch.equal(a, b) for a, b in zip(inside, outside))
-    assert all(g.dtype == torch.float32 for g in outside)
-    truth = composed(*(t if t is None else t.double() for t in inputs), padding=1)
-    close([y], [truth], 3e-2)
-
-
-def test_torch_func_and_forward_mode():
-    inputs = problem((5, 4), (3, 4))
-    x, w, b, core, *factors = inputs
-    v = torch.randn_like(core)
-    for form in FORMS:
-        y, tangent = torch.func.jvp(lambda c, f=form: ts.tucker_conv(x, w, b, c, factors, form=f), (core,), (v,))
-        truth, expected = torch.func.jvp(lambda c: composed(x, w, b, c, *factors), (core,), (v,))
-        assert torch.allclose(y, truth) and torch.allclose(tangent, expected) and tangent.any()
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(core, v)
-            out = torch.autograd.forward_ad.unpack_dual(ts.tucker_conv(x, w, b, dual, factors, form=form))
-            assert torch.allclose(out.tangent, expected)
-        rows = torch.vmap(torch.func.grad(lambda c, x, f=form: ts.tucker_conv(x, w, b, c, factors, form=f).sum()),
-                          (None, 0))(core, x)
-        leaf = core.clone().requires_grad_()
-        ts.tucker_conv(x, w, b, leaf, factors, form=form).sum().backward()
-        assert torch.allclose(rows.sum(0), leaf.grad)
-
-
-def test_one_tensor_in_two_places():
-    """A gradient that is differentiated again must not run through what else an input depends on."""
-    x, w, b, _, *_ = problem((4, 4), (3, 3), (2, 2), 1)
-    u = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    for form in FORMS:
-        def f(u, form=form):
-            return ts.tucker_conv(x, w, b, (u.T @ u)[..., None, None], [u, u, None, None], form=form)
-
-        assert torch.autograd.gradcheck(f, (u,)) and torch.autograd.gradgradcheck(f, (u,))
-
-
-def test_meta():
-    inputs = [t if t is None else t.to("meta").requires_grad_() for t in problem(dtype=torch.float32)]
-    for form in FORMS:
-        y = ts.tucker_conv(*inputs[:4], inputs[4:], form=form, padding=1)
-        assert y.shape == (2, 8, 7, 6) and y.is_meta
-
-
-def test_inference_mode():
-    x, w, b, core, *factors = problem(dtype=torch.float32)
-    expected = [ts.tucker_conv(x, w, b, core, factors, form=form) for form in FORMS]
-    with torch.inference_mode():
-        for form, y in zip(FORMS, expected):
-            assert torch.equal(ts.tucker_conv(x, w, b, core, factors, form=form), y)
-
-
-def test_repeatable_and_close_for_any_number_of_threads():
-    inputs = problem((40, 40), (64, 48), (16, 16), dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            x, w, *_ = inputs
-            flat, u, w = inputs[0].reshape(2, 64, -1), torch.ones(64, 16), torch.ones(2, 16, 1600)
-            results.append(OP.tucker_project(flat, u, w, NONE, 0.0, False, True, True))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
-    for other in results[1:]:
-        close(other, [t.double() for t in results[0]], 1e-5)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups, transposed", [(2, False), (4, True), (8, False), (8, True)])
+def test_a_zero_core_gives_the_grouped_base_bit_for_bit(groups, transposed, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, weight = torch.randn(2, 8, 9, 7).to(dtype).requires_grad_(), torch.randn(8, 8 // groups, 3, 3).to(dtype)
+    factors = [torch.randn(d, 2, dtype=wide) for d in weight.shape]
+    convolution = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+    y = ts.tucker_conv(x, weight, None, torch.zeros(2, 2, 2, 2, dtype=wide), factors, groups=groups,
+                       transposed=transposed)
+    truth = convolution(x, weight, groups=groups)
+    dy = torch.randn_like(y)
+    assert torch.equal(y, truth)
+    assert torch.equal(*(torch.autograd.grad(out, x, dy)[0] for out in (y, truth)))
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -587,18 +310,3 @@ def test_the_op_itself_checks_too():
             OP.tucker_expand_(bad[0].clone(), bad[2], bad[1], *bad[3:], False)
     with pytest.raises(RuntimeError, match="contiguous"):
         OP.tucker_expand_(x.mT, w.mT.contiguous(), f, NONE, 0.0, True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("groups, transposed", [(2, False), (4, True), (8, False), (8, True)])
-def test_a_zero_core_gives_the_grouped_base_bit_for_bit(groups, transposed, dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x, weight = torch.randn(2, 8, 9, 7).to(dtype).requires_grad_(), torch.randn(8, 8 // groups, 3, 3).to(dtype)
-    factors = [torch.randn(d, 2, dtype=wide) for d in weight.shape]
-    convolution = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
-    y = ts.tucker_conv(x, weight, None, torch.zeros(2, 2, 2, 2, dtype=wide), factors, groups=groups,
-                       transposed=transposed)
-    truth = convolution(x, weight, groups=groups)
-    dy = torch.randn_like(y)
-    assert torch.equal(y, truth)
-    assert torch.equal(*(torch.autograd.grad(out, x, dy)[0] for out in (y, truth)))
