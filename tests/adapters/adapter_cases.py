@@ -2,9 +2,9 @@
 
 import warnings
 
-import pytest
 import torch
 import torch.nn.functional as F
+from helpers import optional
 from safetensors import safe_open
 from torch import nn
 
@@ -50,18 +50,18 @@ def encoder_layer(**kwargs):
 
 
 def conv1d_of_transformers():
-    layer = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D(5, 6)
+    layer = optional("transformers.pytorch_utils").Conv1D(5, 6)
     nn.init.normal_(layer.bias)
     return layer, (torch.randn(2, 3, 6),), {}
 
 
 def of_timm(name, *args, **kwargs):
-    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    layers = optional("timm.layers")
     return getattr(layers, name)(*args, **kwargs), (torch.randn(2, 4, 7, 7),), {}
 
 
 def swin(version):
-    models = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
+    models = optional("torchvision.models.swin_transformer")
     kind = models.ShiftedWindowAttention if version == 1 else models.ShiftedWindowAttentionV2
     return kind(8, [2, 2], [1, 1], 2), (torch.randn(1, 4, 4, 8),), {}
 

@@ -1,8 +1,8 @@
 """Models of torchvision, timm and transformers, without weights and at small sizes, and adapters on them."""
 
-import pytest
 import torch
 import torch.nn.functional as F
+from helpers import optional
 from torch import nn
 
 import torch_subspace as ts
@@ -12,12 +12,12 @@ VIDEO = (1, 3, 4, 16, 16)
 
 
 def torchvision(name, shape=IMAGE, **options):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    models = optional("torchvision.models")
     return models.get_model(name, weights=None, **options), {"x": torch.rand(shape)}
 
 
 def torchvision_class(name, shape=IMAGE, **options):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    models = optional("torchvision.models")
     return getattr(models, name)(**options), {"x": torch.rand(shape)}
 
 
@@ -27,25 +27,25 @@ def segmentation(name):
 
 
 def convnext():
-    models = pytest.importorskip("torchvision.models.convnext", reason="torchvision is not installed")
+    models = optional("torchvision.models.convnext")
     blocks = [models.CNBlockConfig(8, 16, 1), models.CNBlockConfig(16, None, 1)]
     return models.ConvNeXt(blocks, num_classes=7), {"x": torch.rand(IMAGE)}
 
 
 def swin_v2():
-    models = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
+    models = optional("torchvision.models.swin_transformer")
     parts = {"block": models.SwinTransformerBlockV2, "downsample_layer": models.PatchMergingV2}
     return models.SwinTransformer([4, 4], 8, [2, 1], [2, 2], [4, 4], num_classes=7, **parts), {"x": torch.rand(IMAGE)}
 
 
 def swin3d():
-    models = pytest.importorskip("torchvision.models.video.swin_transformer", reason="torchvision is not installed")
+    models = optional("torchvision.models.video.swin_transformer")
     model = models.SwinTransformer3d([2, 4, 4], 8, [2, 1], [2, 2], [2, 4, 4], num_classes=7)
     return model, {"x": torch.rand(VIDEO)}
 
 
 def mvit():
-    models = pytest.importorskip("torchvision.models.video.mvit", reason="torchvision is not installed")
+    models = optional("torchvision.models.video.mvit")
     kernels = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3]}
     blocks = [
         models.MSBlockConfig(1, 8, 16, **kernels, stride_q=[1, 1, 1], stride_kv=[1, 2, 2]),
@@ -57,19 +57,19 @@ def mvit():
 
 
 def timm(name, shape=IMAGE, **options):
-    create = pytest.importorskip("timm", reason="timm is not installed").create_model
+    create = optional("timm").create_model
     return create(name, **options), {"x": torch.rand(shape)}
 
 
 def std_conv():
-    models = pytest.importorskip("timm.models.resnetv2", reason="timm is not installed")
-    layer = pytest.importorskip("timm.layers").StdConv2d
+    models = optional("timm.models.resnetv2")
+    layer = optional("timm.layers").StdConv2d
     model = models.ResNetV2((1, 1), (128, 128), num_classes=7, stem_chs=32, stem_type="fixed", conv_layer=layer)
     return model, {"x": torch.rand(IMAGE)}
 
 
 def mixer():
-    models = pytest.importorskip("timm.models.mlp_mixer", reason="timm is not installed")
+    models = optional("timm.models.mlp_mixer")
     return models.MlpMixer(7, 32, patch_size=8, num_blocks=2, embed_dim=16), {"x": torch.rand(IMAGE)}
 
 
@@ -84,13 +84,13 @@ ENCODER_DECODER = {
 
 
 def transformers(name, inputs, config=None, **options):
-    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    library = optional("transformers")
     config = getattr(library, config or name.partition("For")[0] + "Config")
     return getattr(library, name)(config(**options)), inputs
 
 
 def clip():
-    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    library = optional("transformers")
     vision = {**LAYERS, "image_size": 32, "patch_size": 16}
     config = library.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=8)
     return library.CLIPModel(config), {"input_ids": TOKENS, "pixel_values": torch.rand(IMAGE)}

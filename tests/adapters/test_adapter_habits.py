@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import optional
 from model_cases import adapted, build, classes, move, outputs, parts_of, see, torchvision
 from torch import nn
 
@@ -26,7 +27,7 @@ class TestHabits:
             assert torch.equal(a.running_mean, b.running_mean) and not a.weight.requires_grad
 
     def test_frozen_batchnorm(self):
-        ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
+        ops = optional("torchvision.ops")
         model, inputs = torchvision("resnet18", norm_layer=ops.FrozenBatchNorm2d)
         y = outputs(model.eval(), inputs).detach()
         ts.adapt(model, ts.TuckerConfig(rank=3))

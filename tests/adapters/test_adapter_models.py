@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_cases import assert_same_state
 from model_cases import MODELS, adapted, build, classes, clip, flat, move, outputs, parts_of, see, transformers
 from torch import nn
 
@@ -40,10 +41,6 @@ def bases(model):
     return {k: v.clone() for k, v in model.state_dict().items() if "tucker" not in k.split(".")}
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("key", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODELS])
 def test_adapt_train_save_load_merge(key, tmp_path):
     model, inputs, config, unused, plain = build(key)
@@ -64,7 +61,7 @@ def test_adapt_train_save_load_merge(key, tmp_path):
     y = outputs(model, inputs).detach()
     same = torch.equal(y, start) or torch.equal(y, frozen) or layers_agree(model, fresh, inputs)
     assert same, "an adapter that starts at zero changed the output"
-    assert equal(bases(model), before)
+    assert_same_state(bases(model), before)
 
     optimizer = torch.optim.SGD(ts.adapter_parameters(model), lr=1.0)
     y = outputs(model, inputs)
@@ -82,7 +79,7 @@ def test_adapt_train_save_load_merge(key, tmp_path):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
-    assert equal(bases(model), before)
+    assert_same_state(bases(model), before)
     assert not torch.equal(outputs(model, inputs).detach(), start)
 
     for layer in found.values():
@@ -104,7 +101,7 @@ def test_adapt_train_save_load_merge(key, tmp_path):
     assert (outputs(model, inputs).detach() - y).abs().max() <= bound
     assert (see(model, inputs) - y).abs().max() <= bound
     ts.unmerge(model)
-    assert equal(bases(model), before)
+    assert_same_state(bases(model), before)
     assert torch.equal(outputs(model, inputs).detach(), y)
 
     ts.merge_and_unload(model)

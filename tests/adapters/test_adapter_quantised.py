@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_cases import Box, change, disturb, gradients, parts_of, relative
+from helpers import optional
 from model_cases import adapted
 from torch import nn
 
@@ -14,13 +15,13 @@ import torch_subspace as ts
 
 
 def torchao_int8(model):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization = optional("torchao.quantization")
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
 
 
 def _bitsandbytes(cls, *args, **kwargs):
-    module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
+    module = optional("bitsandbytes").nn
     layer = nn.Linear(64, 32)
     twin = getattr(module, cls)(64, 32, *args, **kwargs)
     twin.load_state_dict(layer.state_dict())

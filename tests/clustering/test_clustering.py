@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
@@ -180,7 +181,7 @@ class TestEncoder:
         encoder = nn.Sequential(nn.Linear(6, 16), nn.ReLU())
         before = [p.clone() for p in encoder.parameters()]
         model = ts.ManifoldClustering(**QUICK, encoder=encoder).fit(X)
-        assert all(torch.equal(a, b) for a, b in zip(before, encoder.parameters()))
+        assert same(before, encoder.parameters())
         assert not torch.equal(model.network_.encoder[0].weight, encoder[0].weight)
         assert clustering_accuracy(y, model.labels_) > 0.95
 

@@ -206,18 +206,6 @@ def run(case, dtype=torch.float32, device=DEVICE):
     return both(case, cast(case, case.make(), dtype, device))
 
 
-def close(actual, expected, tolerance):
-    """Errors relative to the largest entry of each tensor."""
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        most = e.abs().max().item() if e.numel() else 0
-        torch.testing.assert_close(a.cpu().double(), e.cpu().double(), rtol=0, atol=tolerance * max(most, 1e-2))
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def synchronise():
     if ON_GPU:
         torch.cuda.synchronize()

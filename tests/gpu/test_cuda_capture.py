@@ -4,14 +4,18 @@ Never run so far.
 A capture also proves that nothing on the way waits for the device, allocates past torch or uses another stream.
 """
 
+import functools
+
+import helpers
 import pytest
 import torch
-from cases import BY_NAME, CASES, DEVICE, DROPOUT, ON_GPU, PRESENT, both, cast, close, gradient_of
+from cases import BY_NAME, CASES, DEVICE, DROPOUT, ON_GPU, PRESENT, both, cast, gradient_of
 from torch import nn
 
 import torch_subspace as ts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {DEVICE}")]
+close = functools.partial(helpers.close, floor=1e-2, device=None)
 
 
 class Replay:

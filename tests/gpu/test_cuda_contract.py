@@ -1,5 +1,8 @@
 """What every op keeps on a GPU: the CPU's values, derivatives, bits, streams, graphs, no waiting. Never run so far."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 from cases import (
@@ -13,11 +16,9 @@ from cases import (
     Case,
     both,
     cast,
-    close,
     exact_products,
     gradient_of,
     run,
-    same,
     synchronise,
     without_waiting,
 )
@@ -34,6 +35,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 trained = [case for case in CASES if case.trained]
 each_trained = pytest.mark.parametrize("case", trained, ids=lambda case: case.name)
 only_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's own")
+close = functools.partial(helpers.close, floor=1e-2, device=None)
 
 
 @pytest.mark.parametrize("case, dtype", [(case, dtype) for case in CASES
@@ -78,7 +80,7 @@ def test_same_bits_every_time(case, dtype):
         synchronise()
         junk = torch.full((1 << 22,), float("nan"), device=DEVICE)  # memory that is not what it was
         del junk
-        assert same(first, run(case, dtype))
+        assert helpers.same(first, run(case, dtype))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -130,7 +132,7 @@ def test_frames_and_grams_never_round_to_tf32(case):
     with exact_products():
         expected = run(case)
     with exact_products(allowed=True):
-        assert same(run(case), expected)
+        assert helpers.same(run(case), expected)
 
 
 def large(name):
@@ -165,7 +167,7 @@ def test_products_obey_the_switch_of_tf32(name):
     close(exact, truth, 3e-5)
     close(rounded, truth, 1e-2)
     if torch.cuda.get_device_capability() >= (8, 0) and name in ("logits", "cross_entropy"):
-        assert not same(exact, rounded)  # the small products of an adapter may be exact at no cost
+        assert not helpers.same(exact, rounded)  # the small products of an adapter may be exact at no cost
 
 
 @pytest.mark.parametrize("case", [*CASES, *DROPOUT], ids=lambda case: case.name)

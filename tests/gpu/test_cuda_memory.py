@@ -1,12 +1,14 @@
 """Memory of the GPU: none left is an error and nothing worse, none is lost, more than 2^31 entries. Never run
 so far."""
 
+import functools
 import gc
 import math
 
+import helpers
 import pytest
 import torch
-from cases import CASES, DEVICE, ON_GPU, PRESENT, cast, close, run, synchronise
+from cases import CASES, DEVICE, ON_GPU, PRESENT, cast, run, synchronise
 from cases import both as both_of
 
 import torch_subspace as ts
@@ -18,6 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason=f"needs {D
 only_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's own")
 
 MIB = 1 << 20
+close = functools.partial(helpers.close, floor=1e-2, device=None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,17 @@
 """Training on a GPU: no waiting for the device, side streams, CUDA graphs. Never run so far: no GPU was at hand."""
 
-import contextlib
+import functools
 
+import helpers
 import pytest
 import torch
+from cases import without_waiting
 from torch import nn
 
 import torch_subspace as ts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-@contextlib.contextmanager
-def without_waiting():
-    """Any call that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+close = functools.partial(helpers.close, absolute=True)
 
 
 class Training:
@@ -41,11 +34,6 @@ class Training:
 
     def weights(self):
         return [p.detach().cpu().double() for p in self.model.parameters()]
-
-
-def close(a, b, tolerance):
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("optimiser, options", [(ts.RiemannianSGD, {}), (ts.RiemannianAdamW, {"lr": 1e-3})], ids=str)

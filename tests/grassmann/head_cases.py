@@ -1,7 +1,7 @@
 """Classifiers of torchvision, timm and transformers, without weights and at small sizes."""
 
-import pytest
 import torch
+from helpers import optional
 
 from torch_subspace import GrassmannLinear
 
@@ -9,17 +9,17 @@ IMAGE = (2, 3, 64, 64)
 
 
 def torchvision(name, image=IMAGE, **options):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    models = optional("torchvision.models")
     return models.get_model(name, weights=None, **options), torch.rand(image)
 
 
 def torchvision_class(name, image=IMAGE, **options):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    models = optional("torchvision.models")
     return getattr(models, name)(**options), torch.rand(image)
 
 
 def timm(name, image=IMAGE, **options):
-    create = pytest.importorskip("timm", reason="timm is not installed").create_model
+    create = optional("timm").create_model
     return create(name, **options), torch.rand(image)
 
 
@@ -46,7 +46,7 @@ TOKENS = torch.tensor([[3, 4, 5, 2], [6, 7, 8, 2]])
 
 
 def transformers(name, x=TOKENS, **options):
-    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    library = optional("transformers")
     config = getattr(library, name.partition("For")[0] + "Config")
     options = options or (TEXT if x is TOKENS else VISION)
     return getattr(library, name)(config(**options)), x

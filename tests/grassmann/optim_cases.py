@@ -3,6 +3,7 @@
 import pytest
 import reference as ref
 import torch
+from helpers import normal
 
 import torch_subspace as ts
 
@@ -49,8 +50,7 @@ def train(model, optimiser, steps, scheduler=None):
 
 
 def frame(classes=4, k=3, n=9, dtype=torch.float64, seed=0):
-    weight = torch.randn(classes, k, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.Parameter(ref.orthonormal(weight).to(dtype))
+    return torch.nn.Parameter(ref.orthonormal(normal(classes, k, n, seed=seed)).to(dtype))
 
 
 def noise(p, seed):
@@ -59,7 +59,3 @@ def noise(p, seed):
 
 def marked(*params, **options):
     return [{"params": list(params), "manifold": "grassmann"} | options]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

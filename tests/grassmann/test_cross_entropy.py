@@ -1,8 +1,10 @@
 """Fused cross-entropy over subspace logits: against the definition, against torch, its memory, and what is refused."""
 
+import functools
 import subprocess
 import sys
 
+import helpers
 import pytest
 import reference as ref
 import torch
@@ -16,6 +18,7 @@ import torch_subspace.grassmann.logits as logits_module
 
 OP = torch.ops.torch_subspace
 NAME = "subspace_cross_entropy"
+close = functools.partial(helpers.close, floor=0.1)
 
 
 def labels(b, c, ignore=None, seed=0):
@@ -43,13 +46,6 @@ def both(x, w, target, *, gamma=25.0, normalize=True, dims=None, **options):
         weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
         out.append((loss.detach(), *torch.autograd.grad((loss * weights).sum(), (a, b))))
     return out
-
-
-def close(ours, truth, tolerance, floor=0.1):
-    for a, b in zip(ours, truth):
-        assert a.shape == b.shape
-        if b.numel():
-            assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=floor)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -160,14 +156,9 @@ def test_gradients_sum_over_classes_as_probabilities_do():
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_repeatable_for_a_number_of_threads(threads):
-    before = torch.get_num_threads()
     x, w, t = features(300, 64).float(), frames(70, 8, 64).float(), labels(300, 70)
-    try:
-        torch.set_num_threads(threads)
-        first, second = both(x, w, t)[0], both(x, w, t)[0]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for _ in helpers.threads(threads):
+        assert helpers.same(both(x, w, t)[0], both(x, w, t)[0])
 
 
 MEMORY = """

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from head_cases import IMAGE, MODELS, build, heads, timm, torchvision, transformers
+from helpers import optional
 
 from torch_subspace import GrassmannLinear, swap_head
 
@@ -59,8 +60,8 @@ class TestModels:
         assert swap_head(model).config.id2label[3] == "label 3"
 
     def test_timm_wrapped_by_transformers(self):
-        pytest.importorskip("timm", reason="timm is not installed")
-        library = pytest.importorskip("transformers", reason="transformers is not installed")
+        optional("timm")
+        library = optional("transformers")
         config = library.TimmWrapperConfig(architecture="test_resnet", num_labels=7)
         model = swap_head(library.TimmWrapperForImageClassification(config).eval(), 5, 2)
         assert isinstance(model.timm_model.fc, GrassmannLinear)

@@ -1,5 +1,8 @@
 """Subspace logits: values and gradients against the reference, the facts of Grassmann logits, and what is refused."""
 
+import functools
+
+import helpers
 import pytest
 import reference as ref
 import torch
@@ -15,6 +18,7 @@ SHAPES = [  # B, C, k, n: tiny, padded, one class, many panels, several batch bl
     (1, 1, 1, 1), (3, 5, 2, 7), (64, 100, 8, 128), (300, 70, 3, 50), (17, 3, 33, 70), (600, 200, 8, 33),
     (5, 2000, 1, 16), (9, 4, 12, 12), (2, 3, 64, 80), (257, 65, 8, 20),
 ]
+close = functools.partial(helpers.close, floor=0.1)  # k = n: the truth is 0
 
 
 def frames(c, k, n, dtype=torch.float64, seed=0):
@@ -35,12 +39,6 @@ def both(x, w, dlogits, **options):
         y = f(a, b, **options)
         out.append((y.detach(), *torch.autograd.grad(y, (a, b), dlogits.to(dtype))))
     return out
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth):
-        assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1)  # k = n: the truth is 0
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -285,14 +283,10 @@ def test_meta():
 
 def test_repeatable_and_close_for_any_number_of_threads():
     x, w, g = features(300, 64, dtype=torch.float32), frames(70, 8, 64, torch.float32), features(300, 70).float()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(both(x, w, g)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
+    results = []
+    for _ in helpers.threads(1, 2, 2, 3, 7):
+        results.append(both(x, w, g)[0])
+    assert helpers.same(results[1], results[2])
     for other in results[1:]:
         close(other, [t.double() for t in results[0]], TOLERANCE[torch.float32])
 

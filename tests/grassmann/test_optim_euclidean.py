@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import same
 from optim_cases import ADAM, SGD, frame, marked, noise
 
 
@@ -36,7 +37,7 @@ def check_against(ours, theirs, grid, extra):
             assert actual == expected, options
             continue
         assert not isinstance(actual, tuple), (options, actual)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), options
+        assert same(actual, expected), options
         compared += 1
     return compared
 

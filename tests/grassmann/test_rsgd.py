@@ -1,7 +1,9 @@
 """The Riemannian step: values against the reference, and the facts that any right step satisfies."""
 
+import functools
 import math
 
+import helpers
 import pytest
 import reference as ref
 import torch
@@ -25,15 +27,7 @@ FLAGS = [
     {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01, "maximize": True},
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "maximize": True},
 ]
-
-
-def frame_error(weight):
-    weight = weight.double()
-    return (weight @ weight.mT - torch.eye(weight.shape[-2], dtype=torch.float64)).abs().max().item()
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
+close = functools.partial(helpers.close, absolute=True)
 
 
 def check_step(weight, grad, buffer, **rule):
@@ -163,7 +157,7 @@ def test_ten_thousand_float32_steps_stay_on_the_manifold(retraction):
     grads = unit(torch.randn(100, 3, 4, 24, generator=generator(2)))
     for step in range(10_000):
         ts.grassmann_step_(weight, grads[step % 100], buffer, lr=0.1, momentum=0.9, retraction=retraction)
-    assert frame_error(weight) <= 5e-7
+    assert helpers.frame_error(weight) <= 5e-7
 
 
 @pytest.mark.parametrize("k, n", [(1, 64), (8, 128), (8, 2048), (32, 512)])
@@ -196,10 +190,10 @@ def test_a_frame_off_by_a_thousandth_comes_back(dtype):
     frame, noise, _ = problem(3, 4, 24)
     off = frame + 1e-3 * noise
     weight = off.to(dtype)
-    assert frame_error(weight) > 1e-5
+    assert helpers.frame_error(weight) > 1e-5
     for _ in range(3):
         ts.grassmann_step_(weight, torch.zeros_like(weight), lr=0.1)
-    assert frame_error(weight) <= (5e-7 if dtype == torch.float32 else 1e-14)
+    assert helpers.frame_error(weight) <= (5e-7 if dtype == torch.float32 else 1e-14)
     close(weight, ref.orthonormal(off), 1e-6)  # to the nearest frame, of the same subspace
 
 
@@ -216,7 +210,7 @@ def test_huge_steps_stay_on_the_manifold(retraction, transport, length, dtype):
         skipped = ts.grassmann_step_(weight, grad * length, buffer, **rule)
         assert int(skipped) == 0
         assert weight.isfinite().all() and buffer.isfinite().all()
-        assert frame_error(weight) <= (1e-6 if dtype == torch.float32 else 1e-12), (k, n)
+        assert helpers.frame_error(weight) <= (1e-6 if dtype == torch.float32 else 1e-12), (k, n)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

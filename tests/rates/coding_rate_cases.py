@@ -33,9 +33,3 @@ def ours(z, labels=None, eps=0.5):
     z = z.detach().requires_grad_()
     rate = ts.coding_rate(z, labels, eps=eps)
     return rate.detach(), torch.autograd.grad(rate.sum(), z)[0]
-
-
-def close(found, true, tolerance):
-    for f, t in zip(found, true, strict=True):
-        assert f.shape == t.shape
-        assert (f.double() - t).abs().max() <= tolerance * t.abs().max()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import reference as ref
 import torch
+from helpers import close, same, threads
 from hypothesis import given, settings, strategies
 from kernels import only_cpu
 
@@ -38,12 +39,6 @@ def both(z, weights, eps=0.5):
         rate = f(*leaves, eps)
         found.append((rate.detach(), *torch.autograd.grad(rate, leaves, drate.to(dtype))))
     return found
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth, strict=True):
-        assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -312,15 +307,10 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("shape", [(1, 300, 20, 5), (1, 300, 20, 50), (1, 60, 8, 40)], ids=str)
 @pytest.mark.parametrize("length", [1, 1e3], ids=["fast", "careful"])
 def test_same_bits_every_time(shape, length):
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            first, again = (both(*problem(*shape, torch.float32, length))[0] for _ in range(2))
-            assert all(torch.equal(a, b) for a, b in zip(first, again))
-            close(first, both(*problem(*shape, torch.float32, length))[1], 1e-5)
-    finally:
-        torch.set_num_threads(before)
+    for _ in threads(1, 2, 3):
+        first, again = (both(*problem(*shape, torch.float32, length))[0] for _ in range(2))
+        assert same(first, again)
+        close(first, both(*problem(*shape, torch.float32, length))[1], 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from coding_rate_cases import BACKWARD, OP, TOLERANCE, close, labels_of, ours, points, truth
+from coding_rate_cases import BACKWARD, OP, TOLERANCE, labels_of, ours, points, truth
+from helpers import close, threads
 
 import torch_subspace as ts
 from torch_subspace.rates.coding_rate import _groups as groups
@@ -77,13 +78,9 @@ def test_autocast_leaves_float32_alone():
 def test_same_bits_for_any_number_of_threads(n, d, classes):
     z, labels = points(n, d, torch.float32), labels_of(n, classes)
     z[::3] *= 30  # some of it in double
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            results.append(ours(z, labels))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for _ in threads(1, 2, 3, 16):
+        results.append(ours(z, labels))
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import reference as ref
 import torch
+from helpers import close, normal
 from hypothesis import given, settings, strategies
 from kernels import only_cpu
 from sinkhorn_cases import BACKWARD, OP, TIGHT, affinity, each_dtype, marginal_error, problem
@@ -13,11 +14,6 @@ from torch_subspace.transport.sinkhorn import sinkhorn
 
 VALUE = {torch.float64: 1e-11, torch.float32: 1e-5}
 GRADIENT = {torch.float64: 1e-10, torch.float32: 3e-5}
-
-
-def close(ours, truth, tolerance):
-    assert ours.shape == truth.shape
-    assert (ours.double() - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 SIZES = [(1, 1), (1, 6), (6, 1), (2, 3), (7, 5), (16, 16), (17, 33), (60, 90), (150, 131)]
@@ -38,7 +34,7 @@ def test_matches_the_reference(size, eta, dtype):
     assert plan.dtype == dtype
     assert marginal_error(plan.detach(), row.detach(), col.detach()) <= 1.5 * TIGHT[dtype]
     close(plan.detach(), truth, VALUE[dtype])
-    dplan = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    dplan = normal(*size, seed=1, dtype=dtype)
     plan.backward(dplan)
     expected = ref.sinkhorn_gradient(truth, dplan.double(), eta=eta)
     scale = (truth * dplan.double()).abs().max() / eta
@@ -54,7 +50,7 @@ def test_symmetric_matches_the_reference(n, eta, dtype):
     scores = affinity(n, dtype=dtype)
     wide = scores.double()
     truth = ref.sinkhorn_symmetric(wide, eta=eta)
-    dplan = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
+    dplan = normal(n, n, seed=n, dtype=dtype)
     general, *_ = ref.sinkhorn_gradient(truth, dplan.double(), eta=eta)
     scale = (truth * dplan.double()).abs().max() / eta
     for symmetric, expected in ((True, (general + general.mT) / 2), (None, general)):

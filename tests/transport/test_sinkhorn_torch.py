@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import same, threads
 from sinkhorn_cases import BACKWARD, OP, affinity, each_dtype, marginal_error, problem
 
 from torch_subspace.transport.sinkhorn import sinkhorn
@@ -198,18 +199,14 @@ def test_same_bits_for_the_same_number_of_threads(symmetric, batch):
     size = 300 if not batch else 24
     scores = affinity(size, dtype=torch.float32).expand(*batch, size, size).contiguous()
     dplan = torch.randn_like(scores)
-    before, results = torch.get_num_threads(), {}
-    try:
-        for threads in (1, 2, 3, 2, 1, 3):
-            torch.set_num_threads(threads)
-            leaf = scores.clone().requires_grad_()
-            plan = sinkhorn(leaf, symmetric=symmetric, max_iter=2000)
-            plan.backward(dplan)
-            now = plan.detach(), leaf.grad
-            for a, b in zip(now, results.setdefault(threads, now)):
-                assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
+    results = {}
+    for count in threads(1, 2, 3, 2, 1, 3):
+        leaf = scores.clone().requires_grad_()
+        plan = sinkhorn(leaf, symmetric=symmetric, max_iter=2000)
+        plan.backward(dplan)
+        now = plan.detach(), leaf.grad
+        for a, b in zip(now, results.setdefault(count, now)):
+            assert torch.equal(a, b)
     for plan, grad in results.values():
         assert torch.allclose(plan, results[1][0], atol=2e-6) and torch.allclose(grad, results[1][1], atol=2e-4)
 
@@ -218,4 +215,4 @@ def test_the_input_is_left_alone():
     scores, row, col = problem(9, 9)
     kept = [t.clone() for t in (scores, row, col)]
     sinkhorn(scores.requires_grad_(), row=row, col=col).sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip((scores, row, col), kept))
+    assert same((scores, row, col), kept)

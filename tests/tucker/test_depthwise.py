@@ -1,5 +1,8 @@
 """The depthwise weight gradient: against torch's own in float64, its derivatives, and what is refused."""
 
+import functools
+
+import helpers
 import pytest
 import reference as ref
 import torch
@@ -25,6 +28,7 @@ SHAPES = [  # b, c, m, in, kernel, stride, padding, dilation
     (2, 3, 2, (5, 6, 7), (3, 2, 3), (1, 2, 1), (1, 0, 2), (1, 1, 2)),
     (1, 2, 1, (4, 9, 9), (3, 3, 3), (2, 2, 2), (1, 1, 1), (2, 1, 1)),
 ]
+close = functools.partial(helpers.close, floor=0.1)
 
 
 def problem(b, c, m, size, kernel, stride, padding, dilation, dtype=torch.float64):
@@ -34,11 +38,6 @@ def problem(b, c, m, size, kernel, stride, padding, dilation, dtype=torch.float6
     x = torch.randn(b, c, *size, dtype=torch.float64, generator=g)
     dy = torch.randn(b, c * m, *out, dtype=torch.float64, generator=g)
     return x.to(dtype), dy.to(dtype), kernel, stride, padding, dilation
-
-
-def close(ours, truth, tolerance):
-    assert ours.shape == truth.shape
-    assert (ours.double() - truth).abs().max() <= tolerance * truth.abs().max().clamp(min=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -161,13 +160,9 @@ def test_compile_without_graph_breaks():
 def test_same_bits_for_any_number_of_threads():
     """A channel is summed by one thread in one order."""
     x, dy, *geometry = problem(3, 7, 2, (20, 20), (3, 3), (1, 1), (1, 1), (1, 1), torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            results.append(depthwise_weight_gradient(x, dy, *geometry))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for _ in helpers.threads(1, 2, 3, 16):
+        results.append(depthwise_weight_gradient(x, dy, *geometry))
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 

@@ -1,5 +1,8 @@
 """Tucker composition: values and gradients against the reference, its algebra, and what is refused."""
 
+import functools
+
+import helpers
 import pytest
 import reference as ref
 import torch
@@ -16,11 +19,11 @@ SHAPES = [  # d, r (None: no factor): tiny, linear, lone modes, short ends, r > 
     ((20, 16, 5), (None, 4, 3)), ((2, 600, 20), (2, 8, None)), ((50, 2, 40), (60, None, 30)), ((8, 1, 3), (3, 1, 2)),
     ((6, 5, 4, 3, 2), (2, 3, None, 2, 5)), ((3, 4, 2, 5, 3, 2), (2, 2, 2, 2, 2, 2)),
 ]
+close = functools.partial(helpers.close, floor=0.1)
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=torch.float64, generator=g).to(dtype)
+    return helpers.normal(*shape, seed=seed + sum(shape), dtype=dtype)
 
 
 def problem(d, r, dtype=torch.float64):
@@ -39,12 +42,6 @@ def both(core, factors, base, dout, scale=0.5):
         grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dout.to(y.dtype))
         found.append((y.detach(), *grads))
     return found
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth):
-        assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -296,14 +293,10 @@ def test_meta():
 
 def test_repeatable_and_close_for_any_number_of_threads():
     core, factors, base = problem((256, 128, 3, 3), (16, 8, 3, 3), torch.float32)
-    dout, before, results = normal(256, 128, 3, 3, seed=9).float(), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(both(core, factors, base, dout)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
+    dout, results = normal(256, 128, 3, 3, seed=9).float(), []
+    for _ in helpers.threads(1, 2, 2, 3, 7):
+        results.append(both(core, factors, base, dout)[0])
+    assert helpers.same(results[1], results[2])
     for other in results[1:]:
         close(other, [t.double() for t in results[0]], TOLERANCE[torch.float32])
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import normal, same, threads
 from tucker_conv_cases import FORMS, KINDS, NONE, OP, base, both, close, composed, problem
 
 import torch_subspace as ts
@@ -43,7 +44,7 @@ def test_only_the_gradients_that_are_asked_for(form):
     for asked in [[i] for i in names] + [[0, 3], [3, 4, 5], [0, 4], [1, 5]]:
         leaves = [t if t is None else t.detach().clone().requires_grad_(i in asked) for i, t in enumerate(inputs)]
         y = ts.tucker_conv(*leaves[:4], leaves[4:], form=form, padding=1)
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        dy = normal(*y.shape, seed=1)
         y.backward(dy)
         for i, t in enumerate(leaves):
             if i in asked:
@@ -135,7 +136,7 @@ def test_checkpointing(form, reentrant):
         if grads[-1] is None:
             y.square().sum().backward()
             grads[-1] = [x.grad, *(p.grad for p in layer.parameters())]
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert same(*grads)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -152,7 +153,7 @@ def test_autocast_is_what_it_is_for_a_convolution(dtype, form):
                               [t if t is None else t.double() for t in inputs[4:]]).dtype == torch.float64
         inside = torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)
     outside = torch.autograd.grad(y.float().square().sum(), leaves)
-    assert y.dtype == dtype and all(torch.equal(a, b) for a, b in zip(inside, outside))
+    assert y.dtype == dtype and same(inside, outside)
     assert all(g.dtype == torch.float32 for g in outside)
     truth = composed(*(t if t is None else t.double() for t in inputs), padding=1)
     close([y], [truth], 3e-2)
@@ -205,15 +206,11 @@ def test_inference_mode():
 
 def test_repeatable_and_close_for_any_number_of_threads():
     inputs = problem((40, 40), (64, 48), (16, 16), dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            x, w, *_ = inputs
-            flat, u, w = inputs[0].reshape(2, 64, -1), torch.ones(64, 16), torch.ones(2, 16, 1600)
-            results.append(OP.tucker_project(flat, u, w, NONE, 0.0, False, True, True))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
+    results = []
+    for _ in threads(1, 2, 2, 3):
+        x, w, *_ = inputs
+        flat, u, w = inputs[0].reshape(2, 64, -1), torch.ones(64, 16), torch.ones(2, 16, 1600)
+        results.append(OP.tucker_project(flat, u, w, NONE, 0.0, False, True, True))
+    assert same(results[1], results[2])
     for other in results[1:]:
         close(other, [t.double() for t in results[0]], 1e-5)

@@ -1,8 +1,10 @@
 """tucker_linear against its definition in float64, LoRA, torch's own layer, and the rules of torch."""
 
+import functools
 import math
 import sys
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ OP = torch.ops.torch_subspace
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES = [(5, 7, 6, 3, 2), (64, 100, 130, 16, 8), (1, 33, 17, 40, 5), (300, 64, 1000, 16, 16), (130, 1, 3, 1, 1),
           (33, 500, 9, 4, 70)]  # t, n, m, r_in, r_out
+close = functools.partial(helpers.close, floor=1e-3)
 
 
 def wide(dtype):
@@ -43,13 +46,6 @@ def gradients(function, tensors, dy):
     leaves = [t.detach().requires_grad_() for t in tensors]
     y = function(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-
-def close(found, expected, tolerance):
-    for f, e in zip(found, expected, strict=True):
-        assert f.shape == e.shape
-        largest = e.abs().max().item() if e.numel() else 0
-        torch.testing.assert_close(f.double(), e.double(), rtol=0, atol=tolerance * max(largest, 1e-3))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -215,14 +211,10 @@ def test_autocast_casts_the_base_and_not_the_factors():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_repeatable_for_any_number_of_threads(threads):
-    before = torch.get_num_threads()
     *tensors, dy = problem(700, 300, 400, 16, 16, torch.float32)
-    try:
-        torch.set_num_threads(threads)
+    for _ in helpers.threads(threads):
         first = gradients(ts.tucker_linear, tensors, dy)
-        assert all(torch.equal(a, b) for a, b in zip(first, gradients(ts.tucker_linear, tensors, dy)))
-    finally:
-        torch.set_num_threads(before)
+        assert helpers.same(first, gradients(ts.tucker_linear, tensors, dy))
     close(first, gradients(formula, [t.double() for t in tensors], dy.double()), 5e-6)
 
 

@@ -1,7 +1,9 @@
 """Tucker convolutions of every kind, and their composed float64 form."""
 
+import functools
 import warnings
 
+import helpers
 import reference as ref
 import torch
 
@@ -14,6 +16,7 @@ TRANSPOSED = {3: torch.nn.functional.conv_transpose1d, 4: torch.nn.functional.co
               5: torch.nn.functional.conv_transpose3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NONE = torch.empty(0, dtype=torch.int64)
+close = functools.partial(helpers.close, floor=1e-3)
 
 
 def base(x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, transposed=False, output_padding=0):
@@ -60,15 +63,9 @@ def both(inputs, **options):
         leaves = [t if t is None else t.requires_grad_() for t in leaves]
         f = composed if wide else lambda x, w, b, c, *u, **o: ts.tucker_conv(x, w, b, c, u, **o, **ours_only)
         y = f(*leaves, **options)
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        dy = helpers.normal(*y.shape, seed=1, dtype=y.dtype)
         out.append((y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)))
     return out
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth, strict=True):
-        assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
 
 
 KINDS = {  # spatial, transposed, options

@@ -1,5 +1,8 @@
 """The fused cross-entropy on a GPU against the CPU kernels in float64. Never run so far: no GPU was at hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ OP = torch.ops.torch_subspace
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"reduction": "none", "normalize": False, "gamma": 2.0}]
 SHAPES = [(2, 2, 1, 3), (9, 40, 3, 12), (70, 300, 2, 64), (64, 2000, 4, 128)]  # b, c, k, n
+close = functools.partial(helpers.close, floor=1e-2, device="cuda")
 
 
 def problem(b, c, k, n, dtype, soft):
@@ -32,12 +36,6 @@ def run(x, weight, target, dtype, device, **options):
     loss = ts.subspace_cross_entropy(x, weight, target, **options)
     loss.sum().backward()
     return loss.detach(), x.grad, weight.grad
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 1e-2))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -105,7 +103,7 @@ def test_gradcheck(soft):
 def test_same_bits_every_time():
     inputs = problem(64, 2000, 4, 128, torch.float32, False)
     first, second = (run(*inputs, torch.float32, "cuda") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert helpers.same(first, second)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])

@@ -1,5 +1,8 @@
 """Subspace logits on a GPU against the CPU kernels in float64. Never run so far: no GPU was at hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 OP = torch.ops.torch_subspace
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES = [(1, 1, 1, 1), (7, 3, 2, 5), (65, 70, 3, 200), (256, 100, 8, 512), (33, 300, 1, 64)]  # b, c, k, n
+close = functools.partial(helpers.close, floor=1e-2, device="cuda")
 
 
 def problem(b, c, k, n, dtype):
@@ -27,12 +31,6 @@ def run(x, weight, dlogits, dtype, device, **options):
     y = ts.subspace_logits(x, weight, **options)
     y.backward(dlogits)
     return y.detach(), x.grad, weight.grad
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 1e-2))
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
@@ -96,7 +94,7 @@ def test_gradcheck():
 def test_same_bits_every_time():
     inputs = problem(256, 100, 8, 512, torch.float32)
     first, second = (run(*inputs, torch.float32, "cuda") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert helpers.same(first, second)
 
 
 def test_float32_obeys_the_switch_of_tf32(monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import frame_error, normal, same
 
 import torch_subspace as ts
 
@@ -21,11 +22,6 @@ def problem(c, k, n, dtype=torch.float64):
     weight = torch.linalg.qr(torch.randn(c, n, k, dtype=torch.float64, generator=g)).Q.mT.contiguous()
     grad, buffer = torch.randn(2, c, k, n, dtype=torch.float64, generator=g) / math.sqrt(k * n)
     return [t.to(dtype) for t in (weight, grad, buffer)]
-
-
-def frame_error(weight):
-    weight = weight.double()
-    return (weight @ weight.mT - torch.eye(weight.shape[-2], device=weight.device)).abs().max().item()
 
 
 def compare(inputs, dtype, tolerance, **rule):
@@ -69,7 +65,7 @@ def test_a_long_step(retraction, transport, lr, dtype):
 @pytest.mark.parametrize("drift", [1e-5, 1e-3, 1e-1])
 def test_a_frame_that_has_drifted(drift):
     weight, grad, buffer = problem(3, 4, 60)
-    weight += drift * torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight += drift * normal(*weight.shape)
     compare([weight, grad, buffer], torch.float64, 1e-12, lr=0.1, momentum=0.9)
 
 
@@ -134,7 +130,7 @@ def test_same_bits_every_time():
     first, second = ([t.cuda() for t in problem(20, 8, 2048, torch.float32)] for _ in range(2))
     for inputs in (first, second):
         ts.grassmann_step_(*inputs, lr=0.3, momentum=0.9)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert same(first, second)
 
 
 def test_too_many_rows_are_refused():

@@ -1,5 +1,8 @@
 """The coding rate on a GPU against the CPU kernel in float64. Never run so far: no GPU was at hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ SHAPES = [  # tiles and their borders, long groups in parts, many groups; regist
     (65, 64, 1), (128, 129, 1), (177, 300, 1), (256, 256, 1), (257, 300, 1), (1500, 700, 3), (2048, 1024, 0),
     (20000, 12, 3), (9, 5000, 2), (3000, 3, 2500),
 ]
+close = functools.partial(helpers.close, device="cuda")
 
 
 def points(n, d, dtype=torch.float64):
@@ -32,12 +36,6 @@ def run(z, labels, dtype, device, eps=0.5):
     z = z.to(device, dtype).detach().requires_grad_()
     rate = ts.coding_rate(z, None if labels is None else labels.to(device), eps=eps)
     return rate.detach(), torch.autograd.grad(rate.sum(), z)[0]
-
-
-def close(found, expected, tolerance):
-    for f, e in zip(found, expected, strict=True):
-        assert f.is_cuda and f.shape == e.shape
-        assert (f.cpu().double() - e).abs().max() <= tolerance * e.abs().max()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -91,7 +89,7 @@ def test_tf32_is_never_used():
             found.append(run(z, None, torch.float32, "cuda"))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert helpers.same(*found)
 
 
 @pytest.mark.parametrize("n, d, classes", [(300, 40, 7), (600, 320, 2), (700, 300, 0)])
@@ -114,7 +112,7 @@ def test_a_graph_finds_its_groups_itself(n, d, classes):
         order.copy_(other[0]), start.copy_(other[1])
         z.mul_(1.25)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(recorded, step()))
+        assert helpers.same(recorded, step())
 
 
 def test_derivatives():
@@ -143,7 +141,7 @@ def test_values_that_are_not_finite_make_the_rate_nan():
 
 def test_same_bits_every_time():
     z, labels = points(600, 64, torch.float32), labels_of(600, 30)
-    assert all(torch.equal(a, b) for a, b in zip(*(run(z, labels, torch.float32, "cuda") for _ in range(2))))
+    assert helpers.same(*(run(z, labels, torch.float32, "cuda") for _ in range(2)))
 
 
 def test_nothing_waits_for_the_device():

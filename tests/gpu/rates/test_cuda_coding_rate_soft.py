@@ -1,5 +1,8 @@
 """The coding rate of soft memberships on a GPU against the CPU kernel in float64. Never run so far."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 SHAPES = [(1, 1, 1, 1), (2, 30, 7, 3), (1, 40, 5, 33), (3, 60, 33, 40), (1, 300, 130, 5), (1, 9, 30, 40),
           (1, 512, 64, 512), (2, 2048, 96, 12), (1, 400, 256, 3), (1, 700, 300, 40), (1, 6000, 80, 3)]
+close = functools.partial(helpers.close, device="cuda")
 
 
 def problem(v, n, d, k):
@@ -29,12 +33,6 @@ def both(z, weights):
     rate = soft_rate(*leaves, 0.5)
     drate = torch.linspace(0.5, 1.5, len(rate), dtype=z.dtype, device=z.device)
     return rate.detach(), *torch.autograd.grad(rate, leaves, drate)
-
-
-def close(ours, truth, tolerance):
-    for a, b in zip(ours, truth, strict=True):
-        assert a.is_cuda and a.shape == b.shape
-        assert (a.cpu().double() - b).abs().max() <= tolerance * b.abs().max()
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "made again"])
@@ -69,7 +67,7 @@ def test_tf32_is_never_used():
             found.append(both(z, weights))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert helpers.same(*found)
 
 
 def test_bad_values_give_nan():
@@ -90,7 +88,7 @@ def test_nothing_to_sum():
 
 def test_same_bits_every_time():
     z, weights = (t.float().cuda() for t in problem(*SHAPES[6]))
-    assert all(torch.equal(a, b) for a, b in zip(both(z, weights), both(z, weights)))
+    assert helpers.same(both(z, weights), both(z, weights))
 
 
 def test_opcheck():

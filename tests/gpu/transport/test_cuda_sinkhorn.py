@@ -1,7 +1,9 @@
 """Sinkhorn on a GPU against the CPU kernels in float64. Never run so far: no GPU was at hand."""
 
+import functools
 import math
 
+import helpers
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}
 SIZES = [((), 1, 1), ((), 1, 7), ((), 7, 1), ((2,), 5, 9), ((3,), 64, 64), ((), 257, 300), ((), 1024, 1024)]
 MANY = [((), 3000, 2501), ((), 9, 20000), ((), 5000, 33), ((40,), 200, 181), ((700,), 24, 24)]  # more than fits at once
 each_dtype = pytest.mark.parametrize("dtype", TIGHT, ids=str)
+close = functools.partial(helpers.close, floor=1e-1, device="cuda")
 
 
 def problem(batch, m, n, dtype):
@@ -33,15 +36,9 @@ def run(inputs, dtype, device, **options):
     scores, row, col = (None if t is None else t.to(device, dtype).detach().requires_grad_() for t in inputs)
     tol = TIGHT[dtype] if device == "cuda" else 1e-13
     plan = sinkhorn(scores, row=row, col=col, tol=tol, max_iter=2000, **options)
-    dplan = torch.randn(plan.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dplan = helpers.normal(*plan.shape, seed=1)
     plan.backward(dplan.to(device, dtype))
     return [plan.detach(), *(t.grad for t in (scores, row, col) if t is not None and t.grad is not None)]
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 1e-1))
 
 
 @each_dtype
@@ -97,7 +94,7 @@ def test_batches_are_their_plans_to_the_bit(n, symmetric):
     scores, *_ = problem((9,), n, n, torch.float32)
     scores = scores + scores.mT
     together = run((scores, None, None), torch.float32, "cuda", symmetric=symmetric)
-    dplan = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dplan = helpers.normal(*scores.shape, seed=1)
     for v, one in enumerate(scores):
         leaf = one.to("cuda", torch.float32).requires_grad_()
         plan = sinkhorn(leaf, tol=1e-6, max_iter=2000, symmetric=symmetric)
@@ -135,7 +132,7 @@ def test_gradcheck():
 def test_same_bits_every_time():
     inputs = problem((3,), 200, 150, torch.float32)
     first, second = (run(inputs, torch.float32, "cuda") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert helpers.same(first, second)
 
 
 def test_nothing_waits_for_the_device():
@@ -185,7 +182,7 @@ def test_streams_do_not_disturb_one_another():
         with torch.cuda.stream(stream):
             plans.append(sinkhorn(s, max_iter=1000))
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(plans, expected, strict=True))
+    assert helpers.same(plans, expected)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Tucker composition on a GPU against the CPU kernels in float64. Never run so far: no GPU was at hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ SHAPES = [  # d, r (None: no factor)
     ((256, 64, 3, 3), (16, 8, 3, 3)), ((130, 70, 3, 3), (17, 5, None, None)), ((2, 600, 20), (2, 8, None)),
     ((6, 5, 4, 3, 2), (2, 3, None, 2, 5)), ((3, 4, 2, 5, 3, 2), (2, 2, 2, 2, 2, 2)),
 ]
+close = functools.partial(helpers.close, floor=1e-2, device="cuda")
 
 
 def problem(d, r, dtype):
@@ -33,12 +37,6 @@ def run(core, factors, base, dout, dtype, device):
     y = ts.tucker_compose(core, factors, scale=0.5, base=base)
     y.backward(dout)
     return y.detach(), *(t.grad for t in (core, *factors, base) if t is not None)
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 1e-2))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -76,7 +74,7 @@ def test_gradcheck():
 def test_same_bits_every_time():
     inputs = problem((256, 128, 3, 3), (16, 8, 3, 3), torch.float32)
     first, second = (run(*inputs, torch.float32, "cuda") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert helpers.same(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,5 +1,8 @@
 """Tucker convolutions on a GPU against the CPU kernels in float64. Never run so far: no GPU was at hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 OP = torch.ops.torch_subspace
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES = [(1, 1, 1, 1), (2, 6, 9, 3), (3, 70, 300, 17), (8, 64, 3136, 16), (2, 2000, 49, 9)]  # b, n, p, r
+close = functools.partial(helpers.close, floor=1e-2, device="cuda")
 
 
 def problem(b, n, p, r, dtype, last):
@@ -19,12 +23,6 @@ def problem(b, n, p, r, dtype, last):
     x, f, z, w = (torch.randn(*s, generator=g) for s in ((b, n, p), (n, r), (b, r, p), (b, r, p)))
     x, z, w = (t.mT.contiguous() if last else t for t in (x.to(dtype), z, w))
     return [t.double() for t in (x, f, z, w)]
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 1e-2))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,6 +1,9 @@
 """The linear layer with a Tucker change on a GPU against the CPU kernels in float64. Never run so far: no GPU was at
 hand."""
 
+import functools
+
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ SHAPES = [  # t, n, m, r_in, r_out
     (1, 1, 1, 1, 1), (3, 5, 7, 2, 3), (130, 64, 48, 16, 16), (5, 300, 9, 3, 5), (700, 20, 31, 4, 6), (9, 4, 3, 11, 7),
     (512, 768, 1024, 16, 16),
 ]
+close = functools.partial(helpers.close, floor=0.1, device="cuda")
 
 
 def problem(t, n, m, rn, rm, dtype):
@@ -34,12 +38,6 @@ def run(inputs, dy, dtype, device, **options):
     y = ts.tucker_linear(*leaves, **options)
     y.backward(dy.to(device, dtype))
     return [y.detach(), *(a.grad for a in leaves if a is not None)]
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.is_cuda and a.shape == e.shape
-        torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=tolerance * max(e.abs().max().item(), 0.1))
 
 
 @pytest.mark.parametrize("form", ["full", "no bias", "change only"])
@@ -127,7 +125,7 @@ def test_same_bits_every_time(dtype, dropout):
     for _ in range(2):
         torch.manual_seed(3)
         results.append(run(inputs, dy, dtype, "cuda", dropout=dropout))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert helpers.same(*results)
 
 
 def test_autocast():
