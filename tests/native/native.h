@@ -95,4 +95,19 @@ template <typename T> double tolerance(double f32 = 2e-5)
 {
     return sizeof(T) == 8 ? 1e-12 : f32;
 }
+
+// run<T>(threads) as three tests: of both types, and on threads.
+#define TEST_EVERY_WAY(suite, fact, run)                                                                               \
+    TEST(suite, fact##InFloat64)                                                                                       \
+    {                                                                                                                  \
+        run<double>(1);                                                                                                \
+    }                                                                                                                  \
+    TEST(suite, fact##InFloat32)                                                                                       \
+    {                                                                                                                  \
+        run<float>(1);                                                                                                 \
+    }                                                                                                                  \
+    TEST(suite, fact##OnThreeThreads)                                                                                  \
+    {                                                                                                                  \
+        run<float>(3);                                                                                                 \
+    }
 #endif

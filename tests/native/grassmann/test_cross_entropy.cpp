@@ -81,18 +81,7 @@ template <typename T> void run_all(int threads)
                 }
 }
 
-TEST(CrossEntropy, MatchesTheDefinitionInFloat64)
-{
-    run_all<double>(1);
-}
-TEST(CrossEntropy, MatchesTheDefinitionInFloat32)
-{
-    run_all<float>(1);
-}
-TEST(CrossEntropy, MatchesTheDefinitionOnThreeThreads)
-{
-    run_all<float>(3);
-}
+TEST_EVERY_WAY(CrossEntropy, MatchesTheDefinition, run_all)
 
 TEST(CrossEntropy, WorkspaceDoesNotGrowWithTheLogits)
 {

@@ -96,18 +96,7 @@ template <typename T> void run_all(int threads)
             }
 }
 
-TEST(Logits, MatchesTheDefinitionInFloat64)
-{
-    run_all<double>(1);
-}
-TEST(Logits, MatchesTheDefinitionInFloat32)
-{
-    run_all<float>(1);
-}
-TEST(Logits, MatchesTheDefinitionOnThreeThreads)
-{
-    run_all<float>(3);
-}
+TEST_EVERY_WAY(Logits, MatchesTheDefinition, run_all)
 
 TEST(Logits, SkipsWhatIsNotAskedFor)
 {

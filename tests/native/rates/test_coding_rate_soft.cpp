@@ -135,18 +135,8 @@ template <typename T> void run_all(int threads, double length = 1)
     }
 }
 
-TEST(CodingRateSoft, MatchesTheDefinitionInFloat64)
-{
-    run_all<double>(1);
-}
-TEST(CodingRateSoft, MatchesTheDefinitionInFloat32)
-{
-    run_all<float>(1);
-}
-TEST(CodingRateSoft, MatchesTheDefinitionOnThreeThreads)
-{
-    run_all<float>(3);
-}
+TEST_EVERY_WAY(CodingRateSoft, MatchesTheDefinition, run_all)
+
 template <typename T> void one_point(double tolerance) // in eight dimensions: nothing but cancellation
 {
     Problem<T> p({1, 1, 8, 3}, 300);

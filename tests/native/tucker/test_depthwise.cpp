@@ -97,18 +97,7 @@ template <typename T> void run_all(int threads)
     }
 }
 
-TEST(Depthwise, MatchesTheDefinitionInFloat64)
-{
-    run_all<double>(1);
-}
-TEST(Depthwise, MatchesTheDefinitionInFloat32)
-{
-    run_all<float>(1);
-}
-TEST(Depthwise, MatchesTheDefinitionOnThreeThreads)
-{
-    run_all<float>(3);
-}
+TEST_EVERY_WAY(Depthwise, MatchesTheDefinition, run_all)
 
 TEST(Depthwise, NothingToSum)
 {
