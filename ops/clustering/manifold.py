@@ -6,20 +6,20 @@ labels: Ding et al., Unsupervised Manifold Linearizing and Clustering (MLC), arX
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize, one_hot
+from torch.nn.functional import normalize, one_hot
 
 from ..metrics import effective_rank
-from ..rates.losses import CodingRateLoss, MLCLoss
-from .augment import ImageAugment, Noise
+from ..rates.losses import MLCLoss
 from .files import read_clustering, write_clustering
+from .network import ROWS, Network, build
+from .training import cluster_loss, progress, rate_loss, seeded, train
+from .views import viewer
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
@@ -27,34 +27,6 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(f"ManifoldClustering needs scikit-learn >= 1.6 (pip install scikit-learn): {error}") from None
-
-ROWS = 4096  # that are embedded at a time when no gradients are needed
-
-
-class Network(nn.Module):
-    """An encoder and two linear heads on it: unit features z for the geometry and c for who belongs together."""
-
-    def __init__(self, encoder: nn.Module, width: int, dim: int):
-        super().__init__()
-        self.encoder = encoder
-        self.features = nn.Linear(width, dim)
-        self.clusters = nn.Linear(width, dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.encoder(x).flatten(1)
-        return normalize(self.features(h)), normalize(self.clusters(h))
-
-    def copy_head(self) -> None:
-        """Let the cluster head start where the feature head has arrived."""
-        self.clusters.load_state_dict(self.features.state_dict())
-
-
-def perceptron(inputs: int, hidden: Sequence[int]) -> nn.Sequential:
-    """Linear layers of the given widths, each with batch normalisation and ReLU."""
-    layers = nn.Sequential()
-    for width, outputs in zip((inputs, *hidden), hidden):
-        layers.extend([nn.Linear(width, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()])
-    return layers
 
 
 class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -169,16 +141,16 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             raise ValueError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and two at least")
         random = check_random_state(self.random_state)
         vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
-        with _seeded(random.randint(2**31 - 1), self.device):
+        with seeded(random.randint(2**31 - 1), self.device):
             self._mean, self._scale = _spread(X, self.image_shape)
             points = self._scaled(X)
             self.network_ = self._build(points)
             self.history_ = []
-            view = self._viewer(points)
-            with self._progress() as bar:
-                self._train("rate", points, view, self._rate_loss(), self.init_epochs, bar)
+            view = viewer(points, self.augment, self.image_shape, self.neighbors)
+            with progress(self.init_epochs + self.epochs, self.verbose) as bar:
+                self._train("rate", points, view, rate_loss(float(self.eps), self.invariance[0]), self.init_epochs, bar)
                 self.network_.copy_head()
-                self._train("clusters", points, view, self._cluster_loss(), self.epochs, bar)
+                self._train("clusters", points, view, cluster_loss(self._mlc(), self.invariance[1]), self.epochs, bar)
             self.network_.eval()
             _, c = self._embed(points)
             chosen = torch.as_tensor(random.permutation(len(c))[: self.readout_size])
@@ -189,26 +161,9 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return self
 
     def _train(self, phase, points, view, loss_of, epochs, bar) -> None:
-        net = self.network_.train()
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trained, self.lr, weight_decay=self.weight_decay)
-        batches = -(-len(points) // self.batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * batches))
-        views = self.views if view else 1
-        for epoch in range(epochs):
-            total = 0.0
-            for rows in torch.randperm(len(points)).tensor_split(batches):
-                x = torch.cat([view(rows) for _ in range(views)]) if view else points[rows]
-                if len(x) != views * len(rows):
-                    raise ValueError(f"augment must return as many points as it is given, {len(rows)}, "
-                                     f"got {len(x) / views:g}")
-                z, c = (t.unflatten(0, (views, -1)) for t in net(x))
-                loss = loss_of(z, c)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                total += loss.item() * len(rows) / len(points)
+        losses = train(self.network_, points, view, loss_of, views=self.views, epochs=epochs,
+                       batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay)
+        for epoch, (total, z) in enumerate(losses):
             if not np.isfinite(total):
                 raise RuntimeError(f"ManifoldClustering: the loss is {total} in epoch {epoch} of phase {phase!r}; "
                                    "a smaller lr or a larger eps may help")
@@ -221,21 +176,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             if any(answer is True for answer in answers):
                 break
 
-    def _rate_loss(self):
-        rate = CodingRateLoss(float(self.eps))
-        return lambda z, c: rate(z) + self.invariance[0] * _variance(z)
-
     def _mlc(self) -> MLCLoss:
         return MLCLoss(float(self.eps), float(self.eta), float(self.reg))
-
-    def _cluster_loss(self):
-        mlc = self._mlc()
-
-        def loss(z, c):
-            mean = mlc(normalize(z.mean(0), dim=-1), normalize(c.mean(0), dim=-1))
-            return mean + self.invariance[1] * (_variance(z) + _variance(c))
-
-        return loss
 
     # ------------------------------------------------------------- read-out
     @torch.no_grad()
@@ -281,7 +223,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         parts = [self.network_(part) for part in points.split(ROWS)]
         return torch.cat([z for z, _ in parts]), torch.cat([c for _, c in parts])
 
-    # ------------------------------------------------------- input and parts
+    # ---------------------------------------------------------------- input
     def _known(self, X) -> Tensor:
         check_is_fitted(self, "labels_")
         return self._scaled(self._checked(X, reset=False))
@@ -302,44 +244,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return x if self.image_shape is None else x.reshape(len(x), *self.image_shape)
 
     def _build(self, points) -> Network:
-        if self.encoder is None:
-            points = points.flatten(1)
-            encoder = nn.Sequential(nn.Flatten(), *perceptron(points.shape[1], self.hidden))
-        else:
-            encoder = copy.deepcopy(self.encoder)
-        encoder.to(points.device).eval()
-        with torch.no_grad():
-            h = encoder(points[:2])
-        if not isinstance(h, Tensor) or len(h) != 2 or h.dim() < 2:
-            got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(f"encoder must turn a batch of two points into features (2, ...), got {got}")
-        return Network(encoder, h[0].numel(), self.dim).to(points.device)
-
-    def _viewer(self, points):
-        """A function from rows to a view of these points each; None where there is nothing to vary."""
-        augment = self.augment
-        if isinstance(augment, str):
-            augment = Noise() if augment == "noise" else ImageAugment(self.image_shape)
-        count = min(self.neighbors, len(points) - 1)
-        if not count:
-            return augment and (lambda rows: augment(points[rows]))
-        near = nearest(points, count, augment)
-
-        def view(rows):
-            other = near[rows, torch.randint(count, rows.shape)]
-            x = points[torch.where(torch.rand(rows.shape) < 0.5, other, rows)]
-            return augment(x) if augment else x
-
-        return view
-
-    def _progress(self):
-        if not self.verbose:
-            return _NoBar()
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            raise ImportError("verbose=True needs tqdm: pip install tqdm") from None
-        return tqdm(total=self.init_epochs + self.epochs, unit="epoch", dynamic_ncols=True)
+        return build(points, self.encoder, self.hidden, self.dim)
 
     def _check_parameters(self) -> None:
         def need(good, name, rule):
@@ -400,37 +305,6 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return read_clustering(cls, path, encoder)
 
 
-class _NoBar:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def update(self):
-        pass
-
-    def set_description(self, _):
-        pass
-
-
-def nearest(points: Tensor, count: int, augment=None, searches: int = 30) -> Tensor:
-    """Rows (n, count) of the points nearest to each, or to any of some views of it, itself left out."""
-    flat, found = points.flatten(1), []
-    for rows in torch.arange(len(points)).split(ROWS):
-        distance = torch.cdist(points[rows].flatten(1), flat)
-        for _ in range(searches if augment and not isinstance(augment, Noise) else 0):
-            distance = torch.minimum(distance, torch.cdist(augment(points[rows]).flatten(1), flat))
-        distance[torch.arange(len(rows)), rows] = torch.inf
-        found.append(distance.topk(count, largest=False).indices.cpu())
-    return torch.cat(found)
-
-
-def _variance(z) -> Tensor:
-    """1 - cos between the views (V, n, d) and their mean, averaged; 0 for one view."""
-    return 1 - cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean() if len(z) > 1 else z.new_zeros(())
-
-
 def _spread(X, image_shape):
     """Mean of every feature, or of every channel of images, and one scale for all: distances keep their proportions."""
     if image_shape is None:
@@ -446,13 +320,3 @@ def _spread(X, image_shape):
 def _number(value) -> bool:
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     return real and bool(np.isfinite(value))
-
-
-@contextlib.contextmanager
-def _seeded(seed, device):
-    """torch's generators start from `seed` inside, and go on as before after it."""
-    device = torch.device(device)
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
-        yield
