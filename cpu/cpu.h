@@ -24,11 +24,11 @@
 
 /* Bytes in a vector register of this level; the kernels are written in GCC's vector types. */
 #if defined(__AVX512F__)
-enum { VECTOR = 64 };
+#define VECTOR 64
 #elif defined(__AVX2__)
-enum { VECTOR = 32 };
+#define VECTOR 32
 #else
-enum { VECTOR = 16 };
+#define VECTOR 16
 #endif
 
 /* Call fn for the type we compute in: float32 for everything but float64. */

@@ -1,5 +1,6 @@
 /* exp.h - an exponential that the compiler vectorises; included once per precision. */
 #include "convert.h"
+#include "cpu.h"
 #ifdef T
 
 /* exp(x) for x <= 0: x = m log 2 + r, |r| <= log(2)/2, a Taylor polynomial, the exponent added in

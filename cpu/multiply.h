@@ -4,9 +4,21 @@
  *
  * Our panels are short (a few hundred rows or columns) and their A is already in an order that
  * broadcasts well, so packing B alone is enough; a general GEMM packs both and loses up to a third
- * of its speed at small n. A block of B is [DEPTH, STRIPS strips] and stays in L2, a kernel holds
- * up to ROWS x 3 vectors of C in registers. Included by panels.c, once per precision.
+ * of its speed at small n. A strip is three vectors wide. A block of B, MULTIPLY_DEPTH rows of MULTIPLY_STRIPS strips,
+ * stays in L2; a kernel holds up to MULTIPLY_ROWS x 3 vectors of C in registers.
+ *
+ * Included once per precision by panels.c, mode_product.h and sweep.h, each of which defines before:
+ *
+ *     MULTIPLY_ROWS                     8, for 24 accumulators of 32 vector registers, or 4, for 12 of 16
+ *     MULTIPLY_DEPTH, MULTIPLY_STRIPS   the block of B; `packed` has room for it
  */
+#include "cpu.h"
+#if !defined(MULTIPLY_ROWS) || !defined(MULTIPLY_DEPTH) || !defined(MULTIPLY_STRIPS)
+#error "multiply.h: define MULTIPLY_ROWS, MULTIPLY_DEPTH and MULTIPLY_STRIPS first"
+#endif
+#if MULTIPLY_ROWS != 8 && MULTIPLY_ROWS != 4
+#error "multiply.h: MULTIPLY_ROWS is 8 or 4"
+#endif
 #ifdef T
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
@@ -78,28 +90,28 @@ static void FN(pack)(const T *b, int64_t ldb, int64_t depth, int64_t cols, T *re
  */
 static void FN(gather)(int64_t rows, int64_t depth, const T *a, int64_t ai, int64_t al, T *restrict out)
 {
-    if (rows == ROWS && ai == 1)
-        for (int64_t l = 0; l < depth; l++) memcpy(out + l * ROWS, a + l * al, ROWS * sizeof(T));
+    if (rows == MULTIPLY_ROWS && ai == 1)
+        for (int64_t l = 0; l < depth; l++) memcpy(out + l * MULTIPLY_ROWS, a + l * al, MULTIPLY_ROWS * sizeof(T));
     else
         for (int64_t l = 0; l < depth; l++)
             for (int64_t i = 0; i < rows; i++) out[l * rows + i] = a[i * ai + l * al];
 }
 
-/* `packed` has room for DEPTH rows of STRIPS strips. */
+/* `packed` has room for MULTIPLY_DEPTH rows of MULTIPLY_STRIPS strips. */
 static void FN(multiply)(int64_t m, int64_t n, int64_t k, const T *a, int64_t ai, int64_t al, const T *b, int64_t ldb,
                          bool add, T *c, int64_t ldc, T *packed)
 {
-    const int64_t width = STRIPS * FN(STRIP);
-    T gathered[DEPTH * ROWS];
+    const int64_t width = MULTIPLY_STRIPS * FN(STRIP);
+    T gathered[MULTIPLY_DEPTH * MULTIPLY_ROWS];
     for (int64_t j0 = 0; j0 < n; j0 += width)
-        for (int64_t l0 = 0; l0 < k; l0 += DEPTH) {
-            const int64_t depth = MIN(DEPTH, k - l0), cols = MIN(width, n - j0);
+        for (int64_t l0 = 0; l0 < k; l0 += MULTIPLY_DEPTH) {
+            const int64_t depth = MIN(MULTIPLY_DEPTH, k - l0), cols = MIN(width, n - j0);
             const bool plus = add || l0 > 0;
             FN(pack)(b + l0 * ldb + j0, ldb, depth, cols, packed);
             for (int64_t i = 0, rows; i < m; i += rows) {
                 const T *ablock = a + i * ai + l0 * al;
                 int64_t si = ai, sl = al;
-                rows = m - i >= ROWS ? ROWS : m - i >= 4 ? 4 : 1;
+                rows = m - i >= MULTIPLY_ROWS ? MULTIPLY_ROWS : m - i >= 4 ? 4 : 1;
                 if (al != 1 && cols > FN(STRIP)) {
                     FN(gather)(rows, depth, ablock, ai, al, gathered);
                     ablock = gathered, si = 1, sl = rows;

@@ -1,4 +1,6 @@
 /* widen.h - entries of any dtype as what we compute in. Included once per precision, after convert.h. */
+#include "convert.h"
+#include "cpu.h"
 #ifdef T
 
 /* dst = src[at ..], `count` of them */

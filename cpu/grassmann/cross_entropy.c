@@ -10,7 +10,29 @@
  *
  * Memory: tiles, and four numbers a row and thread.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
+
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "panels.h"
+#include "convert.h"
+
+enum { LANES = 64 };
+
+typedef struct cross_entropy_run {
+    const subspace_cross_entropy_args *a;
+    int64_t slots;
+    double *state; /* [slots][4][b]: running maximum, sum of exp, sum of tau y, sum of tau */
+} cross_entropy_run;
+
+static inline double class_weight(const subspace_cross_entropy_args *a, int64_t c)
+{
+    return a->class_weight ? ((const double *)a->class_weight)[c] : 1;
+}
+
+#define THIS_FILE "grassmann/cross_entropy.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
 
 #include "exp.h"
 
@@ -138,26 +160,7 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_cross_entr
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "panels.h"
-#include "convert.h"
-
-enum { LANES = 64 };
-
-typedef struct cross_entropy_run {
-    const subspace_cross_entropy_args *a;
-    int64_t slots;
-    double *state; /* [slots][4][b]: running maximum, sum of exp, sum of tau y, sum of tau */
-} cross_entropy_run;
-
-static inline double class_weight(const subspace_cross_entropy_args *a, int64_t c)
-{
-    return a->class_weight ? ((const double *)a->class_weight)[c] : 1;
-}
-
-#define THIS_FILE "grassmann/cross_entropy.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 static void plan(panels *p, cross_entropy_run *run, const subspace_ctx *ctx, const subspace_cross_entropy_args *a,
                  bool backward, char *base, size_t *bytes)

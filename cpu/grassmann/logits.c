@@ -6,7 +6,25 @@
  *     dz[b,c,:]    = gamma dlogits z / ||z||       one pass over the tile, 0 where z is 0
  *     dweight, dx                                  panels.c: one GEMM each
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
+
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "panels.h"
+
+/* Enough for either direction. */
+size_t LEVEL(subspace_logits_workspace)(const subspace_ctx *ctx, const subspace_logits_args *a)
+{
+    size_t forward = 0, backward = 0;
+    panels p;
+    LEVEL(panels_plan)(&p, ctx, a, false, NULL, &forward);
+    LEVEL(panels_plan)(&p, ctx, a, true, NULL, &backward);
+    return MAX(forward, backward);
+}
+
+#define THIS_FILE "grassmann/logits.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
 
 static void FN(write_logits)(void *arg, const panels *p, const tile *t, void *z, int64_t ld, void *norms)
 {
@@ -50,21 +68,7 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_logits_arg
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "panels.h"
-#define THIS_FILE "grassmann/logits.c"
-#include "each_dtype.h"
-
-/* Enough for either direction. */
-size_t LEVEL(subspace_logits_workspace)(const subspace_ctx *ctx, const subspace_logits_args *a)
-{
-    size_t forward = 0, backward = 0;
-    panels p;
-    LEVEL(panels_plan)(&p, ctx, a, false, NULL, &forward);
-    LEVEL(panels_plan)(&p, ctx, a, true, NULL, &backward);
-    return MAX(forward, backward);
-}
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 subspace_status LEVEL(subspace_logits)(subspace_ctx *ctx, const subspace_logits_args *a)
 {

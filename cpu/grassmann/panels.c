@@ -6,7 +6,33 @@
  *                dxhat   += dz' W_p                   one GEMM a panel and block of dx
  *                dx       = (dxhat - xhat <xhat, dxhat>) / |x|
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
+
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "panels.h"
+#include "convert.h"
+
+enum {
+    PANEL_ROWS = 512,  /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
+    BLOCK = 256,       /* batch rows in a block */
+    SWEEP_ROWS = 8192, /* rows of dz alive together in the backward */
+    WORTH_A_THREAD = 1 << 20,
+    WORTH_COPYING = 1 << 16
+};
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MULTIPLY_ROWS 8
+#else
+#define MULTIPLY_ROWS 4
+#endif
+#define MULTIPLY_DEPTH 512
+#define MULTIPLY_STRIPS 11 /* a packed block takes about 1 MiB: it stays in L2 */
+
+#define NORM_EPS 1e-12 /* as torch.nn.functional.normalize */
+
+#define THIS_FILE "grassmann/panels.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
 
 #include "multiply.h"
 #include "widen.h"
@@ -101,7 +127,7 @@ static void FN(prepare_x)(FN(sweep) *s, bool transposed)
 
 static T *FN(packed)(const panels *p, int64_t slot)
 {
-    return (T *)p->packed + slot * DEPTH * STRIPS * FN(STRIP);
+    return (T *)p->packed + slot * MULTIPLY_DEPTH * MULTIPLY_STRIPS * FN(STRIP);
 }
 
 /* Rows r0..r1 and columns j0..j0+m of the weight, widened into the slot's scratch if need be. */
@@ -287,29 +313,7 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
     if (p->dweight) p->ctx->parallel_for(a->rows, grain, FN(narrow_dweight), (void *)p);
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "panels.h"
-#include "convert.h"
-
-enum {
-    PANEL_ROWS = 512,  /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
-    BLOCK = 256,       /* batch rows in a block */
-    SWEEP_ROWS = 8192, /* rows of dz alive together in the backward */
-    WORTH_A_THREAD = 1 << 20,
-    WORTH_COPYING = 1 << 16,
-#if defined(__AVX512F__) || defined(__aarch64__)
-    ROWS = 8, /* 24 accumulators of 32 registers */
-#else
-    ROWS = 4, /* 12 of 16 */
-#endif
-    DEPTH = 512,
-    STRIPS = 11 /* a packed block takes about 1 MiB: it stays in L2 */
-};
-#define NORM_EPS 1e-12 /* as torch.nn.functional.normalize */
-
-#define THIS_FILE "grassmann/panels.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logits_args *a, bool backward, char *base,
                         size_t *bytes)
@@ -336,7 +340,7 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
 
     if (a->normalize || half) p->xhat = carve(base, bytes, a->b * a->n, item);
     p->xt = carve(base, bytes, a->b * a->n, item);
-    p->packed = carve(base, bytes, slots * DEPTH * STRIPS * 3 * VECTOR, 1);
+    p->packed = carve(base, bytes, slots * MULTIPLY_DEPTH * MULTIPLY_STRIPS * 3 * VECTOR, 1);
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, item);
     p->tiles = carve(base, bytes, (backward ? p->sweep : slots) * p->rows * p->block, item);
     p->norms = carve(base, bytes, slots * p->classes * p->block, item);

@@ -3,7 +3,8 @@
  * working precision. D is stored and projected twice, every sum is in double, f and g come from
  * eigenvalues, and the result is orthonormalised once more. Included by rsgd.c, once per precision.
  */
-#ifdef T
+#include "rsgd.h"
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 /* gram = a b', rows of n, in double; a and b are [k, n]. False if anything in it is not finite. */
 static bool FN(gram_exact)(const rsgd_slot *s, const T *a, const T *b, double *gram)
@@ -47,7 +48,8 @@ static void FN(project)(const rsgd_slot *s, const T *w, T *d, double *gram, doub
     FN(combine_exact)(s, eye, gram, w, d);
 }
 
-static bool FN(careful)(rsgd_slot *s)
+/* Not inlined: the fast step gets all that the compiler allows of that. */
+static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
 {
     const rsgd_step *st = &s->step;
     const subspace_frames *p = s->frames;

@@ -16,117 +16,41 @@
  * Either way every number is computed in the same order: results do not depend on the number of threads.
  * Memory: for each thread a group's panels and matrices, and s x s doubles.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-#include "factor.h"
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
 #include "rate_group.h"
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-#include "factor.h"
-
-enum {
-    TILE = 64,                /* of a large Gram matrix */
-    PARTS = 16,               /* of a long group's Gram matrix, at most */
-    CHUNK = 64,               /* rows of z in a panel of the small kernels */
-    PANEL = 1 << 15,          /* entries of a panel, */
-    PANEL_WIDTH = 256,        /* or its width where the side is long */
-    WORTH_A_THREAD = 1 << 19, /* multiplications */
-    WORTH_SHARING = 1 << 20,  /* of a group */
-};
-#define CAREFUL 100.0 /* about the condition number of I + X from which on float32 would lose more than 1e-5 */
-
-typedef struct rate_slot { /* scratch of one thread */
-    void *x, *inverse, *panel, *out;
-} rate_slot;
-
-typedef struct rate_run {
-    subspace_ctx *ctx;
-    const subspace_coding_rate_args *a;
-    bool backward;
-    int64_t slots, side; /* side: the largest there can be */
-    char *scratch;       /* [slots][slot_bytes] */
-    size_t slot_bytes;
-    void *large, *parts, *panels; /* of a group that the threads share: X, the parts of X and their panels */
-    double *half;                 /* [v, n] m/n h of each group, NaN: failed; [v] without groups */
-    double work, spread;          /* multiplications of all groups; of those that are spread */
-} rate_run;
-
-typedef struct rate_job { /* one group */
-    const rate_run *run;
-    int64_t m, s, len;   /* points; the smaller and the larger of points and features */
-    bool points, inside; /* points: s is m; inside: the threads share this group */
-    const int64_t *rows; /* [m] or NULL: 0 .. m-1 */
-    const void *z;       /* the view's */
-    void *dz;
-    int64_t kept_at;     /* of its factor, in entries */
-    double alpha, scale; /* a, and drate m/n a */
-    void *x, *inverse, *panel, *out;
-} rate_job;
-
-static inline int64_t row_of(const rate_job *job, int64_t i)
+static void plan(rate_run *run, subspace_ctx *ctx, const subspace_coding_rate_args *a, char *base, size_t *bytes)
 {
-    return job->rows ? job->rows[i] : i;
+    const int64_t side = MIN(a->n, a->d), threads = MAX(1, ctx->threads);
+    const int64_t parts = MIN(PARTS, CEIL_DIV(MAX(a->n, a->d), PANEL_WIDTH));
+    *run = (rate_run){.ctx = ctx, .a = a, .slots = threads, .side = side};
+    if (side <= 0 || a->v <= 0) return;
+    lay_out(side, NULL, &run->slot_bytes);
+    run->half = carve(base, bytes, a->v * (a->start ? a->n : 1), sizeof(double));
+    run->large = carve(base, bytes, matrix_size(side), sizeof(double));
+    run->parts = carve(base, bytes, parts * matrix_size(MIN(side, SMALL)), sizeof(double));
+    run->panels = carve(base, bytes, parts * MAX(PANEL, panel_size(MIN(side, SMALL))), sizeof(double));
+    run->scratch = carve(base, bytes, threads * (int64_t)run->slot_bytes, 1);
 }
 
-/* Columns or rows of a panel: with its matrix it stays in the cache. */
-static inline int64_t panel_width(int64_t s)
-{
-    return MAX(PANEL_WIDTH, PANEL / ROUND(s, 16) / 64 * 64);
-}
-
-/* The small kernels take CHUNK rows at a time. */
-static inline int64_t width_of(const rate_job *job)
-{
-    return job->s > SMALL || job->points ? panel_width(job->s) : CHUNK;
-}
-
-/* Entries of a panel and of a square matrix, padding included. */
-static inline int64_t panel_size(int64_t s)
-{
-    return panel_width(s) * ROUND(s, 16);
-}
-
-static inline int64_t matrix_size(int64_t s)
-{
-    return ROUND(s, 16) * ROUND(s, 16);
-}
-
-/* A Gram matrix of a long group is the sum of some parts, always the same ones. */
-static inline int64_t parts_of(const rate_job *job)
-{
-    return job->s > SMALL ? 1 : MIN(PARTS, CEIL_DIV(job->len, panel_width(job->s)));
-}
-
-/* Parts end where vectors do: the kernels read whole ones, and what is beyond a part's end belongs to the next. */
-static inline void part_of(const rate_job *job, int64_t part, int64_t parts, int64_t *from, int64_t *to)
-{
-    share(CEIL_DIV(job->len, 16), part, parts, from, to);
-    *from *= 16, *to = MIN(*to * 16, job->len);
-}
-
-/* One thread's scratch; with a NULL base it only adds up the size. A matrix is never larger than SMALL here, for the
- * threads share the groups above; their panels are larger then. */
-static rate_slot lay_out(int64_t side, char *base, size_t *bytes)
-{
-    const int64_t s = MIN(side, SMALL);
-    rate_slot slot;
-    slot.x = carve(base, bytes, matrix_size(s), sizeof(double));
-    slot.inverse = carve(base, bytes, matrix_size(s), sizeof(double));
-    slot.panel = carve(base, bytes, MAX(PANEL, panel_size(side)), sizeof(double));
-    slot.out = carve(base, bytes, MAX(PANEL, panel_size(MIN(side, SMALL))), sizeof(double));
-    return slot;
-}
-
-static rate_slot slot_of(const rate_run *run, int64_t slot)
+size_t LEVEL(subspace_coding_rate_workspace)(const subspace_ctx *ctx, const subspace_coding_rate_args *a)
 {
     size_t bytes = 0;
-    return lay_out(run->side, run->scratch + (size_t)slot * run->slot_bytes, &bytes);
+    rate_run run;
+    plan(&run, (subspace_ctx *)(uintptr_t)ctx, a, NULL, &bytes);
+    return bytes;
 }
 
 #define THIS_FILE "rates/coding_rate.c"
 #include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
+#include "rate_group.h"
+
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 #define F32(name) LEVEL(name##_f32)
 #define F64(name) LEVEL(name##_f64)
@@ -232,28 +156,6 @@ static void spread(int64_t begin, int64_t end, void *arg)
                 do_group(&job, v, g);
             }
     }
-}
-
-static void plan(rate_run *run, subspace_ctx *ctx, const subspace_coding_rate_args *a, char *base, size_t *bytes)
-{
-    const int64_t side = MIN(a->n, a->d), threads = MAX(1, ctx->threads);
-    const int64_t parts = MIN(PARTS, CEIL_DIV(MAX(a->n, a->d), PANEL_WIDTH));
-    *run = (rate_run){.ctx = ctx, .a = a, .slots = threads, .side = side};
-    if (side <= 0 || a->v <= 0) return;
-    lay_out(side, NULL, &run->slot_bytes);
-    run->half = carve(base, bytes, a->v * (a->start ? a->n : 1), sizeof(double));
-    run->large = carve(base, bytes, matrix_size(side), sizeof(double));
-    run->parts = carve(base, bytes, parts * matrix_size(MIN(side, SMALL)), sizeof(double));
-    run->panels = carve(base, bytes, parts * MAX(PANEL, panel_size(MIN(side, SMALL))), sizeof(double));
-    run->scratch = carve(base, bytes, threads * (int64_t)run->slot_bytes, 1);
-}
-
-size_t LEVEL(subspace_coding_rate_workspace)(const subspace_ctx *ctx, const subspace_coding_rate_args *a)
-{
-    size_t bytes = 0;
-    rate_run run;
-    plan(&run, (subspace_ctx *)(uintptr_t)ctx, a, NULL, &bytes);
-    return bytes;
 }
 
 /* Every row of order must be a row of z, and start rise from 0 to n: they are addresses. */

@@ -15,20 +15,71 @@
  * class by class in float64 with triangular solves, on widened copies, and so in the backward. The workspace has room
  * for that, but the fast way does not touch it, and untouched pages are no memory.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-static T FN(dot)(int64_t n, const T *a, const T *b)
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "each_class.h"
+#include "face_split.h"
+
+static void plan(soft_run *r, const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, bool backward,
+                 bool careful, char *base, size_t *bytes)
 {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
+    const bool f64 = a->dtype == SUBSPACE_F64, widened = careful && !f64;
+    const size_t item = f64 || careful ? sizeof(double) : sizeof(float);
+    const int64_t n = a->n, d = a->d, p = d * (d + 1) / 2;
+    *r = (soft_run){.a = a, .n = n, .d = d, .p = p, .slots = MAX(1, ctx->threads), .careful = careful};
+    r->split = !careful && a->k >= MAX(MANY, d / 6);
+    r->kept = backward && a->inverse && !careful;
+
+    const int64_t few = CHUNK / (int64_t)item / (r->split ? p : d * d);
+    r->chunk = a->inverse && r->split ? a->k : MIN(a->k, MAX(few, r->split ? MANY : r->slots));
+    r->chunk = r->kept ? a->k : MAX(r->chunk, 1);
+    r->width = MAX(MIN(TILE_WIDTH, p / (4 * r->slots)), d);
+    r->depth = MIN(n, MIN(DEEP, MAX(16, TILE / r->width)));
+    r->blocks = CEIL_DIV(n, MIN(BLOCK, MAX(16, TILE / r->width)));
+    r->blocks = MIN(CEIL_DIV(r->blocks, r->slots) * r->slots, CEIL_DIV(n, 16));
+    r->rows = CEIL_DIV(n, r->blocks);
+
+    r->t = carve(base, bytes, a->k, sizeof(double));
+    r->h = carve(base, bytes, a->k, sizeof(double));
+    r->trace = carve(base, bytes, a->k, sizeof(double));
+    r->loss = carve(base, bytes, a->k, sizeof(double));
+    r->shift = carve(base, bytes, backward ? a->k : 0, sizeof(double));
+    if (widened) r->wide_z = carve(base, bytes, n * d, sizeof(double));
+    if (widened) r->wide_w = carve(base, bytes, n * r->chunk, sizeof(double));
+    if (widened && backward) r->wide_dz = carve(base, bytes, n * d, sizeof(double));
+    if (!careful && !a->inverse && (r->split || backward)) r->own_inverse = carve(base, bytes, r->chunk * p, item);
+    if (!r->split && !r->kept) r->square = carve(base, bytes, r->chunk * d * d, item);
+
+    int64_t space = (r->square ? 0 : d * d) + (careful ? d * d : sweep_scratch(d)); /* factor */
+    space = MAX(space, r->depth * (r->split ? r->width : MIN(BAND, d)));
+    if (backward && r->split) space = MAX(space, r->rows * r->width);
+    if (backward && !r->split) space = MAX(space, (careful ? 0 : d * d) + r->rows * (d + 1));
+    r->space_bytes = ((size_t)space * item + 63) & ~(size_t)63;
+    r->space = carve(base, bytes, r->slots, r->space_bytes);
 }
 
-#include "multiply.h"
-#include "sweep.h"
-#include "face_split.h"
+size_t LEVEL(subspace_coding_rate_soft_workspace)(const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
+{
+    size_t most = 0;
+    soft_run r;
+    if (a->n <= 0 || a->d <= 0) return 0;
+    for (int which = 0; which < 4; which++) {
+        size_t bytes = 0;
+        if (!a->drate && which & 2) break;
+        plan(&r, ctx, a, which & 2, which & 1, NULL, &bytes);
+        most = MAX(most, bytes);
+    }
+    return most;
+}
+
+#define THIS_FILE "rates/coding_rate_soft.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
 #include "each_class.h"
+#include "face_split.h"
 
 /* t_k of a range of classes; a range with a negative weight has t = -1 in front, one with a NaN has some t = NaN. */
 static void FN(column_sums)(int64_t begin, int64_t end, void *arg)
@@ -155,130 +206,7 @@ static bool FN(backward_view)(subspace_ctx *ctx, soft_run *r)
     return true;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-
-enum {
-    MANY = 32,        /* classes from which on the face-splitting product is faster, unless d > 6 k */
-    TILE = 1 << 18,   /* entries of its tile: 1 MiB of float32 */
-    TILE_WIDTH = 512, /* pairs of its tile, where that suffices */
-    DEEP = 512,       /* rows of Z in one product of the forward */
-    BLOCK = 512,      /* rows of Z in a block of the backward */
-    BAND = 128,       /* rows of a Gram matrix that is made alone */
-    CHUNK = 1 << 24,  /* bytes of factors that are not kept, as long as that is a few of them */
-#if VECTOR == 64
-    ROWS = 8,         /* multiply.h: 24 accumulators of 32 registers */
-#else
-    ROWS = 4, /* 12 of 16 */
-#endif
-    DEPTH = 64,
-    STRIPS = 11
-};
-
-/* The fast way serves while the loss of every class, and the mean h_k, stay within these: an inverse in float32 is then
- * good for 1e-5 of the gradients, or for 3e-7 times the loss. That is what autograd through a float32 Cholesky gives,
- * and a loss of d/eps is normal: a class that is hardly more than one point, as all are when MLC begins. */
-static const double MOST_LOSS_F32 = 1000, MOST_LOSS_F64 = 1e5, LEAST_RATE_F32 = 0.1, LEAST_MASS_F32 = 1e-20;
-static const double OUTLIER = 10; /* a row that much longer than what tr C_k tells of counts as well */
-static const double CAREFUL = -1; /* in place of tr A_k^-1: the kept inverses are no use */
-
-typedef struct soft_run {
-    const subspace_coding_rate_soft_args *a;
-    bool split, careful;
-    bool kept;                         /* backward: the inverses are the forward's */
-    int64_t n, d, p, slots;            /* p = d(d+1)/2 */
-    int64_t chunk;                     /* classes at a time */
-    int64_t depth, width;              /* forward: rows and pairs of a tile */
-    int64_t blocks, rows;              /* backward: blocks of rows of Z, rows of the largest */
-    double spread;                     /* d/eps max |z_i|^2, a bound of |C_k| */
-    double *t, *h, *trace, *loss;      /* [k]; loss: how many digits the products with A_k^-1 lose */
-    double *shift;                     /* [k]; shift: what dw_ik has for all i */
-    double *wide_z, *wide_w, *wide_dz; /* float64 copies for a careful run, or NULL */
-    void *own_inverse, *square;        /* [chunk, p], [chunk, d, d], or NULL */
-    char *space;                       /* [slots] of space_bytes */
-    size_t space_bytes;
-
-    int64_t v, k0, kc, ldw; /* the view; its classes k0 .. k0 + kc - 1 */
-    const void *z, *w;      /* [n, d], [n, kc] with ldw between rows */
-    void *inverse;          /* [kc, p], or NULL */
-    void *dz, *dw;          /* [n, d], [n, k] of a->dtype, each or NULL */
-    double to_dw;
-} soft_run;
-
-static void *slot_space(const soft_run *r, int64_t slot)
-{
-    return r->space + (size_t)slot * r->space_bytes;
-}
-
-static inline double get(subspace_dtype dtype, const void *from, int64_t at)
-{
-    return dtype == SUBSPACE_F64 ? ((const double *)from)[at] : (double)((const float *)from)[at];
-}
-
-static inline void put(subspace_dtype dtype, void *to, int64_t at, double value)
-{
-    if (dtype == SUBSPACE_F64) ((double *)to)[at] = value;
-    else ((float *)to)[at] = (float)value;
-}
-
-#include "sweep.h"
-#include "face_split.h"
-
-#define THIS_FILE "rates/coding_rate_soft.c"
-#include "each_dtype.h"
-
-static void plan(soft_run *r, const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a, bool backward,
-                 bool careful, char *base, size_t *bytes)
-{
-    const bool f64 = a->dtype == SUBSPACE_F64, widened = careful && !f64;
-    const size_t item = f64 || careful ? sizeof(double) : sizeof(float);
-    const int64_t n = a->n, d = a->d, p = d * (d + 1) / 2;
-    *r = (soft_run){.a = a, .n = n, .d = d, .p = p, .slots = MAX(1, ctx->threads), .careful = careful};
-    r->split = !careful && a->k >= MAX(MANY, d / 6);
-    r->kept = backward && a->inverse && !careful;
-
-    const int64_t few = CHUNK / (int64_t)item / (r->split ? p : d * d);
-    r->chunk = a->inverse && r->split ? a->k : MIN(a->k, MAX(few, r->split ? MANY : r->slots));
-    r->chunk = r->kept ? a->k : MAX(r->chunk, 1);
-    r->width = MAX(MIN(TILE_WIDTH, p / (4 * r->slots)), d);
-    r->depth = MIN(n, MIN(DEEP, MAX(16, TILE / r->width)));
-    r->blocks = CEIL_DIV(n, MIN(BLOCK, MAX(16, TILE / r->width)));
-    r->blocks = MIN(CEIL_DIV(r->blocks, r->slots) * r->slots, CEIL_DIV(n, 16));
-    r->rows = CEIL_DIV(n, r->blocks);
-
-    r->t = carve(base, bytes, a->k, sizeof(double));
-    r->h = carve(base, bytes, a->k, sizeof(double));
-    r->trace = carve(base, bytes, a->k, sizeof(double));
-    r->loss = carve(base, bytes, a->k, sizeof(double));
-    r->shift = carve(base, bytes, backward ? a->k : 0, sizeof(double));
-    if (widened) r->wide_z = carve(base, bytes, n * d, sizeof(double));
-    if (widened) r->wide_w = carve(base, bytes, n * r->chunk, sizeof(double));
-    if (widened && backward) r->wide_dz = carve(base, bytes, n * d, sizeof(double));
-    if (!careful && !a->inverse && (r->split || backward)) r->own_inverse = carve(base, bytes, r->chunk * p, item);
-    if (!r->split && !r->kept) r->square = carve(base, bytes, r->chunk * d * d, item);
-
-    int64_t space = (r->square ? 0 : d * d) + (careful ? d * d : sweep_scratch(d)); /* factor */
-    space = MAX(space, r->depth * (r->split ? r->width : MIN(BAND, d)));
-    if (backward && r->split) space = MAX(space, r->rows * r->width);
-    if (backward && !r->split) space = MAX(space, (careful ? 0 : d * d) + r->rows * (d + 1));
-    r->space_bytes = ((size_t)space * item + 63) & ~(size_t)63;
-    r->space = carve(base, bytes, r->slots, r->space_bytes);
-}
-
-size_t LEVEL(subspace_coding_rate_soft_workspace)(const subspace_ctx *ctx, const subspace_coding_rate_soft_args *a)
-{
-    size_t most = 0;
-    soft_run r;
-    if (a->n <= 0 || a->d <= 0) return 0;
-    for (int which = 0; which < 4; which++) {
-        size_t bytes = 0;
-        if (!a->drate && which & 2) break;
-        plan(&r, ctx, a, which & 2, which & 1, NULL, &bytes);
-        most = MAX(most, bytes);
-    }
-    return most;
-}
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 /* The sums t_k, the spread and whether the view needs care; what is negative or not finite is named. */
 static subspace_status examine(subspace_ctx *ctx, soft_run *r, bool *careful)

@@ -7,7 +7,17 @@
  * run A_k = U'U is kept instead of A_k^-1: V = Z U^-1, q_ik = |v_i|^2, Y = V U^-T. Where A_k^-1 z is much shorter
  * than z, products with an inverse cancel; triangular solves do not.
  */
-#ifdef T
+#include "coding_rate_soft.h"
+#include "sweep.h"
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
+
+static T FN(dot)(int64_t n, const T *a, const T *b)
+{
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
 
 static void FN(grams_each)(int64_t begin, int64_t end, void *arg)
 {

@@ -9,7 +9,35 @@
  * Three products of 2 n k p flops; making F and using M costs 1/k of that. The forward shares the tiles among the
  * threads, the backward blocks of rows of Z: what threads write is disjoint.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#ifndef SUBSPACE_FACE_SPLIT_H /* -------------------------------------------------- read once */
+#define SUBSPACE_FACE_SPLIT_H
+#include "coding_rate_soft.h"
+
+/* The pairs (a, b) of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
+typedef struct tile {
+    int64_t a0, a1, at, width;
+} tile;
+
+/* As many rows as stay within r->width, at least one; width 0 past the end. */
+static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
+{
+    tile t = {a0, a0, at, 0};
+    while (t.a1 < r->d && (t.width == 0 || t.width + r->d - t.a1 <= r->width)) t.width += r->d - t.a1++;
+    return t;
+}
+
+static tile first_tile(const soft_run *r)
+{
+    return tile_from(r, 0, 0);
+}
+
+static tile next_tile(const soft_run *r, const tile *t)
+{
+    return tile_from(r, t->a1, t->at + t->width);
+}
+
+#endif
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 /* `rows` rows of F, or with a factor of 2 of F2, for the pairs of a tile */
 static void FN(pairs)(const T *z, int64_t rows, int64_t d, const tile *t, T factor, T *restrict f)
@@ -85,31 +113,6 @@ static void FN(gradients_split)(int64_t begin, int64_t end, void *arg)
                     dw[i * r->a->k + k] = (T)(r->to_dw * (double)dw[i * r->a->k + k] + r->shift[r->k0 + k]);
         }
     }
-}
-
-#else /* --------------------------------------------------------------------- read once */
-
-/* The pairs (a, b) of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
-typedef struct tile {
-    int64_t a0, a1, at, width;
-} tile;
-
-/* As many rows as stay within r->width, at least one; width 0 past the end. */
-static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
-{
-    tile t = {a0, a0, at, 0};
-    while (t.a1 < r->d && (t.width == 0 || t.width + r->d - t.a1 <= r->width)) t.width += r->d - t.a1++;
-    return t;
-}
-
-static tile first_tile(const soft_run *r)
-{
-    return tile_from(r, 0, 0);
-}
-
-static tile next_tile(const soft_run *r, const tile *t)
-{
-    return tile_from(r, t->a1, t->at + t->width);
 }
 
 #endif

@@ -10,7 +10,28 @@
  * X comes without the identity, which joins it only under the root of a pivot: what X has left there is the argument
  * of log1p, so that the rate of small features keeps its digits. Included by a kernel, once per precision.
  */
-#ifdef T
+#ifndef SUBSPACE_FACTOR_H /* ------------------------------------------------------ read once */
+#define SUBSPACE_FACTOR_H
+#include "cpu.h"
+
+#define ROUND(n, to) (CEIL_DIV(n, to) * (to))
+
+enum {
+    SMALL = 256, /* sides up to here by the tiles */
+    BLOCK = 64,  /* of a larger side */
+#if defined(__AVX512F__)
+    ROWS = 4, /* 16 sums and what they are made of in 32 registers */
+    COLS = 4,
+    VECS = 4,
+#else
+    ROWS = 4, /* 8 in 16 */
+    COLS = 2,
+    VECS = 2,
+#endif
+};
+
+#endif
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 #undef SOLVE
 #if IS_F32
@@ -28,13 +49,13 @@ enum { FN(LANES) = VECTOR / sizeof(T) };
 /* The even (odd: 1) lanes of v, then those of w. */
 static inline __attribute__((always_inline)) FN(vec) FN(every_other)(FN(vec) v, FN(vec) w, const int odd)
 {
-#if VECTOR_BYTES / (IS_F32 ? 4 : 8) == 16
+#if VECTOR / (IS_F32 ? 4 : 8) == 16
     return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
                : __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif VECTOR_BYTES / (IS_F32 ? 4 : 8) == 8
+#elif VECTOR / (IS_F32 ? 4 : 8) == 8
     return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15)
                : __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14);
-#elif VECTOR_BYTES / (IS_F32 ? 4 : 8) == 4
+#elif VECTOR / (IS_F32 ? 4 : 8) == 4
     return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7) : __builtin_shufflevector(v, w, 0, 2, 4, 6);
 #else
     return odd ? __builtin_shufflevector(v, w, 1, 3) : __builtin_shufflevector(v, w, 0, 2);
@@ -281,31 +302,5 @@ static double FN(factor)(const subspace_ctx *ctx, int64_t s, T *x, int64_t ld)
     }
     return half;
 }
-
-#else
-
-#define ROUND(n, to) (CEIL_DIV(n, to) * (to))
-
-enum {
-    SMALL = 256, /* sides up to here by the tiles */
-    BLOCK = 64,  /* of a larger side */
-#if defined(__AVX512F__)
-    ROWS = 4,    /* 16 sums and what they are made of in 32 registers */
-    COLS = 4,
-    VECS = 4,
-#else
-    ROWS = 4, /* 8 in 16 */
-    COLS = 2,
-    VECS = 2,
-#endif
-};
-
-#if defined(__AVX512F__) /* VECTOR for the preprocessor */
-#define VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
 
 #endif

@@ -4,7 +4,8 @@
  * factor.h read it in z itself where rows are whole vectors, else from a padded copy. Included by coding_rate.c, which
  * says what a job is, once per precision; T may be double where z is float.
  */
-#ifdef T
+#include "coding_rate.h"
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 /* ------------------------------------------------------------------------ rows of z, as T */
 

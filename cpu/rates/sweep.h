@@ -7,7 +7,25 @@
  * at d = 128 this takes a third of the time of potrf, trtri and a product. The solves with L (rather than products with
  * S^-1) make the pivots as good as Cholesky's. Included without T and once per precision.
  */
-#ifdef T
+#ifndef SUBSPACE_SWEEP_H /* ------------------------------------------------------- read once */
+#define SUBSPACE_SWEEP_H
+#include "cpu.h"
+
+#define MULTIPLY_ROWS 4
+#define MULTIPLY_DEPTH 64
+#define MULTIPLY_STRIPS 11
+
+enum { PIVOTS = 8, SWEEP_ROWS = 32 };
+
+static inline int64_t sweep_scratch(int64_t d)
+{
+    return PIVOTS * (2 * d + MIN(MULTIPLY_STRIPS * 3 * VECTOR / 4, d + VECTOR / 4));
+}
+
+#endif
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
+
+#include "multiply.h"
 
 /* A[d, d] becomes -A^-1 in its upper half; what is below the diagonal is scratch. Returns half the logdet, or NaN when
  * A is not positive definite. `scratch` has sweep_scratch(d) entries. */
@@ -53,15 +71,6 @@ static double FN(sweep)(int64_t d, T *restrict a, T *restrict scratch)
             for (int64_t x = j0; x < d; x++) a[(j0 + i) * d + x] = x < j1 ? w[i * d + x] : -w[i * d + x];
     }
     return 0.5 * logdet;
-}
-
-#else
-
-enum { PIVOTS = 8, SWEEP_ROWS = 32 };
-
-static inline int64_t sweep_scratch(int64_t d)
-{
-    return PIVOTS * (2 * d + MIN(STRIPS * 3 * VECTOR / 4, d + VECTOR / 4));
 }
 
 #endif

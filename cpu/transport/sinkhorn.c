@@ -15,11 +15,59 @@
  * beta), until every row and column has a sum in range; f and g are put there as well should they grow large.
  * Memory: some vectors.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-#include "exp.h"
-#include "sinkhorn_passes.h"
-#include "sinkhorn_kernel.h"
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "sinkhorn_backward.h"
+
+enum { BLOCK = 64, SMALL = 1 << 15 }; /* entries of an update; of a plan that one thread had better have for itself */
+
+/* The exponent w of the general sweep, learnt from how fast the error falls. */
+typedef struct relaxation {
+    int sixteenths, waiting, failures; /* sweeps before the next change */
+    double norm, rate;
+} relaxation;
+
+static void relax(relaxation *w, double error, double norm)
+{
+    const double omega = w->sixteenths / 16.0, before = w->rate;
+    const double rate = w->norm > 0 ? norm / w->norm : 0;
+    w->norm = norm, w->rate = rate, w->waiting++;
+    if (rate > 1.5 && w->sixteenths > 16) { /* too bold */
+        w->sixteenths = 16, w->waiting = -(3 << w->failures);
+        if (w->failures < 16) w->failures++;
+        return;
+    }
+    const double steady = 0.02 + 0.1 * (1 - MAX(rate, before));
+    if (error > 0.5 || w->waiting < 2 || !(rate < 1) || !(fabs(rate - before) < steady) || !(rate > omega - 1)) return;
+    /* a rate r with w is one of s with 1: (r + w - 1)^2 = r w^2 s (Young) */
+    const double s = MIN((rate + omega - 1) * (rate + omega - 1) / (rate * omega * omega), 0.9999);
+    const int best = (int)(32 / (1 + sqrt(1 - s)));
+    if (best > w->sixteenths) w->sixteenths = best, w->waiting = -2;
+}
+
+typedef struct failure {
+    subspace_status status;
+    char message[256];
+} failure;
+
+/* All plans of a call: shared out among the workers, or one after the other by all threads. */
+typedef struct batch {
+    subspace_ctx *ctx;
+    sinkhorn_run run; /* what the plans have in common */
+    bool backward;
+    int64_t workers;
+    size_t bytes; /* of a worker's memory */
+    char *memory;
+    failure *failed; /* [workers] */
+} batch;
+
+#define THIS_FILE "transport/sinkhorn.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
+#include "sinkhorn_backward.h" /* and with it sinkhorn_kernel.h and sinkhorn_passes.h */
 
 /* ------------------------------------------------------------------------------------------------------ the sweeps */
 
@@ -172,8 +220,6 @@ static subspace_status FN(forward)(sinkhorn_run *run, int64_t v)
     return SUBSPACE_OK;
 }
 
-#include "sinkhorn_backward.h"
-
 /* ----------------------------------------------------------------------------------------------------- the batch */
 
 static void FN(lay_out)(sinkhorn_run *run, bool backward, char *base, size_t *at)
@@ -239,64 +285,7 @@ static void FN(start)(batch *b)
     else b->ctx->parallel_for(b->workers, 1, FN(work), b);
 }
 
-#undef LOWEST
-#undef LIMIT
-#undef LARGEST
-#undef EPSILON
-#undef ROUNDING
-
-#else /* --------------------------------------------------------------------- read once */
-
-#include <float.h>
-#include "cpu.h"
-#include "sinkhorn_passes.h"
-
-enum { BLOCK = 64, SMALL = 1 << 15 }; /* entries of an update; of a plan that one thread had better have for itself */
-
-/* The exponent w of the general sweep, learnt from how fast the error falls. */
-typedef struct relaxation {
-    int sixteenths, waiting, failures; /* sweeps before the next change */
-    double norm, rate;
-} relaxation;
-
-static void relax(relaxation *w, double error, double norm)
-{
-    const double omega = w->sixteenths / 16.0, before = w->rate;
-    const double rate = w->norm > 0 ? norm / w->norm : 0;
-    w->norm = norm, w->rate = rate, w->waiting++;
-    if (rate > 1.5 && w->sixteenths > 16) { /* too bold */
-        w->sixteenths = 16, w->waiting = -(3 << w->failures);
-        if (w->failures < 16) w->failures++;
-        return;
-    }
-    const double steady = 0.02 + 0.1 * (1 - MAX(rate, before));
-    if (error > 0.5 || w->waiting < 2 || !(rate < 1) || !(fabs(rate - before) < steady) || !(rate > omega - 1)) return;
-    /* a rate r with w is one of s with 1: (r + w - 1)^2 = r w^2 s (Young) */
-    const double s = MIN((rate + omega - 1) * (rate + omega - 1) / (rate * omega * omega), 0.9999);
-    const int best = (int)(32 / (1 + sqrt(1 - s)));
-    if (best > w->sixteenths) w->sixteenths = best, w->waiting = -2;
-}
-
-#define LL(v) ((long long)(v))
-
-typedef struct failure {
-    subspace_status status;
-    char message[256];
-} failure;
-
-/* All plans of a call: shared out among the workers, or one after the other by all threads. */
-typedef struct batch {
-    subspace_ctx *ctx;
-    sinkhorn_run run; /* what the plans have in common */
-    bool backward;
-    int64_t workers;
-    size_t bytes; /* of a worker's memory */
-    char *memory;
-    failure *failed; /* [workers] */
-} batch;
-
-#define THIS_FILE "transport/sinkhorn.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 static size_t plan_batch(batch *b, subspace_ctx *ctx, const subspace_sinkhorn_args *a, bool backward, char *base)
 {

@@ -12,7 +12,8 @@
  * null vector (1, -1), of which the solution gets as much as makes sum x = sum y: the gradient within row and column
  * sums that stay equal.
  */
-#ifdef T
+#include "sinkhorn_kernel.h"
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 /* Row sums of P and P o G into diagonal and rhs, column sums likewise into the totals. */
 static void FN(sums)(int64_t begin, int64_t end, void *arg)

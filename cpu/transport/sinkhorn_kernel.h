@@ -5,8 +5,20 @@
  * of which only the upper half is made where they are symmetric; the sweeps in the log domain that find alpha and beta
  * where they are too far apart for T; and what becomes the plan. Included by sinkhorn.c once per precision.
  */
-#ifdef T
+#include <float.h>
+#include "exp.h"
+#include "sinkhorn_passes.h"
 
+#undef LL
+#define LL(v) ((long long)(v))
+
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
+
+#undef LOWEST
+#undef LIMIT
+#undef LARGEST
+#undef EPSILON
+#undef ROUNDING
 #if IS_F32
 enum { FN(RANGE) = 40 }; /* exp(-RANGE) is well within the exponent */
 #define LOWEST (-87)     /* exp(LOWEST) as well, just */

@@ -3,7 +3,90 @@
  * a few hundred terms in T, their sums in double, so that float32 reaches marginals of 1e-6. Of a symmetric matrix
  * only the upper half is read. Included by sinkhorn.c without T and once per precision.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#ifndef SUBSPACE_SINKHORN_PASSES_H /* --------------------------------------------- read once */
+#define SUBSPACE_SINKHORN_PASSES_H
+#include "cpu.h"
+
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wpass-failed" /* it leaves some of the loops marked simd as they are */
+#endif
+
+enum {
+    ROWS = 4,        /* of one step of a pass */
+    CHUNK = 512,     /* terms of a row's partial sum */
+    FLUSH = 64,      /* rows of a column's partial sum, a multiple of ROWS */
+    TILE = 32,       /* rows of a panel; the first of each block row is square, on the diagonal */
+    AHEAD = 32,      /* rows */
+    WIDE = 128,      /* columns of the others */
+    MOST_STEPS = 500 /* of conjugate gradients */
+};
+
+typedef struct sinkhorn_slot {
+    double low, high, asymmetry, error, logs; /* of the slot's rows */
+    int64_t empty;                            /* a row without a score, or -1 */
+    bool finite;
+} sinkhorn_slot;
+
+/* One plan on its way, forward or backward. */
+typedef struct sinkhorn_run {
+    const subspace_sinkhorn_args *a;
+    subspace_ctx *ctx;
+    int64_t slots, m, n;
+    bool symmetric;
+    double scale;                 /* 1 / eta */
+    const void *scores, *dplan;   /* of this plan, T */
+    const void *row, *col;        /* [m], [n] T */
+    void *plan, *dscores;         /* T */
+    void *ones;                   /* [max(m, n)] T, in the place of marginals that are not given */
+    void *f, *g, *last;           /* [m], [n], [n] T */
+    double *alpha, *beta;         /* [m], [n] the potentials' logarithms that K contains */
+    void *shift;                  /* [n] T, beta rounded */
+    double high;                  /* the largest score */
+    int power;                    /* sixteenths */
+    const void *matrix, *in;      /* of a product with the plan */
+    void *out;                    /* [m + n] or [n] T */
+    void *diagonal, *rhs, *x, *p; /* [m + n] or [n] T, conjugate gradients */
+    void *part;                   /* [slots, n] T, twice in the backward */
+    double *total;                /* [slots, n], twice in the backward */
+    sinkhorn_slot *slot;          /* [slots] */
+} sinkhorn_run;
+
+/* fn for every slot. */
+static void each(sinkhorn_run *run, void (*fn)(int64_t, int64_t, void *))
+{
+    if (run->slots == 1) fn(0, 1, run);
+    else run->ctx->parallel_for(run->slots, 1, fn, run);
+}
+
+/* First row of a slot, when each of `slots` gets rows of about the same area above the diagonal, in whole tiles. */
+static int64_t triangle_row(int64_t n, int64_t slot, int64_t slots)
+{
+    const int64_t row = (int64_t)((double)n * (1 - sqrt(1 - (double)slot / (double)slots)));
+    return slot == slots ? n : row / TILE * TILE;
+}
+
+static void share_triangle(int64_t n, int64_t slot, int64_t slots, int64_t *begin, int64_t *end)
+{
+    *begin = triangle_row(n, slot, slots);
+    *end = triangle_row(n, slot + 1, slots);
+}
+
+/* Columns of the panel at (i, j). */
+static inline int64_t panel_width(int64_t i, int64_t j)
+{
+    return i == j ? TILE : WIDE;
+}
+
+/* Sum of the slots' totals for column j. */
+static inline double join(const sinkhorn_run *run, const double *total, int64_t j)
+{
+    double sum = 0;
+    for (int64_t s = 0; s < run->slots; s++) sum += total[s * run->n + j];
+    return sum;
+}
+
+#endif
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
@@ -173,87 +256,6 @@ static inline void FN(put)(FN(panel) *t, int64_t i, int64_t j, int64_t rows, int
         for (int64_t ahead = AHEAD; ahead < AHEAD + 4; ahead++) __builtin_prefetch(to + (j + c + ahead) * ld + i, 1, 2);
         FN(transpose)(t->at[0] + c, WIDE, rows, MIN(4, columns - c), to + (j + c) * ld + i, ld);
     }
-}
-
-#elif !defined(SUBSPACE_SINKHORN_PASSES_H) /* -------------------------------------------- read once */
-#define SUBSPACE_SINKHORN_PASSES_H
-
-#ifdef __clang__
-#pragma clang diagnostic ignored "-Wpass-failed" /* it leaves some of the loops marked simd as they are */
-#endif
-
-enum {
-    ROWS = 4,        /* of one step of a pass */
-    CHUNK = 512,     /* terms of a row's partial sum */
-    FLUSH = 64,      /* rows of a column's partial sum, a multiple of ROWS */
-    TILE = 32,       /* rows of a panel; the first of each block row is square, on the diagonal */
-    AHEAD = 32,      /* rows */
-    WIDE = 128,      /* columns of the others */
-    MOST_STEPS = 500 /* of conjugate gradients */
-};
-
-typedef struct sinkhorn_slot {
-    double low, high, asymmetry, error, logs; /* of the slot's rows */
-    int64_t empty;                            /* a row without a score, or -1 */
-    bool finite;
-} sinkhorn_slot;
-
-/* One plan on its way, forward or backward. */
-typedef struct sinkhorn_run {
-    const subspace_sinkhorn_args *a;
-    subspace_ctx *ctx;
-    int64_t slots, m, n;
-    bool symmetric;
-    double scale;                 /* 1 / eta */
-    const void *scores, *dplan;   /* of this plan, T */
-    const void *row, *col;        /* [m], [n] T */
-    void *plan, *dscores;         /* T */
-    void *ones;                   /* [max(m, n)] T, in the place of marginals that are not given */
-    void *f, *g, *last;           /* [m], [n], [n] T */
-    double *alpha, *beta;         /* [m], [n] the potentials' logarithms that K contains */
-    void *shift;                  /* [n] T, beta rounded */
-    double high;                  /* the largest score */
-    int power;                    /* sixteenths */
-    const void *matrix, *in;      /* of a product with the plan */
-    void *out;                    /* [m + n] or [n] T */
-    void *diagonal, *rhs, *x, *p; /* [m + n] or [n] T, conjugate gradients */
-    void *part;                   /* [slots, n] T, twice in the backward */
-    double *total;                /* [slots, n], twice in the backward */
-    sinkhorn_slot *slot;          /* [slots] */
-} sinkhorn_run;
-
-/* fn for every slot. */
-static void each(sinkhorn_run *run, void (*fn)(int64_t, int64_t, void *))
-{
-    if (run->slots == 1) fn(0, 1, run);
-    else run->ctx->parallel_for(run->slots, 1, fn, run);
-}
-
-/* First row of a slot, when each of `slots` gets rows of about the same area above the diagonal, in whole tiles. */
-static int64_t triangle_row(int64_t n, int64_t slot, int64_t slots)
-{
-    const int64_t row = (int64_t)((double)n * (1 - sqrt(1 - (double)slot / (double)slots)));
-    return slot == slots ? n : row / TILE * TILE;
-}
-
-static void share_triangle(int64_t n, int64_t slot, int64_t slots, int64_t *begin, int64_t *end)
-{
-    *begin = triangle_row(n, slot, slots);
-    *end = triangle_row(n, slot + 1, slots);
-}
-
-/* Columns of the panel at (i, j). */
-static inline int64_t panel_width(int64_t i, int64_t j)
-{
-    return i == j ? TILE : WIDE;
-}
-
-/* Sum of the slots' totals for column j. */
-static inline double join(const sinkhorn_run *run, const double *total, int64_t j)
-{
-    double sum = 0;
-    for (int64_t s = 0; s < run->slots; s++) sum += total[s * run->n + j];
-    return sum;
 }
 
 #endif

@@ -11,7 +11,34 @@
  *
  * Memory: a channel of x and one of dy per thread.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
+
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "convert.h"
+
+/* As many sums as the registers hold beside what they are made of: 32 registers at avx512, else 16. */
+#if defined(__AVX512F__)
+#define TILE_IS_4 1
+#else
+#define TILE_IS_4 0
+#endif
+enum { TILE = TILE_IS_4 ? 4 : 3 };
+
+typedef struct depthwise_run {
+    const subspace_depthwise_args *a;
+    struct {
+        int64_t step, phases; /* taps `step` apart share a phase; how many phases the taps have */
+    } axis[3];
+    int64_t slots;
+    int64_t width, length, pitch; /* of a row of dy, of one phase of a row of x, of all its phases */
+    int64_t x_size, dy_size;      /* of a slot's channels; dy's ends in a row of zeros */
+    void *x, *dy, *total;         /* total: a vector per tap */
+} depthwise_run;
+
+#define THIS_FILE "tucker/depthwise.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
@@ -223,32 +250,7 @@ static subspace_status FN(gradient)(subspace_ctx *ctx, const subspace_depthwise_
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-#include "convert.h"
-
-/* As many sums as the registers hold beside what they are made of: 32 registers at avx512, else 16. */
-#if defined(__AVX512F__)
-#define TILE_IS_4 1
-#else
-#define TILE_IS_4 0
-#endif
-enum { TILE = TILE_IS_4 ? 4 : 3 };
-
-typedef struct depthwise_run {
-    const subspace_depthwise_args *a;
-    struct {
-        int64_t step, phases; /* taps `step` apart share a phase; how many phases the taps have */
-    } axis[3];
-    int64_t slots;
-    int64_t width, length, pitch; /* of a row of dy, of one phase of a row of x, of all its phases */
-    int64_t x_size, dy_size;      /* of a slot's channels; dy's ends in a row of zeros */
-    void *x, *dy, *total;         /* total: a vector per tap */
-} depthwise_run;
-
-#define THIS_FILE "tucker/depthwise.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 size_t LEVEL(subspace_depthwise_workspace)(const subspace_ctx *ctx, const subspace_depthwise_args *a)
 {

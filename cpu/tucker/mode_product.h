@@ -10,8 +10,99 @@
  *
  *     x R [m, k]     summed over the batch            L' x [k, n]
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#ifndef SUBSPACE_MODE_PRODUCT_H /* ------------------------------------------------ read once */
+#define SUBSPACE_MODE_PRODUCT_H
 
+#include "convert.h"
+#include "cpu.h"
+#include "dropout.h"
+
+enum {
+    PACKED_BYTES = 256 << 10, /* a packed block of B stays in L2 */
+    TILE_ROWS = 128,          /* rows of x in a tile of the reverse */
+    WORTH_A_THREAD = 1 << 19
+};
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MULTIPLY_ROWS 8
+#else
+#define MULTIPLY_ROWS 4
+#endif
+#define MULTIPLY_DEPTH 512
+#define MULTIPLY_STRIPS 10 /* no wider than MULTIPLY_DEPTH */
+
+typedef struct product {
+    int64_t batch, m, n, k;
+} product;
+
+typedef struct mask { /* see dropout.h */
+    uint64_t seed;
+    double dropout;
+} mask;
+
+/* How a product is cut: rectangles of `height` rows and `width` columns, shared out in order, rows the fastest. */
+typedef struct grid {
+    int64_t slots, width, cols, height, rows;
+} grid;
+
+static int64_t slots_for(const subspace_ctx *ctx, const product *p)
+{
+    const int64_t work = p->batch * p->m * p->n * (p->k + 16) / WORTH_A_THREAD;
+    return MAX(1, MIN(ctx->threads, work));
+}
+
+static grid product_grid(const subspace_ctx *ctx, const product *p, size_t item)
+{
+    const int64_t strip = 3 * VECTOR / (int64_t)item, fits = MAX(1, PACKED_BYTES / (int64_t)item / p->k / strip);
+    grid g = {.slots = slots_for(ctx, p), .cols = CEIL_DIV(p->n, fits * strip)};
+    /* a block of columns a thread, so that none packs what another packs too */
+    if (p->batch < g.slots && p->n >= 4 * strip * g.slots) g.cols = CEIL_DIV(g.cols, g.slots) * g.slots;
+    g.width = CEIL_DIV(CEIL_DIV(p->n, g.cols), strip) * strip;
+    g.cols = CEIL_DIV(p->n, g.width);
+    g.rows = CEIL_DIV(g.slots, p->batch * g.cols);
+    g.height = CEIL_DIV(CEIL_DIV(p->m, g.rows), 8) * 8;
+    g.rows = CEIL_DIV(p->m, g.height);
+    return g;
+}
+
+static size_t product_scratch(const subspace_ctx *ctx, const product *p, size_t item)
+{
+    const grid g = product_grid(ctx, p, item);
+    return (size_t)(g.slots * p->k * g.width) * item;
+}
+
+typedef struct reverse {
+    const subspace_ctx *ctx;
+    int64_t slots, height, width; /* of a tile of x */
+    int64_t block;                /* entries of a slot's scratch for multiply.h */
+    bool by_rows;                 /* slots share out the rows of x, else its columns */
+    void *packed;                 /* [slots][...] scratch of multiply.h */
+    void *turned;                 /* [slots][width, k] */
+    void *wide;                   /* [slots][height, width] half types and dropout: the tile of x */
+    void *partial;                /* [slots - 1][m, k] or [k, n] */
+} reverse;
+
+static void reverse_plan(reverse *r, const subspace_ctx *ctx, const product *p, size_t item, bool wide, char *base,
+                         size_t *bytes)
+{
+    const int64_t strip = 3 * VECTOR / (int64_t)item;
+    *r = (reverse){.ctx = ctx, .slots = slots_for(ctx, p), .height = MIN(TILE_ROWS, p->m)};
+    r->by_rows = p->batch == 1 && p->m > p->n;
+    r->width = MIN(MULTIPLY_STRIPS * strip, r->by_rows ? p->n : CEIL_DIV(CEIL_DIV(p->n, r->slots), strip) * strip);
+    r->slots = MIN(r->slots, r->by_rows ? p->m : p->batch * CEIL_DIV(p->n, r->width));
+    /* the blocks that multiply.h packs: of a tile of x, and of R */
+    const int64_t tile = MIN(MULTIPLY_DEPTH, r->height) * MIN(MULTIPLY_STRIPS, CEIL_DIV(r->width, strip)) * strip;
+    r->block = MAX(tile, MIN(MULTIPLY_DEPTH, r->width) * MIN(MULTIPLY_STRIPS, CEIL_DIV(p->k, strip)) * strip);
+    r->packed = carve(base, bytes, r->slots * r->block, item);
+    r->turned = carve(base, bytes, r->slots * r->width * p->k, item);
+    if (wide) r->wide = carve(base, bytes, r->slots * r->height * r->width, item);
+    r->partial = carve(base, bytes, (r->slots - 1) * p->k * (r->by_rows ? p->n : p->m), item);
+}
+
+#endif
+#ifdef T /* ---------------------------------------------- read twice: T float, then T double */
+
+#include "multiply.h"
 #include "widen.h"
 
 /* Drop what the mask drops of the entries at.. of a tensor. */
@@ -90,8 +181,8 @@ static inline
 static __attribute__((noinline)) void FN(join_rows)(int64_t k, const T *a, const T *strip, T scale, const T *from,
                                                     T *to, int64_t ld)
 {
-    if (from) FN(join_kernel)(ROWS, 3, k, a, strip, scale, from, to, ld);
-    else FN(join_kernel)(ROWS, 3, k, a, strip, scale, NULL, to, ld);
+    if (from) FN(join_kernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, from, to, ld);
+    else FN(join_kernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, NULL, to, ld);
 }
 
 /* Rows i..i+rows of a block of columns. Where a kernel cannot join base itself, sums go through a tile in L1. */
@@ -102,7 +193,7 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
     T tile[8 * TILE];
     const int64_t k = s->p->k, n = s->p->n;
     const T *a = s->a + i * k;
-    const bool full = rows == ROWS && !s->drop && (s->dtype == SUBSPACE_F32 || s->dtype == SUBSPACE_F64);
+    const bool full = rows == MULTIPLY_ROWS && !s->drop && (s->dtype == SUBSPACE_F32 || s->dtype == SUBSPACE_F64);
     int64_t done = full ? cols - cols % FN(STRIP) : 0;
     for (int64_t j = 0; j < done; j += FN(STRIP)) {
         const int64_t here = at + i * n + j;
@@ -146,7 +237,7 @@ static void FN(product_slots)(int64_t begin, int64_t end, void *arg)
             if (block != packed_for) FN(pack)(s->b + b * p->k * p->n + j0, p->n, p->k, cols, packed);
             packed_for = block;
             for (int64_t i = i0, rows; i < i1; i += rows) {
-                rows = i1 - i >= ROWS ? ROWS : i1 - i >= 4 ? 4 : 1;
+                rows = i1 - i >= MULTIPLY_ROWS ? MULTIPLY_ROWS : i1 - i >= 4 ? 4 : 1;
                 FN(product_rows)(s, i, rows, cols, packed, at);
             }
         }
@@ -234,91 +325,6 @@ static void FN(reverse_product)(const FN(reverse_job) *s)
     r->ctx->parallel_for(r->slots, 1, FN(reverse_slots), (void *)s);
     if (r->by_rows && s->lx) FN(join)(s->lx, r->partial, p->k * p->n, r->slots, 1);
     if (!r->by_rows && s->xr) FN(join)(s->xr, r->partial, p->m * p->k, r->slots, 1);
-}
-
-#else /* --------------------------------------------------------------------- read once */
-
-#include "dropout.h"
-
-enum {
-    PACKED_BYTES = 256 << 10, /* a packed block of B stays in L2 */
-    TILE_ROWS = 128,          /* rows of x in a tile of the reverse */
-    WORTH_A_THREAD = 1 << 19,
-#if defined(__AVX512F__) || defined(__aarch64__)
-    ROWS = 8, /* 24 accumulators of 32 registers */
-#else
-    ROWS = 4, /* 12 of 16 */
-#endif
-    DEPTH = 512,
-    STRIPS = 10 /* no wider than DEPTH */
-};
-
-typedef struct product {
-    int64_t batch, m, n, k;
-} product;
-
-typedef struct mask { /* see dropout.h */
-    uint64_t seed;
-    double dropout;
-} mask;
-
-/* How a product is cut: rectangles of `height` rows and `width` columns, shared out in order, rows the fastest. */
-typedef struct grid {
-    int64_t slots, width, cols, height, rows;
-} grid;
-
-static int64_t slots_for(const subspace_ctx *ctx, const product *p)
-{
-    const int64_t work = p->batch * p->m * p->n * (p->k + 16) / WORTH_A_THREAD;
-    return MAX(1, MIN(ctx->threads, work));
-}
-
-static grid product_grid(const subspace_ctx *ctx, const product *p, size_t item)
-{
-    const int64_t strip = 3 * VECTOR / (int64_t)item, fits = MAX(1, PACKED_BYTES / (int64_t)item / p->k / strip);
-    grid g = {.slots = slots_for(ctx, p), .cols = CEIL_DIV(p->n, fits * strip)};
-    /* a block of columns a thread, so that none packs what another packs too */
-    if (p->batch < g.slots && p->n >= 4 * strip * g.slots) g.cols = CEIL_DIV(g.cols, g.slots) * g.slots;
-    g.width = CEIL_DIV(CEIL_DIV(p->n, g.cols), strip) * strip;
-    g.cols = CEIL_DIV(p->n, g.width);
-    g.rows = CEIL_DIV(g.slots, p->batch * g.cols);
-    g.height = CEIL_DIV(CEIL_DIV(p->m, g.rows), 8) * 8;
-    g.rows = CEIL_DIV(p->m, g.height);
-    return g;
-}
-
-static size_t product_scratch(const subspace_ctx *ctx, const product *p, size_t item)
-{
-    const grid g = product_grid(ctx, p, item);
-    return (size_t)(g.slots * p->k * g.width) * item;
-}
-
-typedef struct reverse {
-    const subspace_ctx *ctx;
-    int64_t slots, height, width; /* of a tile of x */
-    int64_t block;                /* entries of a slot's scratch for multiply.h */
-    bool by_rows;                 /* slots share out the rows of x, else its columns */
-    void *packed;                 /* [slots][...] scratch of multiply.h */
-    void *turned;                 /* [slots][width, k] */
-    void *wide;                   /* [slots][height, width] half types and dropout: the tile of x */
-    void *partial;                /* [slots - 1][m, k] or [k, n] */
-} reverse;
-
-static void reverse_plan(reverse *r, const subspace_ctx *ctx, const product *p, size_t item, bool wide, char *base,
-                         size_t *bytes)
-{
-    const int64_t strip = 3 * VECTOR / (int64_t)item;
-    *r = (reverse){.ctx = ctx, .slots = slots_for(ctx, p), .height = MIN(TILE_ROWS, p->m)};
-    r->by_rows = p->batch == 1 && p->m > p->n;
-    r->width = MIN(STRIPS * strip, r->by_rows ? p->n : CEIL_DIV(CEIL_DIV(p->n, r->slots), strip) * strip);
-    r->slots = MIN(r->slots, r->by_rows ? p->m : p->batch * CEIL_DIV(p->n, r->width));
-    /* the blocks that multiply.h packs: of a tile of x, and of R */
-    const int64_t tile = MIN(DEPTH, r->height) * MIN(STRIPS, CEIL_DIV(r->width, strip)) * strip;
-    r->block = MAX(tile, MIN(DEPTH, r->width) * MIN(STRIPS, CEIL_DIV(p->k, strip)) * strip);
-    r->packed = carve(base, bytes, r->slots * r->block, item);
-    r->turned = carve(base, bytes, r->slots * r->width * p->k, item);
-    if (wide) r->wide = carve(base, bytes, r->slots * r->height * r->width, item);
-    r->partial = carve(base, bytes, (r->slots - 1) * p->k * (r->by_rows ? p->n : p->m), item);
 }
 
 #endif

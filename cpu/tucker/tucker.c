@@ -9,9 +9,114 @@
  * costs no more than 1.5 times the least: the last product then is one GEMM that reads base and writes out row by row.
  * The partials G_t are small beside out and recomputed in the backward, which reads dout once.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-#include "multiply.h"
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "mode_product.h"
+
+enum { RIGHT = 128 }; /* largest matrix of a right product that is spread over the modes after its own */
+
+/* One mode of the chain. */
+typedef struct stage {
+    int mode;
+    bool right;
+    int64_t d, r, pre, post;
+    product p;
+} stage;
+
+typedef struct plan {
+    int count; /* L: modes with a factor */
+    stage stage[SUBSPACE_MODES];
+    int64_t core;                  /* entries of the core */
+    int first_needed, last_needed; /* backward: stages whose dU or D is asked for */
+    void *partial[SUBSPACE_MODES]; /* G_t, 0 < t < L */
+    void *dpartial[2];             /* D_t, 0 < t < L, in turns */
+    void *matrix, *packed, *lx;    /* of one stage */
+    reverse reverse[SUBSPACE_MODES];
+} plan;
+
+static double flops(const subspace_tucker_args *a, const int *mode, int count)
+{
+    double size = 1, sum = 0;
+    for (int64_t i = 0; i < a->modes; i++) size *= (double)a->r[i];
+    for (int t = 0; t < count; t++) {
+        sum += size * (double)a->d[mode[t]];
+        size *= (double)a->d[mode[t]] / (double)a->r[mode[t]];
+    }
+    return sum;
+}
+
+/* The modes with a factor in the order of the chain. */
+static int order(const subspace_tucker_args *a, int *mode)
+{
+    double key[SUBSPACE_MODES];
+    int count = 0, other[SUBSPACE_MODES], others = 0;
+    for (int i = (int)a->modes - 1; i >= 0; i--) {
+        if (!a->factor[i]) continue;
+        const double k = 1 / (double)a->r[i] - 1 / (double)a->d[i];
+        int at = count++;
+        for (; at > 0 && k < key[at - 1]; at--) key[at] = key[at - 1], mode[at] = mode[at - 1];
+        key[at] = k, mode[at] = i;
+    }
+    if (!a->factor[0]) return count;
+    for (int t = 0; t < count; t++)
+        if (mode[t]) other[others++] = mode[t];
+    other[others] = 0;
+    if (flops(a, other, count) <= 1.5 * flops(a, mode, count)) memcpy(mode, other, (size_t)count * sizeof *mode);
+    return count;
+}
+
+static void make_plan(plan *p, const subspace_ctx *ctx, const subspace_tucker_args *a, bool backward, char *base,
+                      size_t *bytes)
+{
+    const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
+    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    const int64_t lanes = VECTOR / (int64_t)item;
+    int64_t size[SUBSPACE_MODES], matrix = 0, lx = 0, dpartial[2] = {0, 0};
+    size_t packed = 0;
+    int mode[SUBSPACE_MODES];
+    *p = (plan){.count = order(a, mode), .core = 1, .first_needed = SUBSPACE_MODES};
+    for (int64_t i = 0; i < a->modes; i++) p->core *= size[i] = a->r[i];
+    for (int t = p->count - 1; t >= 0; t--)
+        if (a->dfactor[mode[t]]) p->first_needed = t, p->last_needed = MAX(p->last_needed, t);
+    if (a->dcore) p->first_needed = 0;
+
+    for (int t = 0; t < p->count; t++) {
+        stage *s = &p->stage[t];
+        *s = (stage){.mode = mode[t], .d = a->d[mode[t]], .r = a->r[mode[t]], .pre = 1, .post = 1};
+        for (int i = 0; i < s->mode; i++) s->pre *= size[i];
+        for (int i = s->mode + 1; i < a->modes; i++) s->post *= size[i];
+        size[s->mode] = s->d;
+        s->right = s->post == 1 || (s->post < lanes && s->post * MAX(s->d, s->r) <= RIGHT);
+        if (s->right) s->p = (product){1, s->pre, s->d * s->post, s->r * s->post};
+        else s->p = (product){s->pre, s->d, s->post, s->r};
+        const bool last = t == p->count - 1, again = !backward || t < p->last_needed;
+        if (!last && again) p->partial[t + 1] = carve(base, bytes, s->pre * s->d * s->post, item);
+        if (again) packed = MAX(packed, product_scratch(ctx, &s->p, item));
+        if (s->right) matrix = MAX(matrix, s->d * s->r * s->post * s->post);
+        if (!backward) continue;
+        if (s->right) lx = MAX(lx, s->d * s->r * s->post * s->post);
+        if (t) dpartial[t % 2] = MAX(dpartial[t % 2], s->pre * s->r * s->post);
+    }
+    p->matrix = carve(base, bytes, matrix, item);
+    p->packed = carve(base, bytes, (int64_t)packed, 1);
+    if (!backward) return;
+    p->lx = carve(base, bytes, lx, item);
+    for (int i = 0; i < 2; i++) p->dpartial[i] = carve(base, bytes, dpartial[i], item);
+    size_t most = *bytes; /* the stages take turns with the rest */
+    for (int t = 0; t < p->count; t++) {
+        size_t end = *bytes;
+        reverse_plan(&p->reverse[t], ctx, &p->stage[t].p, item, half && t == p->count - 1, base, &end);
+        most = MAX(most, end);
+    }
+    *bytes = most;
+}
+
+#define THIS_FILE "tucker/tucker.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
 #include "mode_product.h"
 
 /* The matrix of a right product: K[(i, p), (j, q)] = U[i, j] if p == q, or its transpose. */
@@ -132,112 +237,7 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_arg
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-#include "convert.h"
-#include "mode_product.h"
-
-enum { RIGHT = 128 }; /* largest matrix of a right product that is spread over the modes after its own */
-
-/* One mode of the chain. */
-typedef struct stage {
-    int mode;
-    bool right;
-    int64_t d, r, pre, post;
-    product p;
-} stage;
-
-typedef struct plan {
-    int count; /* L: modes with a factor */
-    stage stage[SUBSPACE_MODES];
-    int64_t core;                  /* entries of the core */
-    int first_needed, last_needed; /* backward: stages whose dU or D is asked for */
-    void *partial[SUBSPACE_MODES]; /* G_t, 0 < t < L */
-    void *dpartial[2];             /* D_t, 0 < t < L, in turns */
-    void *matrix, *packed, *lx;    /* of one stage */
-    reverse reverse[SUBSPACE_MODES];
-} plan;
-
-static double flops(const subspace_tucker_args *a, const int *mode, int count)
-{
-    double size = 1, sum = 0;
-    for (int64_t i = 0; i < a->modes; i++) size *= (double)a->r[i];
-    for (int t = 0; t < count; t++) {
-        sum += size * (double)a->d[mode[t]];
-        size *= (double)a->d[mode[t]] / (double)a->r[mode[t]];
-    }
-    return sum;
-}
-
-/* The modes with a factor in the order of the chain. */
-static int order(const subspace_tucker_args *a, int *mode)
-{
-    double key[SUBSPACE_MODES];
-    int count = 0, other[SUBSPACE_MODES], others = 0;
-    for (int i = (int)a->modes - 1; i >= 0; i--) {
-        if (!a->factor[i]) continue;
-        const double k = 1 / (double)a->r[i] - 1 / (double)a->d[i];
-        int at = count++;
-        for (; at > 0 && k < key[at - 1]; at--) key[at] = key[at - 1], mode[at] = mode[at - 1];
-        key[at] = k, mode[at] = i;
-    }
-    if (!a->factor[0]) return count;
-    for (int t = 0; t < count; t++)
-        if (mode[t]) other[others++] = mode[t];
-    other[others] = 0;
-    if (flops(a, other, count) <= 1.5 * flops(a, mode, count)) memcpy(mode, other, (size_t)count * sizeof *mode);
-    return count;
-}
-
-static void make_plan(plan *p, const subspace_ctx *ctx, const subspace_tucker_args *a, bool backward, char *base,
-                      size_t *bytes)
-{
-    const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
-    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const int64_t lanes = VECTOR / (int64_t)item;
-    int64_t size[SUBSPACE_MODES], matrix = 0, lx = 0, dpartial[2] = {0, 0};
-    size_t packed = 0;
-    int mode[SUBSPACE_MODES];
-    *p = (plan){.count = order(a, mode), .core = 1, .first_needed = SUBSPACE_MODES};
-    for (int64_t i = 0; i < a->modes; i++) p->core *= size[i] = a->r[i];
-    for (int t = p->count - 1; t >= 0; t--)
-        if (a->dfactor[mode[t]]) p->first_needed = t, p->last_needed = MAX(p->last_needed, t);
-    if (a->dcore) p->first_needed = 0;
-
-    for (int t = 0; t < p->count; t++) {
-        stage *s = &p->stage[t];
-        *s = (stage){.mode = mode[t], .d = a->d[mode[t]], .r = a->r[mode[t]], .pre = 1, .post = 1};
-        for (int i = 0; i < s->mode; i++) s->pre *= size[i];
-        for (int i = s->mode + 1; i < a->modes; i++) s->post *= size[i];
-        size[s->mode] = s->d;
-        s->right = s->post == 1 || (s->post < lanes && s->post * MAX(s->d, s->r) <= RIGHT);
-        if (s->right) s->p = (product){1, s->pre, s->d * s->post, s->r * s->post};
-        else s->p = (product){s->pre, s->d, s->post, s->r};
-        const bool last = t == p->count - 1, again = !backward || t < p->last_needed;
-        if (!last && again) p->partial[t + 1] = carve(base, bytes, s->pre * s->d * s->post, item);
-        if (again) packed = MAX(packed, product_scratch(ctx, &s->p, item));
-        if (s->right) matrix = MAX(matrix, s->d * s->r * s->post * s->post);
-        if (!backward) continue;
-        if (s->right) lx = MAX(lx, s->d * s->r * s->post * s->post);
-        if (t) dpartial[t % 2] = MAX(dpartial[t % 2], s->pre * s->r * s->post);
-    }
-    p->matrix = carve(base, bytes, matrix, item);
-    p->packed = carve(base, bytes, (int64_t)packed, 1);
-    if (!backward) return;
-    p->lx = carve(base, bytes, lx, item);
-    for (int i = 0; i < 2; i++) p->dpartial[i] = carve(base, bytes, dpartial[i], item);
-    size_t most = *bytes; /* the stages take turns with the rest */
-    for (int t = 0; t < p->count; t++) {
-        size_t end = *bytes;
-        reverse_plan(&p->reverse[t], ctx, &p->stage[t].p, item, half && t == p->count - 1, base, &end);
-        most = MAX(most, end);
-    }
-    *bytes = most;
-}
-
-#define THIS_FILE "tucker/tucker.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 /* The forward's, or with dout enough for either direction. */
 size_t LEVEL(subspace_tucker_workspace)(const subspace_ctx *ctx, const subspace_tucker_args *a)

@@ -6,9 +6,38 @@
  * With channels first x[b] is a matrix [n, p] and z[b] is [r, p]; with channels last all of x is one matrix
  * [b p, n] and z is [b p, r], the same sums with left and right exchanged. Both are the sweeps of mode_product.h.
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-#include "multiply.h"
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "mode_product.h"
+
+typedef struct buffers {
+    product p;
+    reverse r;
+    mask mask;
+    const struct mask *drop; /* &mask, or NULL */
+    void *turned;            /* [r, n] channels last: f' or df' */
+    void *packed;            /* of the product */
+} buffers;
+
+/* Lay out what either direction needs from `base`; with a NULL base only *bytes is of use. */
+static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_conv_args *a, char *base, size_t *bytes)
+{
+    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
+    *b = (buffers){.mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
+    b->p = a->last ? (product){1, a->b * a->p, a->n, a->r} : (product){a->b, a->n, a->p, a->r};
+    b->drop = a->dropout > 0 ? &b->mask : NULL;
+    if (a->last) b->turned = carve(base, bytes, a->r * a->n, item);
+    reverse_plan(&b->r, ctx, &b->p, item, half || b->drop, base, bytes);
+    b->packed = carve(base, bytes, (int64_t)product_scratch(ctx, &b->p, item), 1);
+}
+
+#define THIS_FILE "tucker/tucker_conv.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
 #include "mode_product.h"
 
 static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T *restrict out)
@@ -45,36 +74,7 @@ static subspace_status FN(expand)(subspace_ctx *ctx, const subspace_tucker_conv_
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-#include "convert.h"
-#include "mode_product.h"
-
-typedef struct buffers {
-    product p;
-    reverse r;
-    mask mask;
-    const struct mask *drop; /* &mask, or NULL */
-    void *turned;            /* [r, n] channels last: f' or df' */
-    void *packed;            /* of the product */
-} buffers;
-
-/* Lay out what either direction needs from `base`; with a NULL base only *bytes is of use. */
-static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_conv_args *a, char *base, size_t *bytes)
-{
-    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
-    *b = (buffers){.mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
-    b->p = a->last ? (product){1, a->b * a->p, a->n, a->r} : (product){a->b, a->n, a->p, a->r};
-    b->drop = a->dropout > 0 ? &b->mask : NULL;
-    if (a->last) b->turned = carve(base, bytes, a->r * a->n, item);
-    reverse_plan(&b->r, ctx, &b->p, item, half || b->drop, base, bytes);
-    b->packed = carve(base, bytes, (int64_t)product_scratch(ctx, &b->p, item), 1);
-}
-
-#define THIS_FILE "tucker/tucker_conv.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 /* Enough for either direction. */
 size_t LEVEL(subspace_tucker_conv_workspace)(const subspace_ctx *ctx, const subspace_tucker_conv_args *a)

@@ -9,9 +9,54 @@
  * z1, z2, h and k have a rank's width: x is read once more for z1 in the backward, and nothing is kept but x.
  * Every product is one of mode_product.h's two sweeps, where V and U' stand for [k, n] and U for [n, k].
  */
-#ifdef T /* ------------------------------------------------- read twice: T float, T double */
+#include "cpu.h"
 
-#include "multiply.h"
+#ifndef T /* ---------------------------------------------- read once: what the maths is about */
+
+#include "mode_product.h"
+
+typedef struct buffers {
+    const subspace_ctx *ctx;
+    mask mask;
+    const struct mask *drop; /* &mask, or NULL */
+    void *z1, *z2, *h, *k;   /* [t, rn], [t, rm], [t, rm], [t, rn] */
+    void *turned;            /* [rm, m] U', or dU' */
+    void *scratch;           /* of the sweep that runs */
+} buffers;
+
+static bool is_half(subspace_dtype dtype)
+{
+    return dtype == SUBSPACE_F16 || dtype == SUBSPACE_BF16;
+}
+
+/* Lay out either direction's buffers from `base`; with a NULL base only *bytes is of use. */
+static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_linear_args *a, char *base,
+                    size_t *bytes)
+{
+    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    const product sweeps[] = {
+        {1, a->t, a->n, a->rn}, {1, a->t, a->rn, a->rm}, {1, a->t, a->rm, a->rn}, {1, a->t, a->m, a->rm}};
+    size_t most = 0;
+    *b = (buffers){.ctx = ctx, .mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
+    b->drop = a->dropout > 0 ? &b->mask : NULL;
+    b->z1 = carve(base, bytes, a->t * a->rn, item);
+    b->z2 = carve(base, bytes, a->t * a->rm, item);
+    b->h = carve(base, bytes, a->t * a->rm, item);
+    b->k = carve(base, bytes, a->t * a->rn, item);
+    b->turned = carve(base, bytes, a->m * a->rm, item);
+    for (int i = 0; i < 4; i++) {
+        reverse r;
+        size_t sweep = 0;
+        reverse_plan(&r, ctx, &sweeps[i], item, is_half(a->dtype) || b->drop, NULL, &sweep);
+        most = MAX(most, MAX(sweep, product_scratch(ctx, &sweeps[i], item)));
+    }
+    b->scratch = carve(base, bytes, (int64_t)most, 1);
+}
+
+#define THIS_FILE "tucker/tucker_linear.c"
+#include "each_dtype.h"
+#endif /* ------------------------------------------- read twice: T float, then T double */
+
 #include "mode_product.h"
 
 static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T scale, T *restrict out)
@@ -85,52 +130,7 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_lin
     return SUBSPACE_OK;
 }
 
-#else /* --------------------------------------------------------------------- read once */
-
-#include "cpu.h"
-#include "convert.h"
-#include "mode_product.h"
-
-typedef struct buffers {
-    const subspace_ctx *ctx;
-    mask mask;
-    const struct mask *drop; /* &mask, or NULL */
-    void *z1, *z2, *h, *k;   /* [t, rn], [t, rm], [t, rm], [t, rn] */
-    void *turned;            /* [rm, m] U', or dU' */
-    void *scratch;           /* of the sweep that runs */
-} buffers;
-
-static bool is_half(subspace_dtype dtype)
-{
-    return dtype == SUBSPACE_F16 || dtype == SUBSPACE_BF16;
-}
-
-/* Lay out either direction's buffers from `base`; with a NULL base only *bytes is of use. */
-static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_linear_args *a, char *base,
-                    size_t *bytes)
-{
-    const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const product sweeps[] = {
-        {1, a->t, a->n, a->rn}, {1, a->t, a->rn, a->rm}, {1, a->t, a->rm, a->rn}, {1, a->t, a->m, a->rm}};
-    size_t most = 0;
-    *b = (buffers){.ctx = ctx, .mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
-    b->drop = a->dropout > 0 ? &b->mask : NULL;
-    b->z1 = carve(base, bytes, a->t * a->rn, item);
-    b->z2 = carve(base, bytes, a->t * a->rm, item);
-    b->h = carve(base, bytes, a->t * a->rm, item);
-    b->k = carve(base, bytes, a->t * a->rn, item);
-    b->turned = carve(base, bytes, a->m * a->rm, item);
-    for (int i = 0; i < 4; i++) {
-        reverse r;
-        size_t sweep = 0;
-        reverse_plan(&r, ctx, &sweeps[i], item, is_half(a->dtype) || b->drop, NULL, &sweep);
-        most = MAX(most, MAX(sweep, product_scratch(ctx, &sweeps[i], item)));
-    }
-    b->scratch = carve(base, bytes, (int64_t)most, 1);
-}
-
-#define THIS_FILE "tucker/tucker_linear.c"
-#include "each_dtype.h"
+#ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
 /* Enough for either direction. */
 size_t LEVEL(subspace_tucker_linear_workspace)(const subspace_ctx *ctx, const subspace_tucker_linear_args *a)
