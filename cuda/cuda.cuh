@@ -11,10 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include "check.h"
-
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define CEIL_DIV(a, b) (((a) + (b)-1) / (b))
+#include "shape.h"
 
 /* acc_t<T>: the type we compute in and keep results in. */
 template <typename T> struct acc {
@@ -191,6 +188,12 @@ template <typename V> static __device__ inline V warp_sum(V value)
 {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
     return value;
+}
+
+/* The larger of two, or NaN if one is. */
+static __device__ inline double larger(double a, double b)
+{
+    return a != a || a >= b ? a : b;
 }
 
 static __device__ inline double warp_max(double value) /* a NaN is passed on */

@@ -5,7 +5,7 @@
  */
 #ifndef SUBSPACE_PANELS_SHAPE_H
 #define SUBSPACE_PANELS_SHAPE_H
-#include <stdint.h>
+#include "shape.h"
 
 #define PANEL_TILE ((int64_t)1 << 22)          /* elements of z: 16 MiB of float32 */
 #define PANEL_BLOCK ((int64_t)4096)            /* batch rows in a block */
@@ -19,25 +19,10 @@ typedef struct panels_shape {
     int64_t block, blocks;  /* batch rows in a block, blocks */
 } panels_shape;
 
-static inline int64_t panels_least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static inline int64_t panels_most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-static inline int64_t panels_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* Leading dimension of nb batch rows: tensor cores like aligned rows. */
 static inline int64_t panels_ld(int64_t nb)
 {
-    return panels_up(nb, 8) * 8;
+    return CEIL_DIV(nb, 8) * 8;
 }
 
 /* For b, c, rows >= 0 and any k; block and classes are at least 1, blocks and count 0 where there is nothing.
@@ -46,15 +31,13 @@ static inline panels_shape panels_shape_of(int64_t b, int64_t c, int64_t k, int6
 {
     panels_shape s;
     s.block = kept ? PANEL_KEPT_BLOCK : PANEL_BLOCK;
-    if (!kept && ragged)
-        s.block = panels_most(PANEL_RAGGED_BLOCK, panels_least(PANEL_BLOCK, PANEL_TILE / panels_most(rows, 1)));
-    s.block = panels_most(panels_least(s.block, b), 1);
-    s.blocks = panels_up(b, s.block);
-    s.classes = panels_most(c, 1);
-    if (!kept && !ragged)
-        s.classes = panels_least(s.classes, panels_most(1, PANEL_TILE / (s.block * panels_most(k, 1))));
-    s.count = panels_up(c, s.classes);
-    if (s.count > 1) s.classes = panels_up(c, s.count); /* panels of one size */
+    if (!kept && ragged) s.block = MAX(PANEL_RAGGED_BLOCK, MIN(PANEL_BLOCK, PANEL_TILE / MAX(rows, 1)));
+    s.block = MAX(MIN(s.block, b), 1);
+    s.blocks = CEIL_DIV(b, s.block);
+    s.classes = MAX(c, 1);
+    if (!kept && !ragged) s.classes = MIN(s.classes, MAX(1, PANEL_TILE / (s.block * MAX(k, 1))));
+    s.count = CEIL_DIV(c, s.classes);
+    if (s.count > 1) s.classes = CEIL_DIV(c, s.count); /* panels of one size */
     s.rows = ragged ? rows : s.classes * k;
     return s;
 }
@@ -63,9 +46,9 @@ static inline panels_shape panels_shape_of(int64_t b, int64_t c, int64_t k, int6
  * 500 blocks, where there are as many, yet 16 at least: a share is 32 bytes for 64 k or more of z. */
 static inline int64_t panels_strip(int64_t classes, int64_t nb)
 {
-    const int64_t across = panels_up(512, panels_up(panels_most(nb, 1), PANEL_BATCH));
-    const int64_t strip = panels_up(panels_up(panels_most(classes, 1), across), PANEL_CLASSES) * PANEL_CLASSES;
-    return panels_most(16, panels_least(strip, 128));
+    const int64_t across = CEIL_DIV(512, CEIL_DIV(MAX(nb, 1), PANEL_BATCH));
+    const int64_t strip = CEIL_DIV(CEIL_DIV(MAX(classes, 1), across), PANEL_CLASSES) * PANEL_CLASSES;
+    return MAX(16, MIN(strip, 128));
 }
 
 #endif

@@ -6,14 +6,7 @@
  */
 #ifndef SUBSPACE_RSGD_SHAPE_H
 #define SUBSPACE_RSGD_SHAPE_H
-#include <stddef.h>
-#include <stdint.h>
-
-#ifdef __CUDACC__
-#define BOTH_SIDES static __host__ __device__ inline
-#else
-#define BOTH_SIDES static inline
-#endif
+#include "shape.h"
 
 enum {
     RSGD_THREADS = 256,
@@ -45,19 +38,19 @@ typedef struct rsgd_shape {
     size_t scratch; /* bytes of shared memory behind the tile */
 } rsgd_shape;
 
-BOTH_SIDES int64_t rsgd_round(int64_t value, int64_t to)
+SHAPE_FN int64_t rsgd_round(int64_t value, int64_t to)
 {
     return (value + to - 1) / to * to;
 }
 
 /* k with padding: a thread combines 4 or 8 rows at once. */
-BOTH_SIDES int64_t rsgd_padded(int64_t k)
+SHAPE_FN int64_t rsgd_padded(int64_t k)
 {
     return k <= 4 ? 4 : rsgd_round(k, 8);
 }
 
 /* 4 x 4 blocks in the lower triangle of a Gram matrix. */
-BOTH_SIDES int rsgd_pairs(int rows)
+SHAPE_FN int rsgd_pairs(int rows)
 {
     const int groups = (rows + 3) / 4;
     return groups * (groups + 1) / 2;
@@ -65,7 +58,7 @@ BOTH_SIDES int rsgd_pairs(int rows)
 
 /* Into how many parts the columns go, for each of which 8 lanes sum a 4 x 4 block: such that `octets` groups of 8 lanes
  * share (parts x pairs) evenly. k = 4, 8, 16 and 256 threads: 30, 30 of 32 and 144 of 5 x 32. */
-BOTH_SIDES int rsgd_parts(int pairs, int octets)
+SHAPE_FN int rsgd_parts(int pairs, int octets)
 {
     return 2 * pairs <= octets                         ? octets / pairs
            : 4 * pairs <= 3 * octets                   ? 3
@@ -74,21 +67,21 @@ BOTH_SIDES int rsgd_parts(int pairs, int octets)
 }
 
 /* Columns of a block of the cluster. */
-BOTH_SIDES int64_t rsgd_slice(int64_t n, unsigned cluster)
+SHAPE_FN int64_t rsgd_slice(int64_t n, unsigned cluster)
 {
     int64_t slice = n + cluster - 1;
     for (; cluster > 1; cluster /= 2) slice /= 2; /* on a GPU a division of 64 bits takes longer */
     return rsgd_round(slice, 4);
 }
 
-BOTH_SIDES int rsgd_matrices(const rsgd_rule *rule)
+SHAPE_FN int rsgd_matrices(const rsgd_rule *rule)
 {
     return rule->outputs == 2 ? 13 : 10;
 }
 
 /* Doubles of one class's algebra: its Gram matrix by 4 x 4 blocks; coefficients and k x k matrices, or the parts of the
  * Gram matrix before; vectors. */
-BOTH_SIDES int64_t rsgd_scratch_of(int64_t k, const rsgd_rule *rule)
+SHAPE_FN int64_t rsgd_scratch_of(int64_t k, const rsgd_rule *rule)
 {
     const int64_t rows = rule->blocks * k, pairs = rsgd_pairs((int)rows);
     const int64_t parts = rsgd_parts((int)pairs, RSGD_THREADS / 8);
@@ -98,7 +91,7 @@ BOTH_SIDES int64_t rsgd_scratch_of(int64_t k, const rsgd_rule *rule)
 }
 
 /* The same for every class of up to k rows. */
-BOTH_SIDES int64_t rsgd_scratch(int64_t k, const rsgd_rule *rule)
+SHAPE_FN int64_t rsgd_scratch(int64_t k, const rsgd_rule *rule)
 {
     int64_t most = 0;
     for (int64_t i = k < RSGD_SHARED_K ? 1 : k; i <= k; i++) {
@@ -109,14 +102,14 @@ BOTH_SIDES int64_t rsgd_scratch(int64_t k, const rsgd_rule *rule)
 }
 
 /* Bytes to keep a block's slice. */
-BOTH_SIDES int64_t rsgd_kept(int64_t k, int64_t n, unsigned cluster, const rsgd_rule *rule)
+SHAPE_FN int64_t rsgd_kept(int64_t k, int64_t n, unsigned cluster, const rsgd_rule *rule)
 {
     return rsgd_round(rule->held * k, 4) * rsgd_slice(n, cluster) * (int64_t)rule->item;
 }
 
 /* Bytes of the least tile: the careful path's, in double, 2k rows beside those held; 32 columns for small k, else 4,
  * and two more against bank conflicts. */
-BOTH_SIDES int64_t rsgd_least_tile(int64_t k, const rsgd_rule *rule)
+SHAPE_FN int64_t rsgd_least_tile(int64_t k, const rsgd_rule *rule)
 {
     return (rsgd_round(rule->held * k, 4) + 2 * k) * (k <= RSGD_SHARED_K ? 34 : 6) * 8;
 }

@@ -18,7 +18,7 @@ enum { MEASURE, PIVOT, UPDATE, JUDGE, STORE }; /* what is done to all matrices b
 /* Of how many items that consists, for one matrix. */
 static __device__ inline int64_t items_of(int phase, int wanted, int64_t side, int64_t p)
 {
-    const int64_t tiles = rate_ceil(side, RATE_TILE);
+    const int64_t tiles = CEIL_DIV(side, RATE_TILE);
     switch (phase) {
     case MEASURE: return tiles;
     case PIVOT: return p >= tiles ? 0 : wanted == LOGDET ? tiles - p : tiles;
@@ -164,7 +164,7 @@ template <typename C> static __device__ inline void judge(const squares &b, cons
         least = fmin(least, isnan(rest) ? -INFINITY : 1 + rest);
         if (b.wanted == INVERSE) trace += left, largest = fmax(largest, left);
     }
-    for (int64_t i = threadIdx.x; i < rate_ceil(s, RATE_TILE); i += blockDim.x)
+    for (int64_t i = threadIdx.x; i < CEIL_DIV(s, RATE_TILE); i += blockDim.x)
         square_sum += b.bands[2 * (q.work + i)], sum += b.bands[2 * (q.work + i) + 1];
     if (b.wanted == ROOT)
         for (int64_t i = 0; i < s; i++)
@@ -208,7 +208,7 @@ static __device__ void share_out(const squares &b, int64_t p, C *left, C *right,
         for (int64_t at = 0; at < b.count[2 * list + 1]; at++) {
             const square q = b.large[list * b.most_large + at];
             verdict *const of = b.of + list * b.slots + q.slot;
-            const int64_t items = items_of(phase, b.wanted, q.side, p), tiles = rate_ceil(q.side, RATE_TILE);
+            const int64_t items = items_of(phase, b.wanted, q.side, p), tiles = CEIL_DIV(q.side, RATE_TILE);
             for (; turn < items; turn += gridDim.x) {
                 int i, j;
                 if (phase == UPDATE || phase == STORE) tile_of((int)turn, (int)tiles, &i, &j);
@@ -247,7 +247,7 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_larg
     int64_t panels = 0;
     for (int64_t list = 0; list < b.lists; list++)
         for (int64_t i = 0; i < b.count[2 * list + 1]; i++)
-            panels = MAX(panels, rate_ceil(b.large[list * b.most_large + i].side, RATE_TILE));
+            panels = MAX(panels, CEIL_DIV(b.large[list * b.most_large + i].side, RATE_TILE));
     if (panels > 0)
         sweep_together(b, panels, left, right, sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
 }

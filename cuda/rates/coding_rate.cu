@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gram(con
                                          : (C *)l.x + l.small[view * run.groups + at].at;
             C sum[MY_ROWS][MY_COLS];
             int i, j;
-            tile_of((int)((item - g.grams) % shape.upper), (int)rate_ceil(s, RATE_TILE), &i, &j);
+            tile_of((int)((item - g.grams) % shape.upper), (int)CEIL_DIV(s, RATE_TILE), &i, &j);
             const int64_t i0 = (int64_t)i * RATE_TILE, j0 = (int64_t)j * RATE_TILE;
             if (shape.points) product<T, T, C, true, true>(z, i0, z, j0, i == j, from, to, (C *)shared, sum);
             else product<T, T, C, false, false>(z, i0, z, j0, i == j, from, to, (C *)shared, sum);
@@ -91,7 +91,7 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) fold(const
             const C *const parts = slot_of<C>(run, view, g);
             C *const x = (C *)l.x + l.small[view * run.groups + at].at;
             int i, j;
-            tile_of((int)(item - g.grams), (int)rate_ceil(s, RATE_TILE), &i, &j);
+            tile_of((int)(item - g.grams), (int)CEIL_DIV(s, RATE_TILE), &i, &j);
             for (int e = (int)threadIdx.x; e < RATE_TILE * RATE_TILE; e += RATE_THREADS) {
                 const int64_t row = (int64_t)i * RATE_TILE + e / RATE_TILE,
                               col = (int64_t)j * RATE_TILE + e % RATE_TILE;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(RATE_THREADS, sizeof(C) == 4 ? 3 : 2) gradient
     DYNAMIC_SHARED(shared);
     const subspace_coding_rate_args &a = run.a;
     const rate_list &l = careful ? run.careful : run.fast;
-    const int64_t across = rate_ceil(a.d, RATE_TILE);
+    const int64_t across = CEIL_DIV(a.d, RATE_TILE);
     for (int64_t view = blockIdx.y; view < a.v; view += gridDim.y) {
         const rate_group *each = l.each + view * (run.groups + 1);
         const int64_t count = l.count[2 * view], items = each[count].gradients;
@@ -254,7 +254,7 @@ static subspace_status library_gradient(subspace_ctx *ctx, const rate_run *run, 
     const bool points = a->n <= a->d;
     gemms g = {};
     LAUNCH(ctx, scale_inverses<T>,
-           dim3(rate_blocks(rate_ceil(s * s, ROW_THREADS), views, limits->multiprocessors), views), ROW_THREADS, 0,
+           dim3(rate_blocks(CEIL_DIV(s * s, ROW_THREADS), views, limits->multiprocessors), views), ROW_THREADS, 0,
            *run);
     g.m = a->n, g.n = a->d, g.k = s, g.count = a->v, g.exact = true, g.ab = g.cc = a->dtype, g.alpha = 1;
     g.a = points ? (const void *)run->slots : a->z, g.b = points ? a->z : (const void *)run->slots, g.c = a->dz;
@@ -270,7 +270,7 @@ static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const devi
     const subspace_coding_rate_args *a = &run->a;
     const rate_list *l = careful ? &run->careful : &run->fast;
     const unsigned views = (unsigned)MIN(a->v, MOST_VIEWS);
-    const int64_t most = a->start ? a->n * rate_ceil(run->side, RATE_TILE) : RATE_BLOCKS + rate_upper(run->side);
+    const int64_t most = a->start ? a->n * CEIL_DIV(run->side, RATE_TILE) : RATE_BLOCKS + rate_upper(run->side);
     const dim3 grid(rate_blocks(most, views, limits->multiprocessors), views);
     const bool library = run->library && !careful;
     squares b = {};
@@ -297,7 +297,7 @@ static subspace_status gradients(subspace_ctx *ctx, const rate_run *run, const d
 {
     const subspace_coding_rate_args *a = &run->a;
     const unsigned views = (unsigned)MIN(a->v, MOST_VIEWS);
-    const int64_t most = (a->start ? a->n : rate_ceil(a->n, RATE_TILE)) * rate_ceil(a->d, RATE_TILE);
+    const int64_t most = (a->start ? a->n : CEIL_DIV(a->n, RATE_TILE)) * CEIL_DIV(a->d, RATE_TILE);
     if (run->library && !careful) return library_gradient<T>(ctx, run, limits);
     LAUNCH(ctx, (gradient<T, C>), dim3(rate_blocks(most, views, limits->multiprocessors), views), RATE_THREADS,
            rate_product_shared(sizeof(C)), *run, careful);

@@ -4,14 +4,15 @@
  *     dw_ik = (h_k - (d - tr A_k^-1)/2) / n + d/(2n eps) z_i' A_k^-1 z_i
  *     dz_i  = d/(n eps) sum_k w_ik A_k^-1 z_i
  *
- * The face-splitting product of cpu/rates/face_split.h for any number of classes: a stripe of F[i, (a, b)] = z_ia z_ib at a
- * time, and products of cuBLAS, never in TF32: 2 n k p flops in the forward, p = d(d+1)/2, and 4 n k p in the backward.
- * F is written and read once for each product, 1/k of their flops in bytes. The factors are cholesky.cuh's, in place.
+ * The face-splitting product of cpu/rates/face_split.h for any number of classes: a stripe of F[i, (a, b)] = z_ia z_ib
+ * at a time, and products of cuBLAS, never in TF32: 2 n k p flops in the forward, p = d(d+1)/2, and 4 n k p in the
+ * backward. F is written and read once for each product, 1/k of their flops in bytes. The factors are cholesky.cuh's,
+ * in place.
  *
- * As cpu/rates/coding_rate_soft.c, but decided on the device: a view that float32 (or the inverse) is too short for is done
- * again with care, class by class in float64 and with the root R = U^-1 of A^-1 = R R': v = R' z, q = |v|^2,
- * A^-1 z = R v cancel no more than triangular solves do. One cooperative launch, whose blocks leave at once where all
- * was well. A view with a negative or non-finite weight or feature has the rate NaN.
+ * As cpu/rates/coding_rate_soft.c, but decided on the device: a view that float32 (or the inverse) is too short for is
+ * done again with care, class by class in float64 and with the root R = U^-1 of A^-1 = R R': v = R' z, q = |v|^2, A^-1
+ * z = R v cancel no more than triangular solves do. One cooperative launch, whose blocks leave at once where all was
+ * well. A view with a negative or non-finite weight or feature has the rate NaN.
  */
 #include "coding_rate_soft.cuh"
 #include "linalg.cuh"
@@ -265,7 +266,7 @@ static void plan(soft_run *r, const subspace_coding_rate_soft_args *a, bool back
     *r = soft_run{};
     r->a = *a;
     r->backward = backward, r->kept = backward && a->inverse;
-    r->p = d * (d + 1) / 2, r->pad = rate_ceil(d, RATE_TILE) * RATE_TILE;
+    r->p = d * (d + 1) / 2, r->pad = CEIL_DIV(d, RATE_TILE) * RATE_TILE;
     const bool large = d > rate_small(item);
     r->squares = MAX(1, MIN(k, SQUARES / (d * d)));
     r->chunk = MAX(1, r->kept || a->inverse ? k : MIN(k, CHUNK / r->p));

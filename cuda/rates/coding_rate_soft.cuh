@@ -67,7 +67,7 @@ template <typename T> __global__ void __launch_bounds__(COLUMNS *ROW_LANES) exam
 {
     __shared__ double part[ROW_LANES][COLUMNS + 1];
     const subspace_coding_rate_soft_args &a = run.a;
-    const int64_t n = a.n, d = a.d, k = a.k, sums = rate_ceil(k, COLUMNS);
+    const int64_t n = a.n, d = a.d, k = a.k, sums = CEIL_DIV(k, COLUMNS);
     const T *z = (const T *)a.z + v * n * d, *w = (const T *)a.weights + v * n * k;
     if (served<T>(run, v)) return;
     for (int64_t item = blockIdx.x; item < sums; item += gridDim.x) {
@@ -156,7 +156,7 @@ template <typename T>
 static __device__ void careful_grams(const soft_run &run, int64_t v, int64_t k0, int64_t kc, double *shared)
 {
     const subspace_coding_rate_soft_args &a = run.a;
-    const int64_t d = a.d, tiles = rate_ceil(d, RATE_TILE), upper = rate_upper(d);
+    const int64_t d = a.d, tiles = CEIL_DIV(d, RATE_TILE), upper = rate_upper(d);
     const rows<T> z = rows_of((const T *)a.z + v * a.n * d, (const int64_t *)NULL, a.n, a.n, d);
     EACH_ITEM(item, kc * upper)
     {
@@ -181,7 +181,7 @@ template <typename T>
 static __device__ void careful_products(const soft_run &run, int64_t v, int64_t k0, int64_t kc, double *shared)
 {
     const subspace_coding_rate_soft_args &a = run.a;
-    const int64_t n = a.n, d = a.d, across = rate_ceil(d, RATE_TILE), tiles = rate_ceil(n, RATE_TILE) * across;
+    const int64_t n = a.n, d = a.d, across = CEIL_DIV(d, RATE_TILE), tiles = CEIL_DIV(n, RATE_TILE) * across;
     const rows<T> z = rows_of((const T *)a.z + v * n * d, (const int64_t *)NULL, n, n, d);
     EACH_ITEM(item, kc * tiles)
     {
@@ -204,7 +204,7 @@ template <typename T>
 static __device__ void careful_gradients(const soft_run &run, int64_t v, int64_t k0, int64_t kc, double *shared)
 {
     const subspace_coding_rate_soft_args &a = run.a;
-    const int64_t n = a.n, d = a.d, across = rate_ceil(d, RATE_TILE), warps = blockDim.x / WARP;
+    const int64_t n = a.n, d = a.d, across = CEIL_DIV(d, RATE_TILE), warps = blockDim.x / WARP;
     const double drate = (double)((const T *)a.drate)[v] / (double)n, scale = (double)d / a.eps;
     const T *const w = (const T *)a.weights + v * n * a.k;
     const bool last = k0 + kc == a.k;
@@ -219,7 +219,7 @@ static __device__ void careful_gradients(const soft_run &run, int64_t v, int64_t
         if (threadIdx.x % WARP == 0)
             ((T *)a.dweights)[v * n * a.k + i / kc * a.k + c] = empty ? (T)0 : (T)(drate * (shift + scale / 2 * sum));
     }
-    EACH_ITEM(item, a.dz ? rate_ceil(n, RATE_TILE) * across : 0)
+    EACH_ITEM(item, a.dz ? CEIL_DIV(n, RATE_TILE) * across : 0)
     {
         const int64_t i0 = item / across * RATE_TILE, j0 = item % across * RATE_TILE;
         for (int64_t c = 0; c < kc; c++) {
@@ -256,7 +256,7 @@ template <typename T> __global__ void __launch_bounds__(RATE_THREADS) careful_vi
         b.large = run.careful + k0, b.count = run.careful_count + k0 / run.again * 2;
         careful_grams<T>(run, v, k0, kc, shared);
         grid_sync(run.meeting);
-        sweep_together(b, rate_ceil(run.a.d, RATE_TILE), left, right,
+        sweep_together(b, CEIL_DIV(run.a.d, RATE_TILE), left, right,
                        sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
         grid_sync(run.meeting);
         if (!run.backward) continue;
@@ -274,7 +274,7 @@ static subspace_status with_care(subspace_ctx *ctx, const device_limits *limits,
     int64_t blocks = 0;
     if (r->a.k == 0) return SUBSPACE_OK;
     TRY(resident_blocks(ctx, limits, careful_view<T>, RATE_THREADS, shared, &blocks));
-    blocks = MAX(1, MIN(blocks, r->again * rate_ceil(MAX(r->a.n, r->a.d), RATE_TILE) * rate_ceil(r->a.d, RATE_TILE)));
+    blocks = MAX(1, MIN(blocks, r->again * CEIL_DIV(MAX(r->a.n, r->a.d), RATE_TILE) * CEIL_DIV(r->a.d, RATE_TILE)));
     CUDA(ctx, cudaMemsetAsync(r->meeting, 0, 2 * sizeof(unsigned), (cudaStream_t)ctx->stream));
     LAUNCH_COOPERATIVE(ctx, careful_view<T>, (unsigned)blocks, RATE_THREADS, shared, *r, v);
     return SUBSPACE_OK;

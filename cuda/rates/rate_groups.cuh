@@ -119,7 +119,7 @@ static __global__ void __launch_bounds__(LISTERS) list_groups(const rate_run run
             const rate_shape shape = shape_of(g.m, a.d);
             const bool some = g.m > 0, large = shape.s > limit;
             const tally mine = {some, large, some ? shape.parts * shape.upper : 0,
-                                rate_ceil(g.m, RATE_TILE) * rate_ceil(a.d, RATE_TILE)};
+                                CEIL_DIV(g.m, RATE_TILE) * CEIL_DIV(a.d, RATE_TILE)};
             const tally at = add(done, before_me(mine, &total));
             if (some) {
                 const int64_t work = a.start ? g.first + RATE_TILE * at.large : 0;
@@ -145,7 +145,7 @@ static __device__ inline int64_t group_of(const rate_group *each, int64_t count,
 {
     int64_t at = 0;
     while (count > 1) {
-        const int64_t step = rate_ceil(count, blockDim.x), probe = (threadIdx.x + 1) * step;
+        const int64_t step = CEIL_DIV(count, blockDim.x), probe = (threadIdx.x + 1) * step;
         const bool below = probe < count && (gradients ? each[at + probe].gradients : each[at + probe].grams) <= item;
         const int64_t passed = __syncthreads_count(below) * step;
         at += passed, count = MIN(step, count - passed);

@@ -219,7 +219,7 @@ static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int
 template <typename C>
 static __device__ inline void sweep_matrix(const squares &b, const square &q, verdict *to, C *shared)
 {
-    const int s = (int)q.side, tiles = (s + PANEL - 1) / PANEL;
+    const int s = (int)q.side, tiles = CEIL_DIV(s, PANEL);
     const sweep_space<C> space = sweep_space_at(shared, tiles);
     C *const x = (C *)b.x + q.at;
     const C scale = (C)q.scale;

@@ -6,10 +6,10 @@
  *     general      f <- f q^w, q = row / (f (K g));   g <- g q^w, q = col / (g (K' f))
  *     symmetric    f <- f q^(11/16) (f / f_before)^(1/32), q = row / (f (K f))
  *
- * The algebra, the exponent w, the log domain and what is absorbed into K are those of cpu/transport/sinkhorn.c. Several blocks
- * have a plan, each some of its rows (sinkhorn_shape.h), and meet after the rows, where all learn the columns' partial
- * sums or the next f, and after the columns, where all learn g, the error and the norm. They come to the same decisions
- * by themselves and leave when their plan is done. A plan that does not exist is NaN.
+ * The algebra, the exponent w, the log domain and what is absorbed into K are those of cpu/transport/sinkhorn.c.
+ * Several blocks have a plan, each some of its rows (sinkhorn_shape.h), and meet after the rows, where all learn the
+ * columns' partial sums or the next f, and after the columns, where all learn g, the error and the norm. They come to
+ * the same decisions by themselves and leave when their plan is done. A plan that does not exist is NaN.
  *
  * A sweep over a plan in shared memory costs its meetings and what passes through the L2 cache: f, n entries to each
  * block, once a symmetric sweep; partial sums, an eighth of the plan to and fro, and g, twice met, of a general one. At
@@ -260,7 +260,7 @@ static void lay_out(sinkhorn_run<T> *r, const subspace_sinkhorn_args *a, const d
     r->plan = (T *)a->plan, r->error = a->error, r->sweeps = a->sweeps;
     r->dplan = (const T *)a->dplan, r->dscores = (T *)a->dscores, r->drow = (T *)a->drow, r->dcol = (T *)a->dcol;
     r->shape = sinkhorn_shape_of(a->v, a->m, a->n, sizeof(T), limits->multiprocessors, (int64_t)limits->shared);
-    r->columns = sinkhorn_parts(a->m * (int64_t)sizeof(T), 16) * 16 / (int64_t)sizeof(T);
+    r->columns = CEIL_DIV(a->m * (int64_t)sizeof(T), 16) * 16 / (int64_t)sizeof(T);
     const int64_t m = a->m, n = a->n, partial = r->shape.tiles * r->shape.ld;
     r->meeting = (unsigned *)carve(base, bytes, r->shape.groups * MEETING, sizeof(unsigned));
     const size_t group = *bytes;

@@ -59,12 +59,6 @@ template <typename T> struct sinkhorn_run {
     int now;         /* of x or p */
 };
 
-/* The larger of two, or NaN if one is. */
-static __device__ inline double larger(double a, double b)
-{
-    return a != a || a >= b ? a : b;
-}
-
 template <typename T> static __device__ inline T marginal(const T *given, int64_t at)
 {
     return given ? given[at] : (T)1;

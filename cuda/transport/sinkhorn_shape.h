@@ -8,8 +8,7 @@
  */
 #ifndef SUBSPACE_SINKHORN_SHAPE_H
 #define SUBSPACE_SINKHORN_SHAPE_H
-#include <stddef.h>
-#include <stdint.h>
+#include "shape.h"
 
 enum {
     SINKHORN_THREADS = 256,
@@ -30,11 +29,6 @@ typedef struct sinkhorn_shape {
     size_t shared;                 /* bytes of dynamic shared memory; 0: the plan is not kept there */
 } sinkhorn_shape;
 
-static inline int64_t sinkhorn_parts(int64_t count, int64_t part)
-{
-    return (count + part - 1) / part;
-}
-
 static inline int64_t sinkhorn_within(int64_t x, int64_t least, int64_t most)
 {
     return x < least ? least : x > most ? most : x;
@@ -45,15 +39,15 @@ static inline sinkhorn_shape sinkhorn_shape_of(int64_t v, int64_t m, int64_t n, 
                                                int64_t shared)
 {
     sinkhorn_shape s;
-    const int64_t lines = sinkhorn_parts(m, (int64_t)SINKHORN_LINES * SINKHORN_TILES);
+    const int64_t lines = CEIL_DIV(m, (int64_t)SINKHORN_LINES * SINKHORN_TILES);
     s.rows = SINKHORN_LINES * (lines > 1 ? lines : 1);
-    s.tiles = sinkhorn_parts(m, s.rows);
-    s.strips = sinkhorn_parts(n, SINKHORN_STRIP);
-    s.ld = (sinkhorn_parts(n * size, 16) + 1) * 16 / size;
+    s.tiles = CEIL_DIV(m, s.rows);
+    s.strips = CEIL_DIV(n, SINKHORN_STRIP);
+    s.ld = (CEIL_DIV(n * size, 16) + 1) * 16 / size;
     const int small = (double)m * (double)n <= SINKHORN_SMALL;
     const int64_t tile = s.rows * s.ld * size, room = shared - SINKHORN_STATIC;
     int64_t together = 1, most = small ? 1 : sinkhorn_within(multiprocessors / v, 1, s.tiles);
-    s.share = sinkhorn_parts(s.tiles, most);
+    s.share = CEIL_DIV(s.tiles, most);
     if ((double)s.share * (double)tile <= (double)room) {
         s.shared = (size_t)(s.share * tile);
         together = (shared + SINKHORN_RESERVED) / ((int64_t)s.shared + SINKHORN_STATIC + SINKHORN_RESERVED);
@@ -61,9 +55,9 @@ static inline sinkhorn_shape sinkhorn_shape_of(int64_t v, int64_t m, int64_t n, 
     } else {
         s.shared = 0, together = SINKHORN_TOGETHER;
         most = small ? 1 : sinkhorn_within(multiprocessors * together / v, 1, s.tiles);
-        s.share = sinkhorn_parts(s.tiles, most);
+        s.share = CEIL_DIV(s.tiles, most);
     }
-    s.blocks = sinkhorn_parts(s.tiles, s.share);
+    s.blocks = CEIL_DIV(s.tiles, s.share);
     s.groups = sinkhorn_within(multiprocessors * together / s.blocks, 1, v);
     return s;
 }

@@ -7,9 +7,8 @@
  */
 #ifndef SUBSPACE_DEPTHWISE_SHAPE_H
 #define SUBSPACE_DEPTHWISE_SHAPE_H
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
+#include "shape.h"
 #include "subspace.h"
 
 enum {
@@ -31,11 +30,6 @@ typedef struct depthwise_shape {
     int64_t pieces, slices;    /* of a channel; blocks that share them, in turns */
     size_t shared;             /* bytes of shared memory */
 } depthwise_shape;
-
-static inline int64_t depthwise_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
 
 /* Pitches are odd, so that threads on neighbouring rows meet other banks. */
 static inline int64_t depthwise_x_cols(const subspace_depthwise_args *a, int64_t width, int64_t taps)
@@ -60,14 +54,14 @@ static inline depthwise_shape depthwise_shape_of(const subspace_depthwise_args *
     for (int i = 0; i < 3; i++)
         if (a->stride[i] > most || a->dilation[i] > most) return s;
     s.taps = kw <= 3 ? 3 : kw <= 5 ? 5 : 7;
-    s.chunks = (int)depthwise_up(kw, s.taps);
+    s.chunks = (int)CEIL_DIV(kw, s.taps);
     const int64_t taps = (int64_t)s.taps * s.chunks, groups = a->m * tap_rows * s.chunks;
     s.groups = groups < DEPTHWISE_THREADS ? (int)groups : DEPTHWISE_THREADS;
-    s.passes = (int)depthwise_up(groups, s.groups), s.groups = (int)depthwise_up(groups, s.passes);
+    s.passes = (int)CEIL_DIV(groups, s.groups), s.groups = (int)CEIL_DIV(groups, s.passes);
     s.lanes = DEPTHWISE_THREADS / s.groups;
 
-    int64_t width = depthwise_up(a->out[2], DEPTHWISE_SEGMENT) * DEPTHWISE_SEGMENT, height = 0;
-    for (;; width = depthwise_up(width / 2, DEPTHWISE_SEGMENT) * DEPTHWISE_SEGMENT) {
+    int64_t width = CEIL_DIV(a->out[2], DEPTHWISE_SEGMENT) * DEPTHWISE_SEGMENT, height = 0;
+    for (;; width = CEIL_DIV(width / 2, DEPTHWISE_SEGMENT) * DEPTHWISE_SEGMENT) {
         const int64_t x_cols = depthwise_x_cols(a, width, taps), dy_cols = width | 1;
         /* planes x_rows(height) x_cols + m height dy_cols <= most */
         const int64_t room = most - planes * x_cols * (depthwise_x_rows(a, 1) - a->stride[1]);
@@ -78,15 +72,15 @@ static inline depthwise_shape depthwise_shape_of(const subspace_depthwise_args *
     if (height < 1) return s;
     if (height > DEPTHWISE_THREADS) height = DEPTHWISE_THREADS; /* the table of rows */
     s.fits = 1;
-    s.bands_y = depthwise_up(a->out[1], height), s.height = (int)depthwise_up(a->out[1], s.bands_y);
-    s.bands_x = depthwise_up(a->out[2], width);
+    s.bands_y = CEIL_DIV(a->out[1], height), s.height = (int)CEIL_DIV(a->out[1], s.bands_y);
+    s.bands_x = CEIL_DIV(a->out[2], width);
     s.width = (int)(width < a->out[2] ? width : a->out[2]);
     s.segments = (int)(width / DEPTHWISE_SEGMENT), s.dy_cols = (int)width | 1;
     s.x_rows = (int)depthwise_x_rows(a, s.height), s.x_cols = (int)depthwise_x_cols(a, width, taps);
     const int64_t image = planes * s.x_rows * s.x_cols + a->m * s.height * s.dy_cols;
     s.images = 1;
     if (s.bands_y == 1 && s.bands_x == 1) { /* several small planes: four units of work for every lane */
-        const int64_t wanted = depthwise_up(4 * (int64_t)s.lanes, (int64_t)s.height * s.segments);
+        const int64_t wanted = CEIL_DIV(4 * (int64_t)s.lanes, (int64_t)s.height * s.segments);
         int64_t images = most / image;
         if (images > wanted) images = wanted;
         const int64_t spare = a->b * a->c * s.passes / DEPTHWISE_BLOCKS; /* blocks come first */
@@ -95,8 +89,8 @@ static inline depthwise_shape depthwise_shape_of(const subspace_depthwise_args *
         if (images > 1) s.images = (int)images;
     }
     s.row_lanes = s.x_cols <= 8 ? 8 : s.x_cols <= 16 ? 16 : 32;
-    s.pieces = depthwise_up(a->b, s.images) * a->out[0] * s.bands_y * s.bands_x;
-    s.slices = depthwise_up(DEPTHWISE_BLOCKS, a->c * s.passes);
+    s.pieces = CEIL_DIV(a->b, s.images) * a->out[0] * s.bands_y * s.bands_x;
+    s.slices = CEIL_DIV(DEPTHWISE_BLOCKS, a->c * s.passes);
     if (s.slices > s.pieces) s.slices = s.pieces;
     const int64_t sums = DEPTHWISE_THREADS * (int64_t)s.taps, piece = s.images * image;
     s.shared = (size_t)(piece > sums ? piece : sums) * (size_t)item + 2 * DEPTHWISE_THREADS * sizeof(int);

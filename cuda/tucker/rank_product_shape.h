@@ -6,8 +6,7 @@
  */
 #ifndef SUBSPACE_RANK_PRODUCT_SHAPE_H
 #define SUBSPACE_RANK_PRODUCT_SHAPE_H
-#include <stddef.h>
-#include <stdint.h>
+#include "shape.h"
 
 enum {
     RANK_THREADS = 256,
@@ -24,11 +23,6 @@ typedef struct rank_shape {
     int64_t row_tiles, col_tiles, slices, slice /* steps in each, a multiple of RANK_DEPTH */;
 } rank_shape;
 
-static inline int64_t rank_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* For rows, cols, depth >= 0 and count >= 1 products at once; all slices have a step when depth > 0. */
 static inline rank_shape rank_shape_of(int64_t rows, int64_t cols, int64_t depth, int64_t count, int sliced)
 {
@@ -36,16 +30,16 @@ static inline rank_shape rank_shape_of(int64_t rows, int64_t cols, int64_t depth
     if (rows <= 32 && rows <= cols) s.ty = rows <= 16 ? 4 : 8;
     else if (cols <= 32) s.ty = cols <= 16 ? 64 : 32;
     s.tx = RANK_THREADS / s.ty;
-    s.row_tiles = rank_up(rows, RANK_SIDE * s.ty), s.col_tiles = rank_up(cols, RANK_SIDE * s.tx);
+    s.row_tiles = CEIL_DIV(rows, RANK_SIDE * s.ty), s.col_tiles = CEIL_DIV(cols, RANK_SIDE * s.tx);
     const int64_t tiles = s.row_tiles * s.col_tiles * count;
     if (sliced && tiles > 0 && tiles < RANK_BLOCKS) {
-        s.slices = rank_up(RANK_BLOCKS, tiles);
-        if (s.slices > rank_up(depth, RANK_SLICE)) s.slices = rank_up(depth, RANK_SLICE);
+        s.slices = CEIL_DIV(RANK_BLOCKS, tiles);
+        if (s.slices > CEIL_DIV(depth, RANK_SLICE)) s.slices = CEIL_DIV(depth, RANK_SLICE);
         if (s.slices > RANK_MOST_SLICES) s.slices = RANK_MOST_SLICES;
         if (s.slices < 1) s.slices = 1;
     }
-    s.slice = rank_up(rank_up(depth, s.slices), RANK_DEPTH) * RANK_DEPTH;
-    s.slices = depth > 0 ? rank_up(depth, s.slice) : 1;
+    s.slice = CEIL_DIV(CEIL_DIV(depth, s.slices), RANK_DEPTH) * RANK_DEPTH;
+    s.slices = depth > 0 ? CEIL_DIV(depth, s.slice) : 1;
     return s;
 }
 
