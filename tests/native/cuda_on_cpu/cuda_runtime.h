@@ -14,7 +14,6 @@
 // Not here: cooperative_groups, PTX, tensor cores, bulk copies, several streams; time.
 #ifndef SUBSPACE_CUDA_ON_CPU_H
 #define SUBSPACE_CUDA_ON_CPU_H
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -26,12 +25,10 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static const
 #define __shared__ static thread_local /* a block is one OS thread's work */
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __noinline__ __attribute__((noinline))
-#define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 
 struct uint3 {
@@ -42,45 +39,12 @@ struct dim3 {
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define VECTORS(type, name, align2, align4)                                                                            \
-    struct __attribute__((aligned(align2))) name##2                                                                    \
-    {                                                                                                                  \
-        type x, y;                                                                                                     \
-    };                                                                                                                 \
-    struct name##3                                                                                                     \
-    {                                                                                                                  \
-        type x, y, z;                                                                                                  \
-    };                                                                                                                 \
-    struct __attribute__((aligned(align4))) name##4                                                                    \
-    {                                                                                                                  \
-        type x, y, z, w;                                                                                               \
-    };                                                                                                                 \
-    static inline name##2 make_##name##2(type x, type y)                                                               \
-    {                                                                                                                  \
-        return {x, y};                                                                                                 \
-    }                                                                                                                  \
-    static inline name##4 make_##name##4(type x, type y, type z, type w)                                               \
-    {                                                                                                                  \
-        return {x, y, z, w};                                                                                           \
-    }
-VECTORS(float, float, 8, 16)
-VECTORS(int, int, 8, 16)
-VECTORS(double, double, 16, 16)
-VECTORS(unsigned short, ushort, 4, 8)
-#undef VECTORS
-struct __attribute__((aligned(8))) uint2 {
-    unsigned x, y;
+struct __attribute__((aligned(16))) double2 {
+    double x, y;
 };
-struct __attribute__((aligned(16))) uint4 {
-    unsigned x, y, z, w;
-};
-static inline uint2 make_uint2(unsigned x, unsigned y)
+static inline double2 make_double2(double x, double y)
 {
     return {x, y};
-}
-static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
-{
-    return {x, y, z, w};
 }
 
 namespace cuda_on_cpu
@@ -143,7 +107,6 @@ inline int at(int source, int width)
 #define blockIdx (cuda_on_cpu::here->block)
 #define blockDim (cuda_on_cpu::here->threads)
 #define gridDim (cuda_on_cpu::here->blocks)
-#define warpSize 32
 
 #define __syncthreads() cuda_on_cpu::barrier(__LINE__)
 #define __syncthreads_count(p) cuda_on_cpu::vote(__LINE__, (p), 0)
@@ -179,33 +142,9 @@ static inline void __threadfence()
 {
     cuda_on_cpu::fence();
 }
-static inline void __threadfence_block()
-{
-    cuda_on_cpu::fence();
-}
 static inline void __nanosleep(unsigned)
 {
     cuda_on_cpu::pause();
-}
-template <typename T> T __ldg(const T *p)
-{
-    return *p;
-}
-template <typename T> T __ldcs(const T *p)
-{
-    return *p;
-}
-template <typename T> T __ldcg(const T *p)
-{
-    return *p;
-}
-template <typename T> void __stcs(T *p, T value)
-{
-    *p = value;
-}
-template <typename T> void __stcg(T *p, T value)
-{
-    *p = value;
 }
 
 static inline int atomicAdd(int *p, int v)
@@ -220,40 +159,11 @@ static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long 
 {
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
-static inline int atomicOr(int *p, int v)
-{
-    return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
-}
-static inline unsigned atomicOr(unsigned *p, unsigned v)
-{
-    return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
-}
 template <typename T> T atomicExch(T *p, T v)
 {
     return __atomic_exchange_n(p, v, __ATOMIC_RELAXED);
 }
-template <typename T> T atomicCAS(T *p, T compare, T value)
-{
-    __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    return compare;
-}
-template <typename T> T atomicMax(T *p, T v)
-{
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return old;
-}
-template <typename T> T atomicMin(T *p, T v)
-{
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return old;
-}
 
-using std::max;
-using std::min;
 static inline float rsqrtf(float x)
 {
     return 1 / sqrtf(x);
@@ -261,71 +171,6 @@ static inline float rsqrtf(float x)
 static inline double rsqrt(double x)
 {
     return 1 / sqrt(x);
-}
-static inline float rsqrt(float x)
-{
-    return 1 / sqrtf(x);
-}
-#define __expf expf /* the C library has taken these names */
-#define __logf logf
-static inline float __fdividef(float x, float y)
-{
-    return x / y;
-}
-static inline float __fmaf_rn(float a, float b, float c)
-{
-    return fmaf(a, b, c);
-}
-static inline float __frcp_rn(float x)
-{
-    return 1 / x;
-}
-static inline float __fsqrt_rn(float x)
-{
-    return sqrtf(x);
-}
-static inline int __popc(unsigned x)
-{
-    return __builtin_popcount(x);
-}
-static inline int __clz(int x)
-{
-    return x ? __builtin_clz(static_cast<unsigned>(x)) : 32;
-}
-static inline int __ffs(int x)
-{
-    return __builtin_ffs(x);
-}
-template <typename To, typename From> To bits_of(From from)
-{
-    static_assert(sizeof(To) == sizeof(From), "");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-static inline int __float_as_int(float x)
-{
-    return bits_of<int>(x);
-}
-static inline unsigned __float_as_uint(float x)
-{
-    return bits_of<unsigned>(x);
-}
-static inline float __int_as_float(int x)
-{
-    return bits_of<float>(x);
-}
-static inline float __uint_as_float(unsigned x)
-{
-    return bits_of<float>(x);
-}
-static inline long long __double_as_longlong(double x)
-{
-    return bits_of<long long>(x);
-}
-static inline double __longlong_as_double(long long x)
-{
-    return bits_of<double>(x);
 }
 
 // ------------------------------------------------------------------------------------ the runtime
@@ -384,18 +229,6 @@ static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cuda
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t)
 {
     if (bytes) std::memcpy(to, from, bytes);
-    return cudaSuccess;
-}
-static inline cudaError_t cudaMemset2DAsync(void *p, size_t pitch, int value, size_t width, size_t height, cudaStream_t)
-{
-    for (size_t i = 0; i < height; i++) std::memset(static_cast<char *>(p) + i * pitch, value, width);
-    return cudaSuccess;
-}
-static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
-                                            size_t width, size_t height, cudaMemcpyKind, cudaStream_t)
-{
-    for (size_t i = 0; i < height; i++)
-        std::memcpy(static_cast<char *>(to) + i * to_pitch, static_cast<const char *>(from) + i * from_pitch, width);
     return cudaSuccess;
 }
 

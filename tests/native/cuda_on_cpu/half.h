@@ -14,37 +14,9 @@
         {                                                                                                              \
             return widen(bits);                                                                                        \
         }                                                                                                              \
-    };                                                                                                                 \
-    struct __attribute__((aligned(4))) name##2                                                                         \
-    {                                                                                                                  \
-        name x, y;                                                                                                     \
     }
 HALF_TYPE(__half, f16_to_f32, f32_to_f16);
 HALF_TYPE(__nv_bfloat16, bf16_to_f32, f32_to_bf16);
 #undef HALF_TYPE
 
-static inline float __half2float(__half h)
-{
-    return h;
-}
-static inline __half __float2half(float f)
-{
-    return f;
-}
-static inline __half __float2half_rn(float f)
-{
-    return f;
-}
-static inline float __bfloat162float(__nv_bfloat16 h)
-{
-    return h;
-}
-static inline __nv_bfloat16 __float2bfloat16(float f)
-{
-    return f;
-}
-static inline __nv_bfloat16 __float2bfloat16_rn(float f)
-{
-    return f;
-}
 #endif
