@@ -9,6 +9,8 @@
  *
  * Matrices are [ld, ld] with zeros outside [k, k]; ld is 4, 8, 16 or a larger multiple of 4, and
  * the products are compiled for the small constants.
+ *
+ * Included by rsgd.h; double alone, so once.
  */
 #ifndef SUBSPACE_RETRACTION_H
 #define SUBSPACE_RETRACTION_H
@@ -16,10 +18,9 @@
 
 typedef struct kxk { /* scratch and shape of the k x k algebra of one thread */
     int64_t k, ld;
-    double *t0, *t1, *t2, *t3;
+    double *scratch, *spare; /* [ld, ld] */
+    double *values;          /* [3 ld] of eigenvalues */
 } kxk;
-
-enum { KXK_SCRATCH = 4 };
 
 static inline __attribute__((always_inline)) void product_of(int64_t ld, bool transb, const double *restrict a,
                                                              const double *restrict b, double *restrict c)
@@ -102,13 +103,13 @@ static void geodesic_series(const kxk *s, double *x, double tolerance, double *f
     affine_of(s, -1 / ((2. * terms - 1) * (2. * terms)), x, 1, f);
     affine_of(s, -1 / ((2. * terms) * (2. * terms + 1)), x, 1, g);
     for (int j = terms - 1; j > 0; j--) {
-        product(s, x, f, s->t0), affine_of(s, -1 / ((2. * j - 1) * (2. * j)), s->t0, 1, f);
-        product(s, x, g, s->t0), affine_of(s, -1 / ((2. * j) * (2. * j + 1)), s->t0, 1, g);
+        product(s, x, f, s->scratch), affine_of(s, -1 / ((2. * j - 1) * (2. * j)), s->scratch, 1, f);
+        product(s, x, g, s->scratch), affine_of(s, -1 / ((2. * j) * (2. * j + 1)), s->scratch, 1, g);
     }
     for (; doublings > 0; doublings--) {
         if (h && doublings == 1) product(s, g, g, h), affine(s, -0.5, 0, h);
-        product(s, g, f, s->t0), copy(s, s->t0, g);
-        product(s, f, f, s->t0), affine_of(s, 2, s->t0, -1, f);
+        product(s, g, f, s->scratch), copy(s, s->scratch, g);
+        product(s, f, f, s->scratch), affine_of(s, 2, s->scratch, -1, f);
     }
 }
 
@@ -177,15 +178,15 @@ static void from_eigen(const kxk *s, const double *v, const double *values, doub
 /* out = a^-1/2 of an SPD a (overwritten); false if a is singular in working precision */
 static bool inverse_root(const kxk *s, double *a, double *out)
 {
-    double *values = s->t2, least = INFINITY, most = 0;
-    eigen(s, a, s->t0);
+    double *values = s->values, least = INFINITY, most = 0;
+    eigen(s, a, s->scratch);
     for (int64_t i = 0; i < s->k; i++) {
         const double e = a[i * s->ld + i];
         least = MIN(least, e), most = MAX(most, e);
         values[i] = 1 / sqrt(e);
     }
     if (!(least > 1e-12 * most)) return false;
-    from_eigen(s, s->t0, values, out);
+    from_eigen(s, s->scratch, values, out);
     return true;
 }
 
@@ -197,9 +198,9 @@ static void inverse_root_series(const kxk *s, double *x, double tolerance, doubl
     affine(s, 1, 1, x);
     identity(s, z);
     while (residual > tolerance) {
-        product(s, z, z, s->t0), product(s, x, s->t0, s->t1);
-        affine(s, -0.5, 1.5, s->t1);
-        product(s, z, s->t1, s->t0), copy(s, s->t0, z);
+        product(s, z, z, s->scratch), product(s, x, s->scratch, s->spare);
+        affine(s, -0.5, 1.5, s->spare);
+        product(s, z, s->spare, s->scratch), copy(s, s->scratch, z);
         residual *= residual;
     }
 }
@@ -209,7 +210,7 @@ static void inverse_root_series(const kxk *s, double *x, double tolerance, doubl
 static void retraction(const kxk *s, subspace_retraction kind, bool exact, double tolerance, double *x, double *f,
                        double *g, double *h)
 {
-    double *fs = s->t1, *gs = s->t2, *hs = s->t3; /* [k] of eigenvalues */
+    double *fs = s->values, *gs = fs + s->k, *hs = gs + s->k; /* of eigenvalues */
     if (kind == SUBSPACE_QR) {
         affine(s, 1, 1, x);
         cholesky_inverse(s, x, f), copy(s, f, g);
@@ -219,13 +220,13 @@ static void retraction(const kxk *s, subspace_retraction kind, bool exact, doubl
         inverse_root_series(s, x, tolerance, f), copy(s, f, g);
     } else if (!exact && kind == SUBSPACE_CAYLEY) { /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
         affine(s, 0.25, 1, x);
-        cholesky_inverse(s, x, s->t0);
+        cholesky_inverse(s, x, s->scratch);
         for (int64_t i = 0; i < s->ld; i++)
-            for (int64_t j = 0; j < s->ld; j++) s->t1[i * s->ld + j] = s->t0[j * s->ld + i];
-        product(s, s->t1, s->t0, g);
+            for (int64_t j = 0; j < s->ld; j++) s->spare[i * s->ld + j] = s->scratch[j * s->ld + i];
+        product(s, s->spare, s->scratch, g);
         copy(s, g, f), affine(s, 2, -1, f);
     } else {
-        eigen(s, x, s->t0);
+        eigen(s, x, s->scratch);
         for (int64_t i = 0; i < s->k; i++) {
             const double e = MAX(x[i * s->ld + i], 0), angle = sqrt(e);
             const double half = angle / 2, sinc = half > 1e-8 ? sin(half) / half : 1;
@@ -233,8 +234,8 @@ static void retraction(const kxk *s, subspace_retraction kind, bool exact, doubl
             if (kind == SUBSPACE_POLAR) fs[i] = gs[i] = 1 / sqrt(1 + e);
             if (kind == SUBSPACE_CAYLEY) fs[i] = (4 - e) / (4 + e), gs[i] = 4 / (4 + e);
         }
-        from_eigen(s, s->t0, fs, f), from_eigen(s, s->t0, gs, g);
-        if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->t0, hs, h);
+        from_eigen(s, s->scratch, fs, f), from_eigen(s, s->scratch, gs, g);
+        if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->scratch, hs, h);
     }
 }
 

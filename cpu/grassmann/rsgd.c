@@ -1,4 +1,4 @@
-/* rsgd.c - Riemannian SGD on frames, two sweeps over memory and no SVD, QR or division by sigma.
+/* rsgd.c - Riemannian SGD on frames, two passes over memory and no SVD, QR or division by sigma.
  *
  *     1  dir = momentum step of the gradient; Gram of the rows [W; dir] (and M)     8 n k^2 flops
  *     2  k x k, in double:  Q = W W',  R = 1.5 I - 0.5 Q          drift repaired by one Newton-Schulz
@@ -33,7 +33,7 @@ static int64_t rounded(int64_t k)
     return k <= 4 ? 4 : k <= 8 ? 8 : k <= 16 ? 16 : CEIL_DIV(k, 4) * 4;
 }
 
-/* Point a slot's scratch into its part of the workspace; returns its size. */
+/* Point a slot's scratch into its piece of the workspace; returns its size. */
 static size_t lay_out(const rsgd_run *r, char *base, rsgd_slot *s)
 {
     const size_t item = r->a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
@@ -45,9 +45,11 @@ static size_t lay_out(const rsgd_run *r, char *base, rsgd_slot *s)
     s->coef = carve(base, &at, 2 * rows * r->kp, item);
     s->dir = carve(base, &at, r->k * r->n, item);
     s->gram = carve(base, &at, rows * rows, sizeof(double));
-    double **matrices[] = {&s->q.t0, &s->q.t1, &s->q.t2, &s->q.t3};
-    for (int i = 0; i < KXK_SCRATCH; i++) *matrices[i] = carve(base, &at, r->kp * r->kp, sizeof(double));
-    for (int i = 0; i < MATRICES; i++) s->mat[i] = carve(base, &at, r->kp * r->kp, sizeof(double));
+    s->q.values = carve(base, &at, 3 * r->kp, sizeof(double));
+    double **matrices[] = {&s->R, &s->P, &s->S,  &s->X, &s->f,         &s->g,
+                           &s->E, &s->h, &s->Pm, &s->Y, &s->q.scratch, &s->q.spare};
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
+        *matrices[i] = carve(base, &at, r->kp * r->kp, sizeof(double));
     return at;
 }
 
@@ -111,8 +113,8 @@ static bool FN(step_class)(rsgd_slot *s)
     const rsgd_step *st = &s->step;
     const kxk *q = &s->q;
     const double a = -s->lr;
-    double *gram = s->gram, *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4],
-           *g = s->mat[5], *E = s->mat[6], *h = s->mat[7], *Pm = s->mat[8], *Y = s->mat[9];
+    double *gram = s->gram, *R = s->R, *P = s->P, *S = s->S, *X = s->X, *f = s->f, *g = s->g, *E = s->E, *h = s->h,
+           *Pm = s->Pm, *Y = s->Y;
     const int64_t kp = s->kp;
 
     FN(gram_of)(s, gram);

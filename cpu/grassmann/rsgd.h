@@ -1,15 +1,15 @@
 /* rsgd.h - what a thread steps a class with, and the two passes over the class: columns of the rows [W; dir] (and M')
- * packed, a tile at a time, then their Gram matrix or linear combinations of them. Included by rsgd.c and
- * rsgd_careful.h, without T and once per precision.
+ * packed, a tile at a time, then their Gram matrix or linear combinations of them.
+ *
+ * Included by rsgd_careful.h, without T and once per precision.
  */
 #ifndef SUBSPACE_RSGD_H /* -------------------------------------------------------- read once */
 #define SUBSPACE_RSGD_H
 #include "retraction.h"
 
 enum {
-    SMALL_K = 16, /* up to here our own register blocks, above GEMM */
-    FLUSH = 2048, /* columns summed in working precision before they are added up in double */
-    MATRICES = 10,
+    SMALL_K = 16,            /* up to here our own register blocks, above GEMM */
+    FLUSH = 2048,            /* columns summed in working precision before they are added up in double */
     WORTH_A_THREAD = 1 << 15 /* elements: about 15 microseconds */
 };
 
@@ -28,7 +28,8 @@ typedef struct rsgd_slot { /* what one thread works with */
     bool small;
     double lr;
     kxk q;
-    double *gram, *mat[MATRICES];
+    double *gram;
+    double *R, *P, *S, *X, *f, *g, *E, *h, *Pm, *Y; /* [kp, kp] of the k x k part */
     void *pack, *acc, *coef, *dir;
 } rsgd_slot;
 
@@ -37,8 +38,8 @@ typedef struct rsgd_slot { /* what one thread works with */
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
-enum { FN(LANES) = VECTOR / sizeof(T), FN(PART) = FN(LANES) < 4 ? FN(LANES) : 4 };
-typedef T FN(part) __attribute__((vector_size(FN(PART) *sizeof(T)), may_alias)); /* a quarter or so of a vec */
+enum { FN(LANES) = VECTOR / sizeof(T), FN(QUARTER) = FN(LANES) < 4 ? FN(LANES) : 4 };
+typedef T FN(quarter) __attribute__((vector_size(FN(QUARTER) *sizeof(T)), may_alias)); /* a quarter or so of a vec */
 
 /* The columns j0 .. j0+m of W, dir and, with three blocks, M' packed as [blocks kp, width] with
  * zeros in the padding; W only on demand. With `write` M' also goes back to the buffer. */
@@ -106,11 +107,11 @@ static void FN(flush)(const rsgd_slot *s, FN(vec) *acc, double *gram)
     for (int64_t bi = 0; bi < groups; bi++)
         for (int64_t bj = 0; bj <= bi; bj++, acc += 16)
             for (int i = 0; i < 16; i++) {
-                const FN(part) *parts = (const FN(part) *)&acc[i];
-                FN(part) sum = parts[0];
-                for (int l = 1; l < FN(LANES) / FN(PART); l++) sum += parts[l];
+                const FN(quarter) *quarters = (const FN(quarter) *)&acc[i];
+                FN(quarter) sum = quarters[0];
+                for (int l = 1; l < FN(LANES) / FN(QUARTER); l++) sum += quarters[l];
                 double total = 0;
-                for (int l = 0; l < FN(PART); l++) total += (double)sum[l];
+                for (int l = 0; l < FN(QUARTER); l++) total += (double)sum[l];
                 gram[(4 * bi + i / 4) * ld + 4 * bj + i % 4] += total;
                 acc[i] = (FN(vec)){0};
             }
@@ -175,7 +176,7 @@ static inline void FN(combine4)(const T *coef, int64_t depth, const T *pack, int
     }
 }
 
-/* [W; M] <- coef [W; dir; M], coef [outputs kp, blocks kp]: the second sweep. */
+/* [W; M] <- coef [W; dir; M], coef [outputs kp, blocks kp]: the second pass. */
 static void FN(combine)(const rsgd_slot *s, const T *coef, int64_t outputs)
 {
     const subspace_frames *p = s->frames;

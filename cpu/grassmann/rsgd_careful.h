@@ -1,7 +1,9 @@
 /* rsgd_careful.h - the slow, sure step of one class, for what the fast one cannot vouch for: steps
  * so long that dir dir' - P P' cancels, frames far from orthonormal, numbers that overflow a sum in
  * working precision. D is stored and projected twice, every sum is in double, f and g come from
- * eigenvalues, and the result is orthonormalised once more. Included by rsgd.c, once per precision.
+ * eigenvalues, and the result is orthonormalised once more.
+ *
+ * Included by rsgd.c, without T and once per precision.
  */
 #include "rsgd.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
@@ -27,7 +29,7 @@ static bool FN(gram_exact)(const rsgd_slot *s, const T *a, const T *b, double *g
 static void FN(combine_exact)(const rsgd_slot *s, const double *e, const double *f, const T *d, T *w)
 {
     const int64_t n = s->frames->n, k = s->k, kp = s->kp;
-    double *column = s->q.t3; /* [k] */
+    double *column = s->q.values; /* [k] */
     for (int64_t j = 0; j < n; j++) {
         for (int64_t i = 0; i < k; i++) {
             double sum = 0;
@@ -56,8 +58,7 @@ static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
     const kxk *q = &s->q;
     const int64_t n = p->n, k = s->k;
     const double a = -s->lr;
-    double *R = s->mat[0], *P = s->mat[1], *S = s->mat[2], *X = s->mat[3], *f = s->mat[4], *g = s->mat[5],
-           *E = s->mat[6], *h = s->mat[7];
+    double *R = s->R, *P = s->P, *S = s->S, *X = s->X, *f = s->f, *g = s->g, *E = s->E, *h = s->h;
     T *w = (T *)p->weight + s->row * n, *dir = s->dir, *buffer = p->buffer ? (T *)p->buffer + s->row * n : NULL;
     const T *grad = (const T *)p->grad + s->row * n;
 

@@ -14,6 +14,8 @@
  * Latency, not arithmetic, is what a class waits for: a product is a load, k dependent FMAs and a barrier, about 150
  * cycles for k = 8 in one warp, and the geodesic of a step of |X| <= 1 does 6 for P, S and the coefficients and one for
  * every term (f and g side by side, 8 terms at most in float32): 1 to 2 thousand cycles, about one microsecond.
+ *
+ * Included by rsgd.cuh.
  */
 #ifndef SUBSPACE_RETRACTION_CUH
 #define SUBSPACE_RETRACTION_CUH
@@ -25,11 +27,11 @@
 
 typedef struct kxk { /* shape and scratch of the k x k algebra */
     int k;
-    unsigned inverse;    /* of k */
-    int thread, threads; /* the team */
-    double *t0, *t1;     /* [k, k] */
-    double *rows;        /* [2 (k + 1)] */
-    double *values;      /* [3 k] */
+    unsigned inverse;        /* of k */
+    int thread, threads;     /* the team */
+    double *scratch, *spare; /* [k, k] */
+    double *rows;            /* [2 (k + 1)] */
+    double *values;          /* [3 k] */
 } kxk;
 
 /* e / d by a product, for e d < 2^32. */
@@ -158,16 +160,16 @@ static __device__ void geodesic_series(kxk *s, double *x, double tolerance, doub
         {
             const int row = quotient(e, s->inverse), column = e - row * k;
             const double one = row == column;
-            s->t0[e] = one + cf * row_times_column(x + row * k, f + column, k);
-            s->t1[e] = one + cg * row_times_column(x + row * k, g + column, k);
+            s->scratch[e] = one + cf * row_times_column(x + row * k, f + column, k);
+            s->spare[e] = one + cg * row_times_column(x + row * k, g + column, k);
         }
         meet(s);
-        swap(f, s->t0), swap(g, s->t1);
+        swap(f, s->scratch), swap(g, s->spare);
     }
     for (; doublings > 0; doublings--) {
         if (h && doublings == 1) product(s, g, g, h, -0.5);
-        product(s, g, f, s->t0), product(s, f, f, s->t1, 2, -1);
-        swap(g, s->t0), swap(f, s->t1);
+        product(s, g, f, s->scratch), product(s, f, f, s->spare, 2, -1);
+        swap(g, s->scratch), swap(f, s->spare);
     }
 }
 
@@ -283,12 +285,12 @@ static __device__ void from_eigen(const kxk *s, const double *v, const double *v
 static __device__ bool inverse_root(const kxk *s, double *a, double *out)
 {
     double *values = s->values, least = INFINITY, most = 0;
-    eigen(*s, a, s->t0);
+    eigen(*s, a, s->scratch);
     for (int i = 0; i < s->k; i++) least = fmin(least, a[i * s->k + i]), most = fmax(most, a[i * s->k + i]);
     EACH_OF(s, i, s->k) values[i] = 1 / sqrt(a[i * s->k + i]);
     meet(s);
     if (!(least > 1e-12 * most)) return false;
-    from_eigen(s, s->t0, values, out);
+    from_eigen(s, s->scratch, values, out);
     return true;
 }
 
@@ -300,8 +302,8 @@ static __device__ void inverse_root_series(kxk *s, double *x, double tolerance, 
     affine(s, 1 / bound, 1 / bound, x);
     identity(s, z);
     for (double e = 1 - 1 / bound; e > tolerance; e *= e * (3 + e) / 4) {
-        product(s, z, z, s->t0), product(s, x, s->t0, s->t1, -0.5, 1.5);
-        product(s, z, s->t1, s->t0), swap(z, s->t0);
+        product(s, z, z, s->scratch), product(s, x, s->scratch, s->spare, -0.5, 1.5);
+        product(s, z, s->spare, s->scratch), swap(z, s->scratch);
     }
     affine(s, 1 / sqrt(bound), 0, z);
 }
@@ -320,14 +322,14 @@ static __device__ void retraction(kxk *s, subspace_retraction kind, double toler
         cholesky_inverse(s, x, f), copy(s, f, g);
     } else { /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
         affine(s, 0.25, 1, x);
-        cholesky_inverse(s, x, s->t0);
+        cholesky_inverse(s, x, s->scratch);
         EACH_OF(s, e, k * k)
         {
             const int i = quotient(e, s->inverse);
-            s->t1[(e - i * k) * k + i] = s->t0[e];
+            s->spare[(e - i * k) * k + i] = s->scratch[e];
         }
         meet(s);
-        product(s, s->t1, s->t0, g), copy(s, g, f, 2, -1);
+        product(s, s->spare, s->scratch, g), copy(s, g, f, 2, -1);
     }
 }
 
@@ -342,7 +344,7 @@ static __device__ void retraction_exact(const kxk *s, subspace_retraction kind, 
         cholesky_inverse(s, x, f), copy(s, f, g);
         return;
     }
-    eigen(*s, x, s->t0);
+    eigen(*s, x, s->scratch);
     EACH_OF(s, i, k)
     {
         const double e = fmax(x[i * k + i], 0.), angle = sqrt(e), half = angle / 2;
@@ -352,8 +354,8 @@ static __device__ void retraction_exact(const kxk *s, subspace_retraction kind, 
         if (kind == SUBSPACE_CAYLEY) fs[i] = (4 - e) / (4 + e), gs[i] = 4 / (4 + e);
     }
     meet(s);
-    from_eigen(s, s->t0, fs, f), from_eigen(s, s->t0, gs, g);
-    if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->t0, hs, h);
+    from_eigen(s, s->scratch, fs, f), from_eigen(s, s->scratch, gs, g);
+    if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->scratch, hs, h);
 }
 
 #endif

@@ -12,7 +12,7 @@
  * shares of the Gram matrix, and each does the k x k part for itself (rsgd_shape.h: who has how much). For k = 8,
  * n = 2048, float32 that is two blocks of 72 KiB, three blocks a multiprocessor: 198 of 1000 classes are at work on an
  * H200, which must turn one over every 14 us to keep up with its memory; load, algebra and store of different
- * classes overlap. 20 k n bytes a class: 328 MB, 73 us at 4.5 TB/s. What does not fit, or has no clusters, sweeps over
+ * classes overlap. 20 k n bytes a class: 328 MB, 73 us at 4.5 TB/s. What does not fit, or has no clusters, passes over
  * memory twice, tile by tile.
  *
  * A step so long that S cancels (a^2 |dir|^2 > 10), or a frame too far from orthonormal for one
@@ -49,7 +49,7 @@ template <typename T> static __device__ inline void lay_out(rsgd_class<T> *s, do
     s->gram = at, at += rsgd_pairs(rows) * 16;
     s->coef = at, at += rule->outputs * rows * s->kp;
     s->mats = at, at += rsgd_matrices(rule) * k * k;
-    s->q.t0 = matrix(s, 8), s->q.t1 = matrix(s, 9);
+    s->q.scratch = matrix(s, AT_SCRATCH), s->q.spare = matrix(s, AT_SPARE);
     s->q.rows = at, s->q.values = at + 2 * (k + 1);
 }
 
@@ -60,9 +60,9 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     kxk *q = &s->q;
     const int k = s->k;
     const double a = -s->lr;
-    double *R = matrix(s, 0), *P = matrix(s, 1), *S = matrix(s, 2), *X = matrix(s, 3), *f = matrix(s, 4),
-           *g = matrix(s, 5), *E = matrix(s, 6), *Pm = matrix(s, 7), *h = matrix(s, 10), *Mw = matrix(s, 11),
-           *Y = matrix(s, 12);
+    double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *S = matrix(s, AT_S), *X = matrix(s, AT_X), *f = matrix(s, AT_F),
+           *g = matrix(s, AT_G), *E = matrix(s, AT_E), *Pm = matrix(s, AT_PM), *h = matrix(s, AT_H),
+           *Mw = matrix(s, AT_MW), *Y = matrix(s, AT_Y);
 
     affine(q, -0.5, 1.5, R);
     product(q, E, R, P);
@@ -113,9 +113,9 @@ template <typename T, bool LARGE> static __device__ inline bool step_class(rsgd_
     const bool kept = s->end - s->begin <= s->width;
     const double a = -s->lr;
     double trace = 0;
-    const bool near = gram_of(s, matrix(s, 0), matrix(s, 6), matrix(s, 2), matrix(s, 11), matrix(s, 12));
+    const bool near = gram_of(s, matrix(s, AT_R), matrix(s, AT_E), matrix(s, AT_S), matrix(s, AT_MW), matrix(s, AT_Y));
 #pragma unroll 4
-    for (int i = 0; i < k; i++) trace += matrix(s, 2)[i * (k + 1)];
+    for (int i = 0; i < k; i++) trace += matrix(s, AT_S)[i * (k + 1)];
     __syncthreads();
     /* written so that a NaN or an infinity takes the careful path, which tells overflow from rubbish */
     if (!(near && a * a * trace < 10)) return s->rank || careful(*s);

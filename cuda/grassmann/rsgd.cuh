@@ -1,6 +1,6 @@
-/* rsgd.cuh - the sweeps over one class by a block, or by the blocks of a cluster, each over a slice of its columns:
+/* rsgd.cuh - the passes over one class by a block, or by the blocks of a cluster, each over a slice of its columns:
  * columns of the rows [W; dir] (and M') into shared memory, a tile at a time, then their Gram matrix or linear
- * combinations of them. A slice that is one tile stays there between the sweeps.
+ * combinations of them. A slice that is one tile stays there between the passes.
  *
  * Arithmetic is in A: the weight's own type for the fast step, double for the careful one. Plain FMA, never a tensor
  * core: frames stay orthonormal to 1e-7. Every function is called by the whole block, unless it takes a team.
@@ -9,6 +9,8 @@
  * 1024 to write the tile, 5120 for the Gram matrix (4 x 4 blocks read 8 numbers for 16 FMAs), 512 to write M', 1536 to
  * combine (8 rows at once): 8.2 thousand clocks a class, 36 us for 1000 of them on 132 multiprocessors at 1.75 GHz,
  * half the time their 328 MB take.
+ *
+ * Included by rsgd_careful.cuh.
  */
 #ifndef SUBSPACE_RSGD_CUH
 #define SUBSPACE_RSGD_CUH
@@ -57,12 +59,15 @@ template <typename T> struct rsgd_class { /* what a block works with */
     double *gram; /* [pairs, 16]: of W, dir and M' by 4 x 4 blocks of the lower triangle */
     void *coef;   /* [outputs, blocks k, kp]: transposed, so that the rows of a column lie side by side; before that
                      the [parts, pairs, 16] that gram is the sum of */
-    double *mats; /* [10 or 13, k, k]: the last three where M is transported */
+    double *mats; /* [10 or 13, k, k], see rsgd_matrix */
 };
 
-template <typename T> static __device__ inline double *matrix(const rsgd_class<T> *s, int i)
+/* The k x k matrices of a class, by their names in the maths; the last three where M is transported. */
+enum rsgd_matrix { AT_R, AT_P, AT_S, AT_X, AT_F, AT_G, AT_E, AT_PM, AT_SCRATCH, AT_SPARE, AT_H, AT_MW, AT_Y };
+
+template <typename T> static __device__ inline double *matrix(const rsgd_class<T> *s, rsgd_matrix which)
 {
-    return s->mats + i * s->k * s->k;
+    return s->mats + which * s->k * s->k;
 }
 
 /* V numbers that lie together and, in shared memory always, where a vector may. */
@@ -239,7 +244,7 @@ template <typename T> static __device__ inline double gram_at(const rsgd_class<T
     return sum;
 }
 
-/* The first sweep: q = W W', dw = dir W', dd = dir dir' and, with three blocks, mw = M' W' and md = M' dir'. False if q
+/* The first pass: q = W W', dw = dir W', dd = dir dir' and, with three blocks, mw = M' W' and md = M' dir'. False if q
  * is far from I or not finite. */
 template <typename T>
 static __device__ bool gram_of(const rsgd_class<T> *s, double *q, double *dw, double *dd, double *mw, double *md)
@@ -338,7 +343,7 @@ static __device__ inline void keep_momentum(const rsgd_class<T> *s, int64_t j0, 
     }
 }
 
-/* The second sweep, from the last tile, which is still there, to the first: [W; M] <- coef [W; dir; M'], with one
+/* The second pass, from the last tile, which is still there, to the first: [W; M] <- coef [W; dir; M'], with one
  * output only W. With `write` M <- M'. */
 template <typename T, typename A>
 static __device__ inline void combine(const rsgd_class<T> *s, int width, int ld, bool there, int outputs, bool write)

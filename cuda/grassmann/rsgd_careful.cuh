@@ -1,8 +1,10 @@
 /* rsgd_careful.cuh - the slow, sure step of one class, for what the fast one cannot vouch for: steps
  * so long that dir dir' - P P' cancels, frames far from orthonormal, numbers that overflow a sum in
- * working precision. D is computed again in every sweep rather than stored, projected twice, every
+ * working precision. D is computed again in every pass rather than stored, projected twice, every
  * sum is in double, f and g come from eigenvalues, and the result is orthonormalised once more. One block does it, the
  * first of its cluster; what the fast step kept in shared memory is given up.
+ *
+ * Included by rsgd.cu.
  */
 #ifndef SUBSPACE_RSGD_CAREFUL_CUH
 #define SUBSPACE_RSGD_CAREFUL_CUH
@@ -95,9 +97,9 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     const int k = s->k;
     const bool parallel = s->step->parallel;
     const double a = -s->lr;
-    double *R = matrix(s, 0), *P = matrix(s, 1), *S = matrix(s, 2), *X = matrix(s, 3), *f = matrix(s, 4),
-           *g = matrix(s, 5), *E = matrix(s, 6), *Dw = matrix(s, 7), *h = matrix(s, 10), *Mw = matrix(s, 11),
-           *Y = matrix(s, 12);
+    double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *S = matrix(s, AT_S), *X = matrix(s, AT_X), *f = matrix(s, AT_F),
+           *g = matrix(s, AT_G), *E = matrix(s, AT_E), *Dw = matrix(s, AT_PM), *h = matrix(s, AT_H),
+           *Mw = matrix(s, AT_MW), *Y = matrix(s, AT_Y);
     q->thread = (int)threadIdx.x, q->threads = (int)blockDim.x;
     s->begin = 0, s->end = s->n;
 

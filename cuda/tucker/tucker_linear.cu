@@ -23,7 +23,7 @@ typedef subspace_tucker_linear_args linear_args;
 
 template <typename T> struct buffers {
     T *x;                      /* [t, n]    dropped, or NULL: x itself */
-    acc_t<T> *z, *h;           /* [t, rn], [t, rm]; half types: [t, 2 rn], [t, 2 rm] of two halves: z1 and h */
+    acc_t<T> *z1, *h;          /* [t, rn], [t, rm]; half types: [t, 2 rn], [t, 2 rm] of two halves */
     acc_t<T> *z2, *k;          /* [t, rm], [t, rn] */
     T *u, *v;                  /* [m, 3 rm] = high | high | low, [3 rn, n] = high, high, low below one another */
     T *left;                   /* [t, 3 max(rn, rm)] = high | low | high of z2 or k */
@@ -48,7 +48,7 @@ template <typename T> static size_t lay_out(const linear_args *a, char *base, bu
     size_t bytes = 0;
     *b = buffers<T>{};
     if (a->dropout > 0) b->x = (T *)carve(base, &bytes, a->t * a->n, sizeof(T));
-    b->z = (W *)carve(base, &bytes, a->t * a->rn * parts, sizeof(W));
+    b->z1 = (W *)carve(base, &bytes, a->t * a->rn * parts, sizeof(W));
     b->h = (W *)carve(base, &bytes, a->t * a->rm * parts, sizeof(W));
     b->z2 = (W *)carve(base, &bytes, a->t * a->rm, sizeof(W));
     b->k = (W *)carve(base, &bytes, a->t * a->rn, sizeof(W));
@@ -169,8 +169,8 @@ template <typename T> static subspace_status forward_wide(subspace_ctx *ctx, con
     double kept;
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(dropped(ctx, a, &b, &x, &kept));
-    TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z));
-    TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z, rn, a->core, rn, 0, b.z2));
+    TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z1));
+    TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z1, rn, a->core, rn, 0, b.z2));
     return times(ctx, d, d, false, true, t, m, rm, 1, b.z2, rm, a->u, rm, 1, a->y);
 }
 
@@ -184,11 +184,11 @@ template <typename T> static subspace_status backward_wide(subspace_ctx *ctx, co
     double kept;
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(dropped(ctx, a, &b, &x, &kept));
-    if (a->du || a->dcore) TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z));
-    if (a->du) TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z, rn, a->core, rn, 0, b.z2));
+    if (a->du || a->dcore) TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z1));
+    if (a->du) TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z1, rn, a->core, rn, 0, b.z2));
     if (a->du) TRY(times(ctx, d, d, true, false, m, rm, t, 1, a->dy, m, b.z2, rm, 0, a->du));
     if (a->dcore || inner) TRY(times(ctx, d, d, false, false, t, rm, m, a->scale, a->dy, m, a->u, rm, 0, b.h));
-    if (a->dcore) TRY(times(ctx, d, d, true, false, rm, rn, t, kept, b.h, rm, b.z, rn, 0, a->dcore));
+    if (a->dcore) TRY(times(ctx, d, d, true, false, rm, rn, t, kept, b.h, rm, b.z1, rn, 0, a->dcore));
     if (inner) TRY(times(ctx, d, d, false, false, t, rn, rm, 1, b.h, rm, a->core, rn, 0, b.k));
     if (a->dv) TRY(times(ctx, d, d, true, false, rn, n, t, kept, b.k, rn, x, n, 0, a->dv));
     if (!a->dx) return SUBSPACE_OK;
@@ -220,7 +220,7 @@ static subspace_status down(subspace_ctx *ctx, const linear_args *a, const buffe
     TRY(dropped(ctx, a, b, x, kept));
     if (!z1) return SUBSPACE_OK;
     return times(ctx, a->dtype, SUBSPACE_F32, false, true, a->t, 2 * a->rn, a->n, 1, *x, a->n, b->v + a->rn * a->n,
-                 a->n, 0, b->z);
+                 a->n, 0, b->z1);
 }
 
 template <typename T> static subspace_status forward_half(subspace_ctx *ctx, const linear_args *a)
@@ -233,10 +233,10 @@ template <typename T> static subspace_status forward_half(subspace_ctx *ctx, con
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(down(ctx, a, &b, true, &x, &kept));
     if (a->dtype == SUBSPACE_F16) {
-        TRY((middle<T>(ctx, a, a->scale * kept, b.z, rn, core, rm, b.z2)));
+        TRY((middle<T>(ctx, a, a->scale * kept, b.z1, rn, core, rm, b.z2)));
         return add_product<T>(ctx, a, a->m, rm, b.z2, matrix((const float *)a->u, rm, false, 0, 0), false, a->y);
     }
-    TRY((middle<T>(ctx, a, a->scale * kept, b.z, rn, core, rm, b.left)));
+    TRY((middle<T>(ctx, a, a->scale * kept, b.z1, rn, core, rm, b.left)));
     return times(ctx, a->dtype, a->dtype, false, true, a->t, a->m, 3 * rm, 1, b.left, 3 * rm, b.u, 3 * rm, 1, a->y);
 }
 
@@ -252,14 +252,14 @@ template <typename T> static subspace_status backward_half(subspace_ctx *ctx, co
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(down(ctx, a, &b, a->du || a->dcore, &x, &kept));
     if (a->du) {
-        TRY((middle<T>(ctx, a, a->scale * kept, b.z, rn, matrix(c, rn, false, 0, 0), rm, b.left)));
+        TRY((middle<T>(ctx, a, a->scale * kept, b.z1, rn, matrix(c, rn, false, 0, 0), rm, b.left)));
         TRY(times(ctx, d, f32, true, false, m, 2 * rm, t, 1, a->dy, m, b.left, 3 * rm, 0, b.du));
     }
     if (a->dcore || inner) TRY(times(ctx, d, f32, false, false, t, 2 * rm, m, 1, a->dy, m, b.u + rm, 3 * rm, 0, b.h));
     if (a->dcore) {
         const double low = 1 / low_half<T>::scale;
         const operand<float> h = matrix((const float *)b.h, 2 * rm, true, rm, low);
-        const operand<float> z = matrix((const float *)b.z, 2 * rn, true, rn, low);
+        const operand<float> z = matrix((const float *)b.z1, 2 * rn, true, rn, low);
         TRY(rank_multiply(ctx, rank_job<float, float, float>{1, rm, rn, t, t, h, z, 1, NULL, b.dcore, {}, NOTHING, 0},
                           true));
     }
