@@ -1,6 +1,6 @@
 /* convert.h - half types to float and back, in loops the compiler vectorises (no F16C needed).
  * float16: the exponent is rebased by one float multiply, which also gets subnormals right.
- * Narrowing rounds to nearest, ties to even, as torch does. */
+ * Narrowing rounds to nearest, ties to even, as torch does. Included by whoever has half types; needs nothing. */
 #ifndef SUBSPACE_CONVERT_H
 #define SUBSPACE_CONVERT_H
 #include <stdint.h>

@@ -43,7 +43,7 @@ static inline void *carve(char *base, size_t *at, int64_t count, size_t item)
     return here;
 }
 
-/* Slot s of `slots` gets the part [*begin, *end) of [0, count): always the same part. */
+/* Slot s of `slots` gets the range [*begin, *end) of [0, count): always the same one. */
 static inline void share(int64_t count, int64_t slot, int64_t slots, int64_t *begin, int64_t *end)
 {
     *begin = count * slot / slots;

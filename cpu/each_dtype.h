@@ -12,6 +12,8 @@
  *     ...
  *     #endif
  *
+ * A header with maths in T is included in the first place for its types ("without T"), in the second for the maths.
+ *
  *     T           float            double
  *     FN(name)    name_f32_LEVEL   name_f64_LEVEL
  *     GEMM        gemm_f32         gemm_f64         (linalg.h)

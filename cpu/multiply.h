@@ -5,9 +5,9 @@
  * Our panels are short (a few hundred rows or columns) and their A is already in an order that
  * broadcasts well, so packing B alone is enough; a general GEMM packs both and loses up to a third
  * of its speed at small n. A strip is three vectors wide. A block of B, MULTIPLY_DEPTH rows of MULTIPLY_STRIPS strips,
- * stays in L2; a kernel holds up to MULTIPLY_ROWS x 3 vectors of C in registers.
+ * stays in L2; a microkernel holds up to MULTIPLY_ROWS x 3 vectors of C in registers.
  *
- * Included once per precision by panels.c, mode_product.h and sweep.h, each of which defines before:
+ * Included once per precision by panels.c, mode_product.h and gauss_jordan.h, each of which defines before it:
  *
  *     MULTIPLY_ROWS                     8, for 24 accumulators of 32 vector registers, or 4, for 12 of 16
  *     MULTIPLY_DEPTH, MULTIPLY_STRIPS   the block of B; `packed` has room for it
@@ -26,9 +26,9 @@ typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_a
 enum { FN(LANES) = VECTOR / sizeof(T), FN(STRIP) = 3 * FN(LANES) };
 
 /* C of `rows` rows and `vecs` vectors, of which `cols` columns count; b is a packed strip [k, vecs vectors]. */
-static inline
-    __attribute__((always_inline)) void FN(kernel)(const int rows, const int vecs, int64_t k, const T *a, int64_t ai,
-                                                   int64_t al, const T *b, T *c, int64_t ldc, int64_t cols, bool add)
+static inline __attribute__((always_inline)) void FN(microkernel)(const int rows, const int vecs, int64_t k, const T *a,
+                                                                  int64_t ai, int64_t al, const T *b, T *c, int64_t ldc,
+                                                                  int64_t cols, bool add)
 {
     enum { L = FN(LANES) };
     FN(vec) acc[8][3];
@@ -58,19 +58,19 @@ static inline
     }
 }
 
-#define KERNELS(rows)                                                                                                  \
-    static                                                                                                             \
-        __attribute__((noinline)) void FN(kernel_##rows)(int64_t vecs, int64_t k, const T *a, int64_t ai, int64_t al,  \
-                                                         const T *b, T *c, int64_t ldc, int64_t cols, bool add)        \
+#define MICROKERNELS(rows)                                                                                             \
+    static __attribute__((noinline)) void FN(microkernel_##rows)(int64_t vecs, int64_t k, const T *a, int64_t ai,      \
+                                                                 int64_t al, const T *b, T *c, int64_t ldc,            \
+                                                                 int64_t cols, bool add)                               \
     {                                                                                                                  \
-        if (vecs == 3) FN(kernel)(rows, 3, k, a, ai, al, b, c, ldc, cols, add);                                        \
-        else if (vecs == 2) FN(kernel)(rows, 2, k, a, ai, al, b, c, ldc, cols, add);                                   \
-        else FN(kernel)(rows, 1, k, a, ai, al, b, c, ldc, cols, add);                                                  \
+        if (vecs == 3) FN(microkernel)(rows, 3, k, a, ai, al, b, c, ldc, cols, add);                                   \
+        else if (vecs == 2) FN(microkernel)(rows, 2, k, a, ai, al, b, c, ldc, cols, add);                              \
+        else FN(microkernel)(rows, 1, k, a, ai, al, b, c, ldc, cols, add);                                             \
     }
-KERNELS(8)
-KERNELS(4)
-KERNELS(1)
-#undef KERNELS
+MICROKERNELS(8)
+MICROKERNELS(4)
+MICROKERNELS(1)
+#undef MICROKERNELS
 
 /* `cols` columns of `depth` rows of b as strips [depth, STRIP]; the last strip has as many vectors as it needs.
  * Row by row: whole rows are read in order, as memory likes it. */
@@ -120,9 +120,9 @@ static void FN(multiply)(int64_t m, int64_t n, int64_t k, const T *a, int64_t ai
                     const int64_t here = MIN(FN(STRIP), cols - j), vecs = CEIL_DIV(here, FN(LANES));
                     const T *strip = packed + j * depth;
                     T *to = c + i * ldc + j0 + j;
-                    if (rows == 8) FN(kernel_8)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
-                    else if (rows == 4) FN(kernel_4)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
-                    else FN(kernel_1)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                    if (rows == 8) FN(microkernel_8)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                    else if (rows == 4) FN(microkernel_4)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
+                    else FN(microkernel_1)(vecs, depth, ablock, si, sl, strip, to, ldc, here, plus);
                 }
             }
         }

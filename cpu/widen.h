@@ -1,4 +1,4 @@
-/* widen.h - entries of any dtype as what we compute in. Included once per precision, after convert.h. */
+/* widen.h - entries of any dtype as what we compute in. Included once per precision, by panels.c and mode_product.h. */
 #include "convert.h"
 #include "cpu.h"
 #ifdef T

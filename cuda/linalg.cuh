@@ -1,4 +1,4 @@
-/* linalg.cuh - the linear algebra we take from cuBLAS. */
+/* linalg.cuh - the linear algebra we take from cuBLAS. Included by whoever calls it; no kernel does. */
 #ifndef SUBSPACE_LINALG_CUH
 #define SUBSPACE_LINALG_CUH
 #include "cuda.cuh"

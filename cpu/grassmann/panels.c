@@ -1,4 +1,4 @@
-/* panels.c - the sweep over class panels: z = W xhat', and back through dz to dx and dweight.
+/* panels.c - the pass over class panels: z = W xhat', and back through dz to dx and dweight.
  *
  *     forward    z = W_p xhat'                        2 b n rows flops, z handed to the epilogue
  *     backward   z kept or recomputed, epilogue makes dz of it, then
@@ -16,7 +16,7 @@
 enum {
     PANEL_ROWS = 512,  /* with a block of 256 the tile takes 512 KiB of float32: it stays in L2 */
     BLOCK = 256,       /* batch rows in a block */
-    SWEEP_ROWS = 8192, /* rows of dz alive together in the backward */
+    ROUND_ROWS = 8192, /* rows of dz alive together in the backward */
     WORTH_A_THREAD = 1 << 20,
     WORTH_COPYING = 1 << 16
 };
@@ -102,12 +102,12 @@ typedef struct {
     int64_t first, last, block; /* backward: the panels and the block of this round */
     T *dx;                      /* backward: [nb, n] of the block */
     T *dweight;
-} FN(sweep);
+} FN(pass);
 
 /* xt[j, i] = xhat[i, j] for 16 rows of the batch at a time */
 static void FN(transpose_rows)(int64_t begin, int64_t end, void *arg)
 {
-    const FN(sweep) *s = arg;
+    const FN(pass) *s = arg;
     const int64_t n = s->p->a->n, b = s->p->a->b;
     T *xt = s->p->xt;
     for (int64_t i0 = begin * 16; i0 < MIN(end * 16, b); i0 += 16)
@@ -116,7 +116,7 @@ static void FN(transpose_rows)(int64_t begin, int64_t end, void *arg)
 }
 
 /* The normalised, widened rows of x, and beside them their transpose where z is to be computed. */
-static void FN(prepare_x)(FN(sweep) *s, bool transposed)
+static void FN(prepare_x)(FN(pass) *s, bool transposed)
 {
     const panels *p = s->p;
     const int64_t b = p->a->b, grain = MAX(1, WORTH_COPYING / MAX(p->a->n, 1));
@@ -175,7 +175,7 @@ void FN(panels_scale)(const panels *p, const tile *t, const T *restrict factor, 
 
 static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
 {
-    const FN(sweep) *s = arg;
+    const FN(pass) *s = arg;
     const panels *p = s->p;
     const int64_t n = p->a->n;
     for (int64_t slot = begin; slot < end; slot++) {
@@ -197,7 +197,7 @@ static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
 
 void FN(panels_forward)(const panels *p, T *proj, panels_epilogue *epilogue, void *arg)
 {
-    FN(sweep) s = {.p = p, .out = proj, .epilogue = epilogue, .arg = arg};
+    FN(pass) s = {.p = p, .out = proj, .epilogue = epilogue, .arg = arg};
     FN(prepare_x)(&s, true);
     p->ctx->parallel_for(p->slots, 1, FN(forward_slots), &s);
 }
@@ -207,7 +207,7 @@ void FN(panels_forward)(const panels *p, T *proj, panels_epilogue *epilogue, voi
 /* dz of each panel of the round, then dW_p (+)= dz xhat. */
 static void FN(backward_panels)(int64_t begin, int64_t end, void *arg)
 {
-    const FN(sweep) *s = arg;
+    const FN(pass) *s = arg;
     const panels *p = s->p;
     const int64_t n = p->a->n;
     for (int64_t slot = begin; slot < end; slot++) {
@@ -237,7 +237,7 @@ static void FN(backward_panels)(int64_t begin, int64_t end, void *arg)
 /* dxhat[block] (+)= sum over the round's panels of dz' W_p, one rectangle of dxhat at a time. */
 static void FN(backward_dx)(int64_t begin, int64_t end, void *arg)
 {
-    const FN(sweep) *s = arg;
+    const FN(pass) *s = arg;
     const panels *p = s->p;
     const int64_t n = p->a->n, nb = panels_tile(p, s->first, s->block, 0).nb;
     const int64_t cols = MIN(n, 512), across = CEIL_DIV(n, cols);
@@ -262,7 +262,7 @@ static void FN(backward_dx)(int64_t begin, int64_t end, void *arg)
 /* dx = (dxhat - xhat <xhat, dxhat>) / |x|: the part along x does not change a normalised row. */
 static void FN(finish_dx)(int64_t begin, int64_t end, void *arg)
 {
-    const FN(sweep) *s = arg;
+    const FN(pass) *s = arg;
     const panels *p = s->p;
     const int64_t n = p->a->n, b0 = s->block * p->block;
     for (int64_t i = begin; i < end; i++) {
@@ -291,7 +291,7 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
 {
     const subspace_logits_args *a = p->a;
     const int64_t n = a->n, grain = MAX(1, WORTH_COPYING / MAX(n, 1));
-    FN(sweep) s = {.p = p, .proj = proj, .epilogue = epilogue, .arg = arg};
+    FN(pass) s = {.p = p, .proj = proj, .epilogue = epilogue, .arg = arg};
     if (a->b == 0 || a->c == 0) { /* nothing flows back */
         const size_t item = a->dtype == SUBSPACE_F64 ? 8 : a->dtype == SUBSPACE_F32 ? 4 : 2;
         if (a->dx) memset(a->dx, 0, (size_t)(a->b * n) * item);
@@ -303,7 +303,7 @@ void FN(panels_backward)(const panels *p, const T *proj, panels_epilogue *epilog
     for (s.block = 0; s.block < p->blocks; s.block++) {
         s.dx = p->dx ? p->dx : a->dx ? (T *)a->dx + s.block * p->block * n : NULL;
         for (s.first = 0; s.first < p->count; s.first = s.last) {
-            s.last = MIN(s.first + p->sweep, p->count);
+            s.last = MIN(s.first + p->round, p->count);
             p->ctx->parallel_for(p->slots, 1, FN(backward_panels), &s);
             if (s.dx) p->ctx->parallel_for(p->slots, 1, FN(backward_dx), &s);
         }
@@ -336,13 +336,13 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     if (!backward && p->count < slots) /* few classes: share out the batch instead */
         p->block = MAX(MIN(16, p->block), CEIL_DIV(p->block * p->count, slots));
     p->blocks = CEIL_DIV(a->b, p->block);
-    p->sweep = MIN(MAX(slots, SWEEP_ROWS / MAX(p->rows, 1)), p->count);
+    p->round = MIN(MAX(slots, ROUND_ROWS / MAX(p->rows, 1)), p->count);
 
     if (a->normalize || half) p->xhat = carve(base, bytes, a->b * a->n, item);
     p->xt = carve(base, bytes, a->b * a->n, item);
     p->packed = carve(base, bytes, slots * MULTIPLY_DEPTH * MULTIPLY_STRIPS * 3 * VECTOR, 1);
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, item);
-    p->tiles = carve(base, bytes, (backward ? p->sweep : slots) * p->rows * p->block, item);
+    p->tiles = carve(base, bytes, (backward ? p->round : slots) * p->rows * p->block, item);
     p->norms = carve(base, bytes, slots * p->classes * p->block, item);
     p->spare = carve(base, bytes, slots * p->classes * p->block, item);
     if (half) p->wide = carve(base, bytes, slots * p->rows * a->n, item);

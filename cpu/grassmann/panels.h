@@ -1,4 +1,4 @@
-/* panels.h - the sweep over class panels that logits and cross_entropy share.
+/* panels.h - the pass over class panels that logits and cross_entropy share.
  *
  * The rows of the weight are cut into panels of whole classes and the batch into blocks. A tile
  *     z = W_panel xhat_block'            [panel rows, block]      one GEMM
@@ -16,12 +16,12 @@ typedef struct panels {
     int64_t count;         /* panels */
     int64_t rows;          /* most rows in a panel */
     int64_t block, blocks; /* batch rows in a block, blocks */
-    int64_t sweep;         /* backward: panels whose dz tiles are alive together */
+    int64_t round;         /* backward: panels whose dz tiles are alive together */
     int64_t slots;         /* threads; slot s always does the same part of the work */
     void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised; [b] 1/|x_b| */
     void *xt;              /* [n, b] their transpose */
     void *packed;          /* [slots][...] scratch of multiply.h */
-    void *tiles;           /* [slots or sweep][rows * block] */
+    void *tiles;           /* [slots or round][rows * block] */
     void *norms, *spare;   /* [slots][classes * block] each; spare is the epilogue's */
     void *wide;            /* [slots][...] half types: weights, or a block of dx, in float32 */
     void *dweight;         /* [rows of all, n] half types: dweight in float32 */
@@ -36,11 +36,11 @@ typedef struct tile {
     int64_t from_ld;
 } tile;
 
-/* Plan the sweep and lay out its scratch from `base`; with a NULL base only *bytes is of use. */
+/* Plan the pass and lay out its scratch from `base`; with a NULL base only *bytes is of use. */
 void LEVEL(panels_plan)(panels *, const subspace_ctx *, const subspace_logits_args *, bool backward, char *base,
                         size_t *bytes);
 
-/* The slot's own part of the epilogue's scratch. */
+/* The slot's own piece of the epilogue's scratch. */
 static inline void *panels_spare(const panels *p, const tile *t)
 {
     const size_t item = p->a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);

@@ -6,8 +6,8 @@
  *     rate = sum m/n h
  *     dZ   = drate m/n a (I + a Z Z')^-1 Z = drate m/n a Z (I + a Z' Z)^-1
  *
- * rate_group.h does a group, in panels of Z: with s <= SMALL by the kernels of factor.h and the whole inverse, above by
- * OpenBLAS and two triangular solves. Here groups are dealt to the threads.
+ * rate_group.h does a group, in panels of Z: with s <= SMALL by the microkernels of factor.h and the whole inverse,
+ * above by OpenBLAS and two triangular solves. Here groups are dealt to the threads.
  *
  * float32 loses the digits of the small eigenvalues to the large ones of X, so a group whose I + X is conditioned worse
  * than CAREFUL starts over in double, by the same functions; its kept factor is marked by a 0 in front.

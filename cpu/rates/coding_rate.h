@@ -1,4 +1,5 @@
-/* coding_rate.h - what coding_rate.c and rate_group.h have in common: the sizes, one call's run, one group's job. */
+/* coding_rate.h - what coding_rate.c and rate_group.h have in common: the sizes, one call's run, one group's job.
+ * Included by rate_group.h, without T and, for factor.h, once per precision. */
 #include "factor.h"
 #ifndef SUBSPACE_CODING_RATE_H
 #define SUBSPACE_CODING_RATE_H
@@ -6,7 +7,7 @@
 enum {
     TILE = 64,                /* of a large Gram matrix */
     PARTS = 16,               /* of a long group's Gram matrix, at most */
-    CHUNK = 64,               /* rows of z in a panel of the small kernels */
+    CHUNK = 64,               /* rows of z in a panel of a small group */
     PANEL = 1 << 15,          /* entries of a panel, */
     PANEL_WIDTH = 256,        /* or its width where the side is long */
     WORTH_A_THREAD = 1 << 19, /* multiplications */
@@ -53,7 +54,7 @@ static inline int64_t panel_width(int64_t s)
     return MAX(PANEL_WIDTH, PANEL / ROUND(s, 16) / 64 * 64);
 }
 
-/* The small kernels take CHUNK rows at a time. */
+/* Of small groups the microkernels take CHUNK rows at a time. */
 static inline int64_t width_of(const rate_job *job)
 {
     return job->s > SMALL || job->points ? panel_width(job->s) : CHUNK;
@@ -76,7 +77,7 @@ static inline int64_t parts_of(const rate_job *job)
     return job->s > SMALL ? 1 : MIN(PARTS, CEIL_DIV(job->len, panel_width(job->s)));
 }
 
-/* Parts end where vectors do: the kernels read whole ones, and what is beyond a part's end belongs to the next. */
+/* Parts end where vectors do: the microkernels read whole ones, and what is beyond a part's end belongs to the next. */
 static inline void part_of(const rate_job *job, int64_t part, int64_t parts, int64_t *from, int64_t *to)
 {
     share(CEIL_DIV(job->len, 16), part, parts, from, to);

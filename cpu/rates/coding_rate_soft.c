@@ -5,7 +5,7 @@
  *     dz_i  = d/(n eps) sum_k w_ik A_k^-1 z_i
  *
  * 3 n k d^2 flops in products (one for the Gram matrices of half their size, two for the gradients), n k d^2 of them in
- * the forward, and k d^3 in factorisations (sweep.h). With many classes all Gram matrices are one product
+ * the forward, and k d^3 in factorisations (gauss_jordan.h). With many classes all Gram matrices are one product
  * (face_split.h), with few they are made one by one (each_class.h). Nothing of size n d k exists; of size k d^2/2 only
  * the inverses, in the very buffer handed to the backward, or without one a chunk of them at a time.
  *
@@ -35,9 +35,9 @@ static void plan(soft_run *r, const subspace_ctx *ctx, const subspace_coding_rat
     const int64_t few = CHUNK / (int64_t)item / (r->split ? p : d * d);
     r->chunk = a->inverse && r->split ? a->k : MIN(a->k, MAX(few, r->split ? MANY : r->slots));
     r->chunk = r->kept ? a->k : MAX(r->chunk, 1);
-    r->width = MAX(MIN(TILE_WIDTH, p / (4 * r->slots)), d);
-    r->depth = MIN(n, MIN(DEEP, MAX(16, TILE / r->width)));
-    r->blocks = CEIL_DIV(n, MIN(BLOCK, MAX(16, TILE / r->width)));
+    r->width = MAX(MIN(STRIPE_WIDTH, p / (4 * r->slots)), d);
+    r->depth = MIN(n, MIN(DEEP, MAX(16, STRIPE / r->width)));
+    r->blocks = CEIL_DIV(n, MIN(BLOCK, MAX(16, STRIPE / r->width)));
     r->blocks = MIN(CEIL_DIV(r->blocks, r->slots) * r->slots, CEIL_DIV(n, 16));
     r->rows = CEIL_DIV(n, r->blocks);
 
@@ -52,8 +52,8 @@ static void plan(soft_run *r, const subspace_ctx *ctx, const subspace_coding_rat
     if (!careful && !a->inverse && (r->split || backward)) r->own_inverse = carve(base, bytes, r->chunk * p, item);
     if (!r->split && !r->kept) r->square = carve(base, bytes, r->chunk * d * d, item);
 
-    int64_t space = (r->square ? 0 : d * d) + (careful ? d * d : sweep_scratch(d)); /* factor */
-    space = MAX(space, r->depth * (r->split ? r->width : MIN(BAND, d)));
+    int64_t space = (r->square ? 0 : d * d) + (careful ? d * d : elimination_scratch(d)); /* factor */
+    space = MAX(space, r->depth * (r->split ? r->width : MIN(PANEL, d)));
     if (backward && r->split) space = MAX(space, r->rows * r->width);
     if (backward && !r->split) space = MAX(space, (careful ? 0 : d * d) + r->rows * (d + 1));
     r->space_bytes = ((size_t)space * item + 63) & ~(size_t)63;

@@ -6,13 +6,13 @@
 #include "cpu.h"
 
 enum {
-    MANY = 32,        /* classes from which on the face-splitting product is faster, unless d > 6 k */
-    TILE = 1 << 18,   /* entries of its tile: 1 MiB of float32 */
-    TILE_WIDTH = 512, /* pairs of its tile, where that suffices */
-    DEEP = 512,       /* rows of Z in one product of the forward */
-    BLOCK = 512,      /* rows of Z in a block of the backward */
-    BAND = 128,       /* rows of a Gram matrix that is made alone */
-    CHUNK = 1 << 24   /* bytes of factors that are not kept, as long as that is a few of them */
+    MANY = 32,          /* classes from which on the face-splitting product is faster, unless d > 6 k */
+    STRIPE = 1 << 18,   /* entries of a stripe of its F: 1 MiB of float32 */
+    STRIPE_WIDTH = 512, /* pairs of a stripe, where that suffices */
+    DEEP = 512,         /* rows of Z in one product of the forward */
+    BLOCK = 512,        /* rows of Z in a block of the backward */
+    PANEL = 128,        /* rows of a Gram matrix that is made alone */
+    CHUNK = 1 << 24     /* bytes of factors that are not kept, as long as that is a few of them */
 };
 
 /* The fast way serves while the loss of every class, and the mean h_k, stay within these: an inverse in float32 is then
@@ -28,7 +28,7 @@ typedef struct soft_run {
     bool kept;                         /* backward: the inverses are the forward's */
     int64_t n, d, p, slots;            /* p = d(d+1)/2 */
     int64_t chunk;                     /* classes at a time */
-    int64_t depth, width;              /* forward: rows and pairs of a tile */
+    int64_t depth, width;              /* forward: rows and pairs of a stripe */
     int64_t blocks, rows;              /* backward: blocks of rows of Z, rows of the largest */
     double spread;                     /* d/eps max |z_i|^2, a bound of |C_k| */
     double *t, *h, *trace, *loss;      /* [k]; loss: how many digits the products with A_k^-1 lose */

@@ -6,9 +6,11 @@
  * The same flops as the face-splitting product, with the features for long sides instead of the classes. In a careful
  * run A_k = U'U is kept instead of A_k^-1: V = Z U^-1, q_ik = |v_i|^2, Y = V U^-T. Where A_k^-1 z is much shorter
  * than z, products with an inverse cancel; triangular solves do not.
+ *
+ * Included by coding_rate_soft.c, without T and once per precision.
  */
 #include "coding_rate_soft.h"
-#include "sweep.h"
+#include "gauss_jordan.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 static T FN(dot)(int64_t n, const T *a, const T *b)
@@ -22,12 +24,12 @@ static T FN(dot)(int64_t n, const T *a, const T *b)
 static void FN(grams_each)(int64_t begin, int64_t end, void *arg)
 {
     const soft_run *r = arg;
-    const int64_t d = r->d, bands = CEIL_DIV(d, BAND);
+    const int64_t d = r->d, panels = CEIL_DIV(d, PANEL);
     const T *z = r->z, *w = r->w;
     for (int64_t slot = begin; slot < end; slot++) {
         T *scaled = slot_space(r, slot);
-        for (int64_t item = slot; item < r->kc * bands; item += r->slots) {
-            const int64_t k = item / bands, a0 = item % bands * BAND, m = MIN(BAND, d - a0);
+        for (int64_t item = slot; item < r->kc * panels; item += r->slots) {
+            const int64_t k = item / panels, a0 = item % panels * PANEL, m = MIN(PANEL, d - a0);
             T *g = (T *)r->square + k * d * d + a0 * d + a0;
             for (int64_t i0 = 0; i0 < r->n; i0 += r->depth) {
                 const int64_t rows = MIN(r->depth, r->n - i0);
@@ -79,7 +81,7 @@ static void FN(factor)(int64_t begin, int64_t end, void *arg)
                 continue;
             }
 #endif
-            *h = FN(sweep)(d, a, space);
+            *h = FN(eliminate)(d, a, space);
             *trace = 0;
             for (int64_t i = 0, at = 0; i < d; at += d - i++) {
                 *trace -= (double)a[i * d + i];

@@ -1,46 +1,48 @@
 /* face_split.h - the Gram matrices of many weightings of the same rows, as one product.
  *
- *     F[i, (a, b)] = z_ia z_ib,  a <= b        the face-splitting product, p = d(d+1)/2 columns, of which only a tile
+ *     F[i, (a, b)] = z_ia z_ib,  a <= b        the face-splitting product, p = d(d+1)/2 columns, of which only a stripe
  *                                              of whole rows a exists at a time
  *     forward     G = W' F                     [k, p]: the upper half of every Z' diag(w_k) Z
  *     backward    q = F2 B'                    [n, k]: q_ik = z_i' B_k z_i, F2 being F with a < b doubled
  *                 M = W B                      [n, p]: dz_ia += M_i(a,b) z_ib, and dz_ib += M_i(a,b) z_ia where a < b
  *
- * Three products of 2 n k p flops; making F and using M costs 1/k of that. The forward shares the tiles among the
+ * Three products of 2 n k p flops; making F and using M costs 1/k of that. The forward shares the stripes among the
  * threads, the backward blocks of rows of Z: what threads write is disjoint.
+ *
+ * Included by coding_rate_soft.c, without T and once per precision.
  */
 #ifndef SUBSPACE_FACE_SPLIT_H /* -------------------------------------------------- read once */
 #define SUBSPACE_FACE_SPLIT_H
 #include "coding_rate_soft.h"
 
 /* The pairs (a, b) of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
-typedef struct tile {
+typedef struct stripe {
     int64_t a0, a1, at, width;
-} tile;
+} stripe;
 
 /* As many rows as stay within r->width, at least one; width 0 past the end. */
-static tile tile_from(const soft_run *r, int64_t a0, int64_t at)
+static stripe stripe_from(const soft_run *r, int64_t a0, int64_t at)
 {
-    tile t = {a0, a0, at, 0};
+    stripe t = {a0, a0, at, 0};
     while (t.a1 < r->d && (t.width == 0 || t.width + r->d - t.a1 <= r->width)) t.width += r->d - t.a1++;
     return t;
 }
 
-static tile first_tile(const soft_run *r)
+static stripe first_stripe(const soft_run *r)
 {
-    return tile_from(r, 0, 0);
+    return stripe_from(r, 0, 0);
 }
 
-static tile next_tile(const soft_run *r, const tile *t)
+static stripe next_stripe(const soft_run *r, const stripe *t)
 {
-    return tile_from(r, t->a1, t->at + t->width);
+    return stripe_from(r, t->a1, t->at + t->width);
 }
 
 #endif
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
-/* `rows` rows of F, or with a factor of 2 of F2, for the pairs of a tile */
-static void FN(pairs)(const T *z, int64_t rows, int64_t d, const tile *t, T factor, T *restrict f)
+/* `rows` rows of F, or with a factor of 2 of F2, for the pairs of a stripe */
+static void FN(pairs)(const T *z, int64_t rows, int64_t d, const stripe *t, T factor, T *restrict f)
 {
     for (int64_t i = 0; i < rows; i++, z += d)
         for (int64_t a = t->a0; a < t->a1; a++) {
@@ -59,7 +61,7 @@ static void FN(grams_split)(int64_t begin, int64_t end, void *arg)
     for (int64_t slot = begin; slot < end; slot++) {
         T *f = slot_space(r, slot);
         int64_t turn = 0;
-        for (tile t = first_tile(r); t.width > 0; t = next_tile(r, &t)) {
+        for (stripe t = first_stripe(r); t.width > 0; t = next_stripe(r, &t)) {
             if (turn++ % r->slots != slot) continue;
             for (int64_t i = 0; i < r->n; i += r->depth) {
                 const int64_t m = MIN(r->depth, r->n - i);
@@ -71,8 +73,8 @@ static void FN(grams_split)(int64_t begin, int64_t end, void *arg)
     }
 }
 
-/* dz_ia += sum_b M_ab z_b and its transpose, for the pairs of a tile of one row's M */
-static void FN(apply_pairs)(const T *restrict z, int64_t d, const tile *t, const T *restrict m, T *restrict dz)
+/* dz_ia += sum_b M_ab z_b and its transpose, for the pairs of a stripe of one row's M */
+static void FN(apply_pairs)(const T *restrict z, int64_t d, const stripe *t, const T *restrict m, T *restrict dz)
 {
     for (int64_t a = t->a0; a < t->a1; a++) {
         const T za = z[a];
@@ -99,7 +101,7 @@ static void FN(gradients_split)(int64_t begin, int64_t end, void *arg)
             const int64_t m = i1 - i0;
             const T *z = (const T *)r->z + i0 * r->d, *w = (const T *)r->w + i0 * r->ldw;
             T *dz = r->dz ? (T *)r->dz + i0 * r->d : NULL, *dw = r->dw ? (T *)r->dw + i0 * r->a->k + r->k0 : NULL;
-            for (tile t = first_tile(r); t.width > 0; t = next_tile(r, &t)) {
+            for (stripe t = first_stripe(r); t.width > 0; t = next_stripe(r, &t)) {
                 if (dw) {
                     FN(pairs)(z, m, r->d, &t, 2, f);
                     GEMM(false, true, m, r->kc, t.width, 1, f, t.width, inverse + t.at, r->p, t.at > 0, dw, r->a->k);

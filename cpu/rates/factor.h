@@ -1,14 +1,16 @@
 /* factor.h - Gram matrices, I + X = U'U with its log-determinant, and (U'U)^-1, for sides up to a few hundred.
  *
- * Everything is made of two tiles of sums in registers: rows by rows (dot products, their lanes added at the end) and
- * rows by vectors. Operands are read where they lie, through pointers to rows: at these sizes packing them, as a
+ * Everything is made of two microkernels: rows by rows (dot products, their lanes added at the end) and rows by
+ * vectors. Operands are read where they lie, through pointers to rows: at these sizes packing them, as a
  * general product does, takes as long as the product.
  *
- * Matrices are row-major, [ROUND(s, 16), ld] in memory with ld a multiple of LANES, so that whole tiles may be written;
- * what is beyond s, or below the diagonal of a symmetric or triangular matrix, is scratch.
+ * Matrices are row-major, [ROUND(s, 16), ld] in memory with ld a multiple of LANES, so that they may write whole
+ * blocks; what is beyond s, or below the diagonal of a symmetric or triangular matrix, is scratch.
  *
  * X comes without the identity, which joins it only under the root of a pivot: what X has left there is the argument
- * of log1p, so that the rate of small features keeps its digits. Included by a kernel, once per precision.
+ * of log1p, so that the rate of small features keeps its digits.
+ *
+ * Included by coding_rate.h, without T and once per precision.
  */
 #ifndef SUBSPACE_FACTOR_H /* ------------------------------------------------------ read once */
 #define SUBSPACE_FACTOR_H
@@ -17,7 +19,7 @@
 #define ROUND(n, to) (CEIL_DIV(n, to) * (to))
 
 enum {
-    SMALL = 256, /* sides up to here by the tiles */
+    SMALL = 256, /* sides up to here by the microkernels */
     BLOCK = 64,  /* of a larger side */
 #if defined(__AVX512F__)
     ROWS = 4, /* 16 sums and what they are made of in 32 registers */
@@ -110,9 +112,9 @@ static void FN(gram_of_rows)(int64_t s, int64_t w, T alpha, const T *const *p, b
 /* ------------------------------------------------------------------------- rows by vectors */
 
 /* c_i[j] (+)= alpha sum_l a_i[l] b_l[j], or with `square` b_l[first + i] for a_i[l]: ROWS rows i, `vecs` vectors j */
-static inline __attribute__((always_inline)) void FN(tile)(const int vecs, const bool square, int64_t k, T alpha,
-                                                           const T *const *a, const T *const *b, int64_t first,
-                                                           int64_t j, bool add, T *const *c)
+static inline __attribute__((always_inline)) void FN(microkernel)(const int vecs, const bool square, int64_t k, T alpha,
+                                                                  const T *const *a, const T *const *b, int64_t first,
+                                                                  int64_t j, bool add, T *const *c)
 {
     enum { L = FN(LANES) };
     FN(vec) acc[ROWS][VECS];
@@ -139,20 +141,20 @@ static inline __attribute__((always_inline)) void FN(tile)(const int vecs, const
         }
 }
 
-static inline __attribute__((always_inline)) void FN(tiles)(const bool square, int64_t k, T alpha, const T *const *a,
-                                                            const T *const *b, int64_t first, int64_t j, int64_t vecs,
-                                                            bool add, T *const *c)
+static inline __attribute__((always_inline)) void FN(microkernels)(const bool square, int64_t k, T alpha,
+                                                                   const T *const *a, const T *const *b, int64_t first,
+                                                                   int64_t j, int64_t vecs, bool add, T *const *c)
 {
-    if (vecs >= 4 && VECS >= 4) FN(tile)(VECS, square, k, alpha, a, b, first, j, add, c);
-    else if (vecs == 3 && VECS >= 3) FN(tile)(MIN(VECS, 3), square, k, alpha, a, b, first, j, add, c);
-    else if (vecs >= 2) FN(tile)(2, square, k, alpha, a, b, first, j, add, c);
-    else FN(tile)(1, square, k, alpha, a, b, first, j, add, c);
+    if (vecs >= 4 && VECS >= 4) FN(microkernel)(VECS, square, k, alpha, a, b, first, j, add, c);
+    else if (vecs == 3 && VECS >= 3) FN(microkernel)(MIN(VECS, 3), square, k, alpha, a, b, first, j, add, c);
+    else if (vecs >= 2) FN(microkernel)(2, square, k, alpha, a, b, first, j, add, c);
+    else FN(microkernel)(1, square, k, alpha, a, b, first, j, add, c);
 }
 
-static __attribute__((noinline)) void FN(product_tiles)(int64_t k, const T *const *a, const T *const *b, int64_t j,
-                                                        int64_t vecs, T *const *c)
+static __attribute__((noinline)) void FN(product_rows)(int64_t k, const T *const *a, const T *const *b, int64_t j,
+                                                       int64_t vecs, T *const *c)
 {
-    FN(tiles)(false, k, 1, a, b, 0, j, vecs, false, c);
+    FN(microkernels)(false, k, 1, a, b, 0, j, vecs, false, c);
 }
 
 /* c_i[j] (+)= alpha sum_l b_l[first + i] b_l[j] for ROWS rows i and j from `from` to `to`, whole vectors */
@@ -162,7 +164,7 @@ static __attribute__((noinline)) void FN(square_rows)(int64_t k, T alpha, const 
     enum { L = FN(LANES) };
     for (int64_t j = from, vecs; j < to; j += vecs * L) {
         vecs = MIN(VECS, (to - j) / L);
-        FN(tiles)(true, k, alpha, NULL, b, first, j, vecs, add, c);
+        FN(microkernels)(true, k, alpha, NULL, b, first, j, vecs, add, c);
     }
 }
 
@@ -182,7 +184,7 @@ static void FN(times)(int64_t m, int64_t n, int64_t k, const T *const *a, const 
 {
     for (int64_t j = 0, vecs; j < n; j += vecs * FN(LANES)) {
         vecs = MIN(VECS, (n - j) / FN(LANES));
-        for (int64_t i = 0; i < m; i += ROWS) FN(product_tiles)(k, a + i, b, j, vecs, c + i);
+        for (int64_t i = 0; i < m; i += ROWS) FN(product_rows)(k, a + i, b, j, vecs, c + i);
     }
 }
 
@@ -239,7 +241,7 @@ static void FN(inverse)(int64_t s, const T *u, int64_t ld, double scale, T *v, T
         for (int r = 0; r < ROWS; r++) a[r] = u + (i + r) * ld + below, c[r] = v + (i + r) * ld;
         for (int64_t j = below / L * L, vecs; j < end && below < s; j += vecs * L) {
             vecs = MIN(VECS, (end - j) / L);
-            FN(product_tiles)(s - below, a, p + below, j, vecs, c);
+            FN(product_rows)(s - below, a, p + below, j, vecs, c);
         }
         for (int64_t k = rows - 1; k >= 0; k--) {
             const T *row = u + (i + k) * ld + i, inverse = 1 / row[k];

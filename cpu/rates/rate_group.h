@@ -1,8 +1,10 @@
 /* rate_group.h - one group's rate and gradient, panel by panel of its points.
  *
- * A panel is [s, w] columns of Z where the points are fewer than the features, else [w, s] rows of it; the kernels of
- * factor.h read it in z itself where rows are whole vectors, else from a padded copy. Included by coding_rate.c, which
- * says what a job is, once per precision; T may be double where z is float.
+ * A panel is [s, w] columns of Z where the points are fewer than the features, else [w, s] rows of it; the
+ * microkernels of factor.h read it in z itself where rows are whole vectors, else from a padded copy. T may be double
+ * where z is float.
+ *
+ * Included by coding_rate.c, without T and once per precision.
  */
 #include "coding_rate.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
@@ -75,7 +77,7 @@ static bool FN(in_place)(const rate_job *job)
     return job->s > SMALL && !job->rows && (IS_F32 || job->run->a->dtype == SUBSPACE_F64);
 }
 
-/* Can the kernels? They read whole vectors of a row, and ROWS entries. */
+/* Can the microkernels? They read whole vectors of a row, and ROWS entries. */
 static bool FN(direct)(const rate_job *job)
 {
     return job->run->a->d % FN(LANES) == 0 && job->run->a->d % ROWS == 0 &&
@@ -232,7 +234,7 @@ static bool FN(recall)(const rate_job *job)
     return true;
 }
 
-/* A panel of dz by the small kernels: W Z, or Z W. */
+/* A panel of dz by the microkernels: W Z, or Z W. */
 static void FN(small_gradient)(const rate_job *job, int64_t at, int64_t w, T *p, T *out, int64_t ld)
 {
     const int64_t s = job->s, d = job->run->a->d, ldw = ROUND(s, FN(LANES)), rows = job->points ? s : w;

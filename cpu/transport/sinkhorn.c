@@ -19,7 +19,7 @@
 
 #ifndef T /* ---------------------------------------------- read once: what the maths is about */
 
-#include "sinkhorn_backward.h"
+#include "sinkhorn_gibbs.h"
 
 enum { BLOCK = 64, SMALL = 1 << 15 }; /* entries of an update; of a plan that one thread had better have for itself */
 
@@ -67,7 +67,7 @@ typedef struct batch {
 #include "each_dtype.h"
 #endif /* ------------------------------------------- read twice: T float, then T double */
 
-#include "sinkhorn_backward.h" /* and with it sinkhorn_kernel.h and sinkhorn_passes.h */
+#include "sinkhorn_gibbs.h"
 
 /* ------------------------------------------------------------------------------------------------------ the sweeps */
 
@@ -213,12 +213,14 @@ static subspace_status FN(forward)(sinkhorn_run *run, int64_t v)
         left--;
         if (!run->symmetric) ++*sweeps;
     }
-    each(run, FN(kernel));
+    each(run, FN(gibbs));
     TRY(run->symmetric ? FN(iterate_symmetric)(run, v, &a->error[v], sweeps)
                        : FN(iterate)(run, v, left, &a->error[v], sweeps));
     each(run, FN(scale_plan));
     return SUBSPACE_OK;
 }
+
+#include "sinkhorn_backward.h"
 
 /* ----------------------------------------------------------------------------------------------------- the batch */
 
@@ -240,7 +242,7 @@ static void FN(lay_out)(sinkhorn_run *run, bool backward, char *base, size_t *at
     run->alpha = carve(base, at, m, sizeof(double)), run->beta = carve(base, at, n, sizeof(double));
 }
 
-/* The plans of some workers, each in its own part of the workspace. */
+/* The plans of some workers, each in its own piece of the workspace. */
 static void FN(work)(int64_t begin, int64_t end, void *arg)
 {
     const batch *b = arg;
@@ -294,7 +296,7 @@ static size_t plan_batch(batch *b, subspace_ctx *ctx, const subspace_sinkhorn_ar
     const bool apart = a->v > 1 && (entries < SMALL || a->v >= 4 * ctx->threads);
     *b = (batch){.ctx = ctx, .backward = backward, .workers = apart ? MIN(ctx->threads, a->v) : 1};
     b->run = (sinkhorn_run){.a = a, .m = a->m, .n = a->n, .scale = MIN(1 / a->eta, 1e30)};
-    b->run.slots = apart || entries < SMALL ? 1 : MIN(ctx->threads, CEIL_DIV(a->m, TILE));
+    b->run.slots = apart || entries < SMALL ? 1 : MIN(ctx->threads, CEIL_DIV(a->m, TILE_ROWS));
     b->run.symmetric = backward && a->symmetric == SUBSPACE_SYMMETRIC;
     b->bytes = a->dtype == SUBSPACE_F64 ? LEVEL(bytes_f64)(&b->run, backward) : LEVEL(bytes_f32)(&b->run, backward);
     b->failed = carve(base, &bytes, b->workers, sizeof *b->failed);

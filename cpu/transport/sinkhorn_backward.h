@@ -1,18 +1,18 @@
-/* sinkhorn_backward.h - the gradient through a plan P, included by sinkhorn.c once per precision. G = dplan, and R, C
- * are P's own row and column sums: the matrices below are then exactly semidefinite, and what they ask exactly
- * solvable.
+/* sinkhorn_backward.h - the gradient through a plan P. G = dplan, and R, C are P's own row and column sums: the
+ * matrices below are then exactly semidefinite, and what they ask exactly solvable.
  *
  *     general      [R  P ] [x]   [(P o G) 1 ]        dscores = P o (G - x 1' - 1 y') / eta, drow = x, dcol = y
  *                  [P' C ] [y] = [(P o G)' 1]
- *     symmetric    (R + P) x = (P o Gs) 1            dscores = P o (Gs - x 1' - 1 x') / eta, drow = 2 x, Gs = (G +
- * G')/2 half steps   x = (P o G) 1 / row               dscores = P o (G - x 1') / eta, drow = x, dcol = 0
+ *     symmetric    (R + P) x = (P o Gs) 1            dscores = P o (Gs - x 1' - 1 x') / eta, drow = 2 x
+ *     half steps   x = (P o G) 1 / row               dscores = P o (G - x 1') / eta, drow = x, dcol = 0
  *
- * by conjugate gradients, scaled by R and C; one pass over P a step. With s = sigma_2 of the scaled plan the condition
- * is (1 + s) / (1 - s), and of the symmetric one at most 2 for a positive semidefinite plan. The first system has the
- * null vector (1, -1), of which the solution gets as much as makes sum x = sum y: the gradient within row and column
- * sums that stay equal.
+ * with Gs = (G + G') / 2, by conjugate gradients, scaled by R and C; one pass over P a step. With s = sigma_2 of the
+ * scaled plan the condition is (1 + s) / (1 - s), and of the symmetric one at most 2 for a positive semidefinite plan.
+ * The first system has the null vector (1, -1), of which the solution gets as much as makes sum x = sum y: the gradient
+ * within row and column sums that stay equal.
+ *
+ * Included by sinkhorn.c once per precision, after sinkhorn_gibbs.h.
  */
-#include "sinkhorn_kernel.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 /* Row sums of P and P o G into diagonal and rhs, column sums likewise into the totals. */
@@ -58,14 +58,14 @@ static void FN(sums_symmetric)(int64_t begin, int64_t end, void *arg)
         int64_t first, last;
         double *total, *total_g = run->total + (run->slots + slot) * n;
         T *part = FN(fresh)(run, slot, &total), *part_g = (T *)run->part + (run->slots + slot) * n;
-        FN(panel) mirror;
+        FN(tile) mirror;
         memset(part_g, 0, (size_t)n * sizeof(T)), memset(total_g, 0, (size_t)n * sizeof(double));
         share_triangle(n, slot, run->slots, &first, &last);
-        for (int64_t i = first; i < last; i += TILE) {
-            const int64_t rows = MIN(TILE, last - i);
-            double sum[TILE] = {0}, sum_g[TILE] = {0};
-            for (int64_t j = i; j < n; j += panel_width(i, j)) {
-                const int64_t columns = MIN(panel_width(i, j), n - j);
+        for (int64_t i = first; i < last; i += TILE_ROWS) {
+            const int64_t rows = MIN(TILE_ROWS, last - i);
+            double sum[TILE_ROWS] = {0}, sum_g[TILE_ROWS] = {0};
+            for (int64_t j = i; j < n; j += tile_columns(i, j)) {
+                const int64_t columns = MIN(tile_columns(i, j), n - j);
                 FN(mirror)(dplan, n, i, j, rows, columns, &mirror);
                 for (int64_t r = 0; r < rows; r++) {
                     const T *restrict p = plan + (i + r) * n + j, *restrict g = dplan + (i + r) * n + j;
@@ -88,7 +88,7 @@ static void FN(sums_symmetric)(int64_t begin, int64_t end, void *arg)
                 }
             }
             for (int64_t r = 0; r < rows; r++) total[i + r] += sum[r], total_g[i + r] += sum_g[r];
-            if ((i - first + TILE) % FLUSH == 0) FN(flush)(n, part, total), FN(flush)(n, part_g, total_g);
+            if ((i - first + TILE_ROWS) % FLUSH == 0) FN(flush)(n, part, total), FN(flush)(n, part_g, total_g);
         }
         FN(flush)(n, part, total), FN(flush)(n, part_g, total_g);
     }
@@ -191,11 +191,11 @@ static void FN(write)(int64_t begin, int64_t end, void *arg)
         }
         const T *plan = run->plan;
         T *ds = run->dscores;
-        FN(panel) t;
+        FN(tile) t;
         share_triangle(n, slot, run->slots, &first, &last);
-        for (int64_t i = first; i < last; i += TILE)
-            for (int64_t j = i; j < n; j += panel_width(i, j)) {
-                const int64_t rows = MIN(TILE, last - i), columns = MIN(panel_width(i, j), n - j);
+        for (int64_t i = first; i < last; i += TILE_ROWS)
+            for (int64_t j = i; j < n; j += tile_columns(i, j)) {
+                const int64_t rows = MIN(TILE_ROWS, last - i), columns = MIN(tile_columns(i, j), n - j);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t c = 0; c < columns; c++) {
                         const int64_t at = (i + r) * n + j + c;

@@ -1,7 +1,7 @@
 /* sinkhorn_passes.h - what both directions of sinkhorn.c do with a matrix: one pass over it, rows shared among the
  * slots, column sums added up by each slot and joined in the order of the slots. Four rows at a time; partial sums of
  * a few hundred terms in T, their sums in double, so that float32 reaches marginals of 1e-6. Of a symmetric matrix
- * only the upper half is read. Included by sinkhorn.c without T and once per precision.
+ * only the upper half is read. Included by sinkhorn_gibbs.h, without T and once per precision.
  */
 #ifndef SUBSPACE_SINKHORN_PASSES_H /* --------------------------------------------- read once */
 #define SUBSPACE_SINKHORN_PASSES_H
@@ -12,13 +12,13 @@
 #endif
 
 enum {
-    ROWS = 4,        /* of one step of a pass */
-    CHUNK = 512,     /* terms of a row's partial sum */
-    FLUSH = 64,      /* rows of a column's partial sum, a multiple of ROWS */
-    TILE = 32,       /* rows of a panel; the first of each block row is square, on the diagonal */
-    AHEAD = 32,      /* rows */
-    WIDE = 128,      /* columns of the others */
-    MOST_STEPS = 500 /* of conjugate gradients */
+    ROWS = 4,           /* of one step of a pass */
+    CHUNK = 512,        /* terms of a row's partial sum */
+    FLUSH = 64,         /* rows of a column's partial sum, a multiple of ROWS */
+    TILE_ROWS = 32,     /* of a tile; the first of each row of tiles is square, on the diagonal */
+    AHEAD = 32,         /* rows */
+    TILE_COLUMNS = 128, /* of the others */
+    MOST_STEPS = 500    /* of conjugate gradients */
 };
 
 typedef struct sinkhorn_slot {
@@ -58,11 +58,12 @@ static void each(sinkhorn_run *run, void (*fn)(int64_t, int64_t, void *))
     else run->ctx->parallel_for(run->slots, 1, fn, run);
 }
 
-/* First row of a slot, when each of `slots` gets rows of about the same area above the diagonal, in whole tiles. */
+/* First row of a slot, when each of `slots` gets rows of about the same area above the diagonal, in whole rows of
+ * tiles. */
 static int64_t triangle_row(int64_t n, int64_t slot, int64_t slots)
 {
     const int64_t row = (int64_t)((double)n * (1 - sqrt(1 - (double)slot / (double)slots)));
-    return slot == slots ? n : row / TILE * TILE;
+    return slot == slots ? n : row / TILE_ROWS * TILE_ROWS;
 }
 
 static void share_triangle(int64_t n, int64_t slot, int64_t slots, int64_t *begin, int64_t *end)
@@ -71,10 +72,10 @@ static void share_triangle(int64_t n, int64_t slot, int64_t slots, int64_t *begi
     *end = triangle_row(n, slot + 1, slots);
 }
 
-/* Columns of the panel at (i, j). */
-static inline int64_t panel_width(int64_t i, int64_t j)
+/* Columns of the tile at (i, j). */
+static inline int64_t tile_columns(int64_t i, int64_t j)
 {
-    return i == j ? TILE : WIDE;
+    return i == j ? TILE_ROWS : TILE_COLUMNS;
 }
 
 /* Sum of the slots' totals for column j. */
@@ -205,9 +206,9 @@ static void FN(triangle)(int64_t begin, int64_t end, void *arg)
 }
 
 /* Some rows of a symmetric matrix's upper half, or of what its lower half mirrors. */
-typedef struct FN(panel) {
-    T at[TILE][WIDE];
-} FN(panel);
+typedef struct FN(tile) {
+    T at[TILE_ROWS][TILE_COLUMNS];
+} FN(tile);
 
 typedef T FN(four) __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
 
@@ -234,19 +235,19 @@ static inline void FN(transpose)(const T *from, int64_t ld, int64_t rows, int64_
         for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; c++) to[c * ldt + r] = from[r * ld + c];
 }
 
-/* The mirror image of the panel at (i, j). */
+/* The mirror image of the tile at (i, j). */
 static inline void FN(mirror)(const T *from, int64_t ld, int64_t i, int64_t j, int64_t rows, int64_t columns,
-                              FN(panel) *to)
+                              FN(tile) *to)
 {
     for (int64_t c = 0; c < columns; c += 4) {
         for (int64_t ahead = AHEAD; ahead < AHEAD + 4; ahead++) /* no prefetcher sees columns coming */
             __builtin_prefetch(from + (j + c + ahead) * ld + i, 0, 2);
-        FN(transpose)(from + (j + c) * ld + i, ld, MIN(4, columns - c), rows, to->at[0] + c, WIDE);
+        FN(transpose)(from + (j + c) * ld + i, ld, MIN(4, columns - c), rows, to->at[0] + c, TILE_COLUMNS);
     }
 }
 
-/* Writes a panel at (i, j) and its mirror image at (j, i); of one on the diagonal the upper half counts. */
-static inline void FN(put)(FN(panel) *t, int64_t i, int64_t j, int64_t rows, int64_t columns, T *to, int64_t ld)
+/* Writes a tile at (i, j) and its mirror image at (j, i); of one on the diagonal the upper half counts. */
+static inline void FN(put)(FN(tile) *t, int64_t i, int64_t j, int64_t rows, int64_t columns, T *to, int64_t ld)
 {
     if (i == j)
         for (int64_t r = 1; r < rows; r++)
@@ -254,7 +255,7 @@ static inline void FN(put)(FN(panel) *t, int64_t i, int64_t j, int64_t rows, int
     for (int64_t r = 0; r < rows; r++) memcpy(to + (i + r) * ld + j, t->at[r], (size_t)columns * sizeof(T));
     for (int64_t c = 0; c < columns && i != j; c += 4) { /* whole cache lines, one after the other */
         for (int64_t ahead = AHEAD; ahead < AHEAD + 4; ahead++) __builtin_prefetch(to + (j + c + ahead) * ld + i, 1, 2);
-        FN(transpose)(t->at[0] + c, WIDE, rows, MIN(4, columns - c), to + (j + c) * ld + i, ld);
+        FN(transpose)(t->at[0] + c, TILE_COLUMNS, rows, MIN(4, columns - c), to + (j + c) * ld + i, ld);
     }
 }
 

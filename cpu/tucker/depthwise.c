@@ -6,8 +6,8 @@
  * phase - p on: a correlation of stride one. Taps k and k + step, step = s / gcd(s, d), share their phase.
  *
  * A channel's volume is widened and its columns split by phase, with zeros around them, so that every tap reads whole
- * vectors. Then a row of x meets up to TILE rows of dy (one per ky) at up to TILE shifts (one per kx), all of their
- * sums in registers: TILE^2 multiply-adds for 2 TILE loads. The lanes of the sums are added at the very end.
+ * vectors. Then a row of x meets up to TAPS rows of dy (one per ky) at up to TAPS shifts (one per kx), all of their
+ * sums in registers: TAPS^2 multiply-adds for 2 TAPS loads. The lanes of the sums are added at the very end.
  *
  * Memory: a channel of x and one of dy per thread.
  */
@@ -17,13 +17,13 @@
 
 #include "convert.h"
 
-/* As many sums as the registers hold beside what they are made of: 32 registers at avx512, else 16. */
+/* Taps each way of a microkernel. As many sums as the registers hold beside what they are made of: 32 registers at
+ * avx512, else 16. */
 #if defined(__AVX512F__)
-#define TILE_IS_4 1
+#define TAPS 4
 #else
-#define TILE_IS_4 0
+#define TAPS 3
 #endif
-enum { TILE = TILE_IS_4 ? 4 : 3 };
 
 typedef struct depthwise_run {
     const subspace_depthwise_args *a;
@@ -90,17 +90,17 @@ static void FN(take_dy)(const depthwise_run *run, int64_t b, int64_t channel, T 
 
 /* Taps ky, ky + step, ... (`ty` of them) by kx, kx + 1, ... (`tx`) of a plane of x and one of dy. `zero` is a row of
  * dy for the taps that lie outside at a row of x. */
-static inline
-    __attribute__((always_inline)) void FN(tile)(const int ty, const int tx, const depthwise_run *run, const T *x,
-                                                 const T *dy, const T *zero, int64_t ky, int64_t kx, FN(vec) *total)
+static inline __attribute__((always_inline)) void FN(microkernel)(const int ty, const int tx, const depthwise_run *run,
+                                                                  const T *x, const T *dy, const T *zero, int64_t ky,
+                                                                  int64_t kx, FN(vec) *total)
 {
     const subspace_depthwise_args *a = run->a;
     const int64_t s = a->stride[1], d = a->dilation[1], out = a->out[1], step = run->axis[1].step;
     const int64_t q0 = ky * d / s, dq = step * d / s, first = ky * d % s - a->padding[1];
     const int64_t j0 = MAX(q0, first < 0 ? CEIL_DIV(-first, s) : 0);
     const int64_t j1 = MIN(q0 + (ty - 1) * dq + out, CEIL_DIV(MAX(a->in[1] - first, 0), s));
-    int64_t shift[TILE];
-    FN(vec) acc[TILE][TILE];
+    int64_t shift[TAPS];
+    FN(vec) acc[TAPS][TAPS];
     for (int t = 0; t < tx; t++)
         shift[t] = (kx + t) % run->axis[2].step * run->length + (kx + t) * a->dilation[2] / a->stride[2];
 #pragma GCC unroll 4
@@ -108,14 +108,14 @@ static inline
 #pragma GCC unroll 4
         for (int t = 0; t < tx; t++) acc[i][t] = (FN(vec)){0};
     for (int64_t j = j0; j < j1; j++) {
-        const T *row = x + (j * s + first) * run->pitch, *g[TILE];
+        const T *row = x + (j * s + first) * run->pitch, *g[TAPS];
 #pragma GCC unroll 4
         for (int i = 0; i < ty; i++) {
             const int64_t o = j - q0 - i * dq;
             g[i] = o >= 0 && o < out ? dy + o * run->width : zero;
         }
         for (int64_t v = 0; v < run->width; v += FN(LANES)) {
-            FN(vec) gv[TILE];
+            FN(vec) gv[TAPS];
 #pragma GCC unroll 4
             for (int i = 0; i < ty; i++) gv[i] = *(const FN(vec) *)(g[i] + v);
 #pragma GCC unroll 4
@@ -132,42 +132,43 @@ static inline
         for (int t = 0; t < tx; t++) total[(ky + i * step) * a->kernel[2] + kx + t] += acc[i][t];
 }
 
-#define TILES(ty)                                                                                                      \
-    static __attribute__((noinline)) void FN(tile_##ty)(int64_t tx, const depthwise_run *run, const T *x, const T *dy, \
-                                                        const T *zero, int64_t ky, int64_t kx, FN(vec) *total)         \
+#define MICROKERNELS(ty)                                                                                               \
+    static __attribute__((noinline)) void FN(microkernel_##ty)(int64_t tx, const depthwise_run *run, const T *x,       \
+                                                               const T *dy, const T *zero, int64_t ky, int64_t kx,     \
+                                                               FN(vec) *total)                                         \
     {                                                                                                                  \
-        if (tx == 4 && TILE == 4) FN(tile)(ty, TILE, run, x, dy, zero, ky, kx, total);                                 \
-        else if (tx == 3) FN(tile)(ty, 3, run, x, dy, zero, ky, kx, total);                                            \
-        else if (tx == 2) FN(tile)(ty, 2, run, x, dy, zero, ky, kx, total);                                            \
-        else FN(tile)(ty, 1, run, x, dy, zero, ky, kx, total);                                                         \
+        if (tx == 4 && TAPS == 4) FN(microkernel)(ty, TAPS, run, x, dy, zero, ky, kx, total);                          \
+        else if (tx == 3) FN(microkernel)(ty, 3, run, x, dy, zero, ky, kx, total);                                     \
+        else if (tx == 2) FN(microkernel)(ty, 2, run, x, dy, zero, ky, kx, total);                                     \
+        else FN(microkernel)(ty, 1, run, x, dy, zero, ky, kx, total);                                                  \
     }
-#if TILE_IS_4
-TILES(4)
+#if TAPS == 4
+MICROKERNELS(4)
 #endif
-TILES(3)
-TILES(2)
-TILES(1)
-#undef TILES
+MICROKERNELS(3)
+MICROKERNELS(2)
+MICROKERNELS(1)
+#undef MICROKERNELS
 
-/* Every tap of a plane, in tiles that are as even as can be: 7 = 4 + 3 = 3 + 2 + 2. */
+/* Every tap of a plane, in microkernels as even as can be: 7 = 4 + 3 = 3 + 2 + 2. */
 static void FN(plane)(const depthwise_run *run, const T *x, const T *dy, const T *zero, FN(vec) *total)
 {
     const int64_t *kernel = run->a->kernel, step = run->axis[1].step;
     for (int64_t phase = 0; phase < run->axis[1].phases; phase++) {
-        const int64_t count = CEIL_DIV(kernel[1] - phase, step), down = CEIL_DIV(count, TILE);
-        const int64_t across = CEIL_DIV(kernel[2], TILE);
+        const int64_t count = CEIL_DIV(kernel[1] - phase, step), down = CEIL_DIV(count, TAPS);
+        const int64_t across = CEIL_DIV(kernel[2], TAPS);
         for (int64_t i = 0; i < down; i++)
             for (int64_t t = 0; t < across; t++) {
                 int64_t i0, i1, kx, kx1;
                 share(count, i, down, &i0, &i1);
                 share(kernel[2], t, across, &kx, &kx1);
                 const int64_t ky = phase + i0 * step, tx = kx1 - kx;
-                if (i1 - i0 == 1) FN(tile_1)(tx, run, x, dy, zero, ky, kx, total);
-                else if (i1 - i0 == 2) FN(tile_2)(tx, run, x, dy, zero, ky, kx, total);
-#if TILE_IS_4
-                else if (i1 - i0 == 4) FN(tile_4)(tx, run, x, dy, zero, ky, kx, total);
+                if (i1 - i0 == 1) FN(microkernel_1)(tx, run, x, dy, zero, ky, kx, total);
+                else if (i1 - i0 == 2) FN(microkernel_2)(tx, run, x, dy, zero, ky, kx, total);
+#if TAPS == 4
+                else if (i1 - i0 == 4) FN(microkernel_4)(tx, run, x, dy, zero, ky, kx, total);
 #endif
-                else FN(tile_3)(tx, run, x, dy, zero, ky, kx, total);
+                else FN(microkernel_3)(tx, run, x, dy, zero, ky, kx, total);
             }
     }
 }

@@ -1,4 +1,4 @@
-/* mode_product.h - the two sweeps of a Tucker chain, included by tucker.c without T and once per precision.
+/* mode_product.h - the two passes of a Tucker chain.
  *
  * The product of a tensor with a factor U [d, r] along one mode, the sizes before and after it being pre and post:
  *
@@ -9,6 +9,8 @@
  * L = U and R[p] = X[p]' or L = X and R = K, and gives both gradients in one pass over x:
  *
  *     x R [m, k]     summed over the batch            L' x [k, n]
+ *
+ * Included by tucker.c, tucker_conv.c and tucker_linear.c, without T and once per precision; it brings multiply.h.
  */
 #ifndef SUBSPACE_MODE_PRODUCT_H /* ------------------------------------------------ read once */
 #define SUBSPACE_MODE_PRODUCT_H
@@ -153,8 +155,8 @@ typedef struct {
 
 /* to = from + scale a strip, for rows of `ld` and whole vectors; base joins the sums in registers. */
 static inline
-    __attribute__((always_inline)) void FN(join_kernel)(const int rows, const int vecs, int64_t k, const T *a,
-                                                        const T *strip, T scale, const T *from, T *to, int64_t ld)
+    __attribute__((always_inline)) void FN(base_microkernel)(const int rows, const int vecs, int64_t k, const T *a,
+                                                             const T *strip, T scale, const T *from, T *to, int64_t ld)
 {
     enum { L = FN(LANES) };
     FN(vec) acc[8][3];
@@ -178,14 +180,14 @@ static inline
         }
 }
 
-static __attribute__((noinline)) void FN(join_rows)(int64_t k, const T *a, const T *strip, T scale, const T *from,
+static __attribute__((noinline)) void FN(base_rows)(int64_t k, const T *a, const T *strip, T scale, const T *from,
                                                     T *to, int64_t ld)
 {
-    if (from) FN(join_kernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, from, to, ld);
-    else FN(join_kernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, NULL, to, ld);
+    if (from) FN(base_microkernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, from, to, ld);
+    else FN(base_microkernel)(MULTIPLY_ROWS, 3, k, a, strip, scale, NULL, to, ld);
 }
 
-/* Rows i..i+rows of a block of columns. Where a kernel cannot join base itself, sums go through a tile in L1. */
+/* Rows i..i+rows of a block of columns. Where a microkernel cannot join base itself, sums go through a tile in L1. */
 static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, int64_t cols, const T *packed,
                              int64_t at)
 {
@@ -197,10 +199,10 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
     int64_t done = full ? cols - cols % FN(STRIP) : 0;
     for (int64_t j = 0; j < done; j += FN(STRIP)) {
         const int64_t here = at + i * n + j;
-        FN(join_rows)(k, a, packed + j * k, s->scale, s->base ? (const T *)s->base + here : NULL, (T *)s->out + here,
+        FN(base_rows)(k, a, packed + j * k, s->scale, s->base ? (const T *)s->base + here : NULL, (T *)s->out + here,
                       n);
     }
-    /* rows of one strip lie side by side: what a kernel writes beyond a row, it overwrites with the next */
+    /* rows of one strip lie side by side: what a microkernel writes beyond a row, it overwrites with the next */
     const bool joined = n <= FN(STRIP);
     const int64_t ld = joined ? n : TILE;
     for (; done < cols; done += TILE) {
@@ -208,9 +210,9 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
         for (int64_t j = 0; j < wide; j += FN(STRIP)) {
             const int64_t vecs = CEIL_DIV(MIN(FN(STRIP), wide - j), FN(LANES)), whole = vecs * FN(LANES);
             const T *strip = packed + (done + j) * k;
-            if (rows == 8) FN(kernel_8)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
-            else if (rows == 4) FN(kernel_4)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
-            else FN(kernel_1)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
+            if (rows == 8) FN(microkernel_8)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
+            else if (rows == 4) FN(microkernel_4)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
+            else FN(microkernel_1)(vecs, k, a, k, 1, strip, tile + j, ld, whole, false);
         }
         if (s->drop && joined) FN(apply)(s->drop, at + i * n, rows * n, tile);
         if (joined) FN(add_base)(s->dtype, s->base, s->scale, tile, rows * n, s->out, at + i * n);

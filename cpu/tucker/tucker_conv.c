@@ -4,7 +4,7 @@
  *     expand     x[b] += drop(f z[b])                                       one pass over x
  *
  * With channels first x[b] is a matrix [n, p] and z[b] is [r, p]; with channels last all of x is one matrix
- * [b p, n] and z is [b p, r], the same sums with left and right exchanged. Both are the sweeps of mode_product.h.
+ * [b p, n] and z is [b p, r], the same sums with left and right exchanged. Both are the passes of mode_product.h.
  */
 #include "cpu.h"
 

@@ -7,7 +7,7 @@
  *     dV = k' drop(x),  dx += drop(k V)                                   one over x, one over dx
  *
  * z1, z2, h and k have a rank's width: x is read once more for z1 in the backward, and nothing is kept but x.
- * Every product is one of mode_product.h's two sweeps, where V and U' stand for [k, n] and U for [n, k].
+ * Every product is one of mode_product.h's two passes, where V and U' stand for [k, n] and U for [n, k].
  */
 #include "cpu.h"
 
@@ -21,7 +21,7 @@ typedef struct buffers {
     const struct mask *drop; /* &mask, or NULL */
     void *z1, *z2, *h, *k;   /* [t, rn], [t, rm], [t, rm], [t, rn] */
     void *turned;            /* [rm, m] U', or dU' */
-    void *scratch;           /* of the sweep that runs */
+    void *scratch;           /* of the pass that runs */
 } buffers;
 
 static bool is_half(subspace_dtype dtype)
@@ -34,7 +34,7 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_l
                     size_t *bytes)
 {
     const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const product sweeps[] = {
+    const product passes[] = {
         {1, a->t, a->n, a->rn}, {1, a->t, a->rn, a->rm}, {1, a->t, a->rm, a->rn}, {1, a->t, a->m, a->rm}};
     size_t most = 0;
     *b = (buffers){.ctx = ctx, .mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
@@ -46,9 +46,9 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_l
     b->turned = carve(base, bytes, a->m * a->rm, item);
     for (int i = 0; i < 4; i++) {
         reverse r;
-        size_t sweep = 0;
-        reverse_plan(&r, ctx, &sweeps[i], item, is_half(a->dtype) || b->drop, NULL, &sweep);
-        most = MAX(most, MAX(sweep, product_scratch(ctx, &sweeps[i], item)));
+        size_t pass = 0;
+        reverse_plan(&r, ctx, &passes[i], item, is_half(a->dtype) || b->drop, NULL, &pass);
+        most = MAX(most, MAX(pass, product_scratch(ctx, &passes[i], item)));
     }
     b->scratch = carve(base, bytes, (int64_t)most, 1);
 }
@@ -66,8 +66,8 @@ static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T scale, T *r
 }
 
 /* xr = x R and lx = left' x of a matrix x [m, n], either left out; R is [k, n] (turn) or [n, k]. */
-static void FN(sweep)(const buffers *b, const product *p, subspace_dtype dtype, const void *x, const mask *drop,
-                      const T *right, bool turn, T *xr, const T *left, T *lx)
+static void FN(pass)(const buffers *b, const product *p, subspace_dtype dtype, const void *x, const mask *drop,
+                     const T *right, bool turn, T *xr, const T *left, T *lx)
 {
     reverse r;
     size_t bytes = 0;
@@ -90,8 +90,8 @@ static void FN(down)(const buffers *b, const subspace_tucker_linear_args *a)
 {
     const subspace_dtype wide = IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64;
     const product first = {1, a->t, a->n, a->rn}, second = {1, a->t, a->rn, a->rm};
-    FN(sweep)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL);
-    FN(sweep)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL);
+    FN(pass)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL);
+    FN(pass)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL);
 }
 
 static subspace_status FN(forward)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
@@ -120,12 +120,12 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_lin
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "tucker_linear_backward: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
     if (a->du || a->dcore) FN(down)(&b, a);
-    FN(sweep)(&b, &up, a->dtype, a->dy, NULL, a->u, false, b.h, b.z2, a->du ? b.turned : NULL);
+    FN(pass)(&b, &up, a->dtype, a->dy, NULL, a->u, false, b.h, b.z2, a->du ? b.turned : NULL);
     if (a->du) FN(transpose)(b.turned, a->rm, a->m, (T)a->scale, a->du);
     for (int64_t i = 0; i < a->t * a->rm; i++) ((T *)b.h)[i] *= (T)a->scale;
-    if (a->dcore) FN(sweep)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore);
-    if (inner) FN(sweep)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL);
-    if (a->dv) FN(sweep)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv);
+    if (a->dcore) FN(pass)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore);
+    if (inner) FN(pass)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL);
+    if (a->dv) FN(pass)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv);
     if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
     return SUBSPACE_OK;
 }

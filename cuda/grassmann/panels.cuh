@@ -1,4 +1,4 @@
-/* panels.cuh - the sweep over class panels that logits and cross_entropy share.
+/* panels.cuh - the pass over class panels that logits and cross_entropy share.
  *
  *     forward    z = W_p x'                        one GEMM a tile; x as it is: the epilogue has r = 1/|x|
  *     backward   z kept or recomputed; the epilogue turns it into r dz, then
@@ -17,6 +17,8 @@
  * The epilogues read z once, 16 bytes a thread and row, 8 rows in flight and kept in registers, and write y, or dz. At
  * n = 2048, k = 8 in bfloat16 an H100's GEMM takes 47 ps an entry (b, c) (700 TFLOP/s); the 32 bytes of z take 10 ps
  * from memory (3.35 TB/s), about 6 from L2, where the tile is.
+ *
+ * Included by logits.cu and cross_entropy.cu, whose kernels are the epilogues.
  */
 #ifndef SUBSPACE_PANELS_CUH
 #define SUBSPACE_PANELS_CUH
@@ -173,9 +175,9 @@ static __device__ inline void panels_write(const tile &t, const view<acc_t<T>> &
     }
 }
 
-/* ------------------------------------------------------------------------------ the sweep */
+/* ------------------------------------------------------------------------------ the pass */
 
-/* Plan the sweep and lay out its scratch from `base`; with a NULL base only *bytes is of use. */
+/* Plan the pass and lay out its scratch from `base`; with a NULL base only *bytes is of use. */
 static inline void panels_plan(panels *p, subspace_ctx *ctx, const subspace_logits_args *a, void *proj, bool backward,
                                char *base, size_t *bytes)
 {

@@ -1,6 +1,8 @@
-/* panels_rows.cuh - what panels.cuh does with whole rows of x: their lengths before the sweep, the end of dx after it.
+/* panels_rows.cuh - what panels.cuh does with whole rows of x: their lengths before the pass, the end of dx after it.
  *
  * Everything is read and written four entries a thread at a time, where rows are aligned for it.
+ *
+ * Included by panels.cuh.
  */
 #ifndef SUBSPACE_PANELS_ROWS_CUH
 #define SUBSPACE_PANELS_ROWS_CUH

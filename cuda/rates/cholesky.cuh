@@ -1,15 +1,17 @@
-/* cholesky.cuh - batches of A = I + X: the logarithms, roots and inverses of sweep.cuh for matrices of any size.
+/* cholesky.cuh - batches of A = I + X: the logarithms, roots and inverses of gauss_jordan.cuh for matrices of any size.
  *
  * Small ones (coding_rate_shape.h) have a block each. Large ones are done by a cooperative launch, all in step, in
- * global memory (an X of 2048 in float32 stays in the L2), by the same sweeps with J of 64 pivots: each block that has
- * to do with a panel makes its root R_J = L^-T in registers, Y = R_J' A_J. is a product, and so are the rest; the
+ * global memory (an X of 2048 in float32 stays in the L2), by the same elimination with J of 64 pivots: each block that
+ * has to do with a panel makes its root R_J = L^-T in registers, Y = R_J' A_J. is a product, and so are the rest; the
  * blocks meet twice a panel.
  *
  * A list on the device says which matrices there are: how many, and how large, need not be known to the host.
+ *
+ * Included by rate_groups.cuh and coding_rate_soft.cuh.
  */
 #ifndef SUBSPACE_CHOLESKY_CUH
 #define SUBSPACE_CHOLESKY_CUH
-#include "sweep.cuh"
+#include "gauss_jordan.cuh"
 
 /* ------------------------------------------------------------------------------- all blocks together */
 
@@ -29,24 +31,24 @@ static __device__ inline int64_t items_of(int phase, int wanted, int64_t side, i
 }
 
 /* The squares and the trace of 64 rows of X, for norm and sum. */
-template <typename C> static __device__ inline void measure(const squares &b, const square &q, int64_t band)
+template <typename C> static __device__ inline void measure(const squares &b, const square &q, int64_t panel)
 {
     const C *x = (const C *)b.x + q.at;
     double square_sum = 0, sum = 0;
-    for (int64_t i = band * RATE_TILE; i < MIN((band + 1) * RATE_TILE, q.side); i++)
+    for (int64_t i = panel * RATE_TILE; i < MIN((panel + 1) * RATE_TILE, q.side); i++)
         for (int64_t j = i + threadIdx.x; j < q.side; j += blockDim.x) {
             const double value = (double)x[i * q.side + j];
             square_sum += (i < j ? 2 : 1) * value * value;
             if (i == j) sum += value;
         }
     square_sum = block_sum(square_sum), sum = block_sum(sum);
-    if (threadIdx.x == 0) b.bands[2 * (q.work + band)] = square_sum, b.bands[2 * (q.work + band) + 1] = sum;
+    if (threadIdx.x == 0) b.traces[2 * (q.work + panel)] = square_sum, b.traces[2 * (q.work + panel) + 1] = sum;
 }
 
 /* The root of the 64 pivots of panel p, in `root` with zeros below; every block that needs it makes it. */
 template <typename C>
 static __device__ inline void pivot_root(const squares &b, const square &q, int64_t p, bool tell, C *root,
-                                         const sweep_space<C> &space)
+                                         const elimination_space<C> &space)
 {
     const int64_t s = q.side, at = p * RATE_TILE;
     const C *x = (const C *)b.x + q.at;
@@ -60,7 +62,7 @@ static __device__ inline void pivot_root(const squares &b, const square &q, int6
             const int64_t i = at + PANEL * ti + r, j = at + PANEL * tj + c;
             t[r][c] = mine && i <= j && j < s ? x[i * s + j] : (C)0;
         }
-    sweep(t, mine, ti, tj, RATE_TILE / PANEL, ROOT, space);
+    eliminate(t, mine, ti, tj, RATE_TILE / PANEL, ROOT, space);
     if (mine)
 #pragma unroll
         for (int r = 0; r < PANEL; r++)
@@ -76,7 +78,7 @@ static __device__ inline void pivot_root(const squares &b, const square &q, int6
 /* Tile `tile` of Y = L^-1 A_J. to scratch, and if it is the inverse that is wanted, L^-T Y in place of the tile. */
 template <typename C>
 static __device__ inline void pivot(const squares &b, const square &q, int64_t p, int64_t tile, C *root, C *other,
-                                    const sweep_space<C> &space)
+                                    const elimination_space<C> &space)
 {
     const int64_t s = q.side, row0 = p * RATE_TILE, col0 = tile * RATE_TILE;
     C *const x = (C *)b.x + q.at, *const y = (C *)b.y + (q.work + col0) * RATE_TILE;
@@ -165,7 +167,7 @@ template <typename C> static __device__ inline void judge(const squares &b, cons
         if (b.wanted == INVERSE) trace += left, largest = fmax(largest, left);
     }
     for (int64_t i = threadIdx.x; i < CEIL_DIV(s, RATE_TILE); i += blockDim.x)
-        square_sum += b.bands[2 * (q.work + i)], sum += b.bands[2 * (q.work + i) + 1];
+        square_sum += b.traces[2 * (q.work + i)], sum += b.traces[2 * (q.work + i) + 1];
     if (b.wanted == ROOT)
         for (int64_t i = 0; i < s; i++)
             for (int64_t j = i + threadIdx.x; j < s; j += blockDim.x)
@@ -201,7 +203,7 @@ static __device__ inline void store(const squares &b, const square &q, bool good
 
 /* Every block does its share of the items of all large matrices. */
 template <typename C, int phase>
-static __device__ void share_out(const squares &b, int64_t p, C *left, C *right, const sweep_space<C> &space)
+static __device__ void share_out(const squares &b, int64_t p, C *left, C *right, const elimination_space<C> &space)
 {
     int64_t turn = blockIdx.x;
     for (int64_t list = 0; list < b.lists; list++)
@@ -225,7 +227,8 @@ static __device__ void share_out(const squares &b, int64_t p, C *left, C *right,
 /* The large matrices of a batch, of which the largest has so many panels, by all blocks of a cooperative launch; the
  * results are there after the next meeting. */
 template <typename C>
-static __device__ void sweep_together(const squares &b, int64_t panels, C *left, C *right, const sweep_space<C> &space)
+static __device__ void eliminate_together(const squares &b, int64_t panels, C *left, C *right,
+                                          const elimination_space<C> &space)
 {
     share_out<C, MEASURE>(b, 0, left, right, space);
     for (int64_t p = 0; p < panels; p++) {
@@ -240,7 +243,7 @@ static __device__ void sweep_together(const squares &b, int64_t panels, C *left,
     share_out<C, STORE>(b, 0, left, right, space);
 }
 
-template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_large(const squares b)
+template <typename C> __global__ void __launch_bounds__(RATE_THREADS) eliminate_large(const squares b)
 {
     DYNAMIC_SHARED(shared);
     C *const left = (C *)shared, *const right = left + RATE_TILE * RATE_PAD;
@@ -249,40 +252,42 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) sweep_larg
         for (int64_t i = 0; i < b.count[2 * list + 1]; i++)
             panels = MAX(panels, CEIL_DIV(b.large[list * b.most_large + i].side, RATE_TILE));
     if (panels > 0)
-        sweep_together(b, panels, left, right, sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
+        eliminate_together(b, panels, left, right,
+                           elimination_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
 }
 
 /* ---------------------------------------------------------------------------------- on the host */
 
 /* The matrices of a class, if there can be any. */
 template <typename C, int which>
-static subspace_status sweep_class(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
-                                   int64_t side)
+static subspace_status eliminate_class(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
+                                       int64_t side)
 {
     const int over = which ? rate_class(which - 1, sizeof(C)) : 0, up_to = rate_class(which, sizeof(C));
-    const int threads = rate_sweep_threads(rate_class(which, sizeof(C)));
+    const int threads = rate_elimination_threads(rate_class(which, sizeof(C)));
     const unsigned lists = (unsigned)MIN(b->lists, 65535);
-    const dim3 grid(rate_sweep_blocks(b->most, lists, threads, limits->multiprocessors), lists);
+    const dim3 grid(rate_elimination_blocks(b->most, lists, threads, limits->multiprocessors), lists);
     if (side <= over || least > up_to) return SUBSPACE_OK;
-    LAUNCH(ctx, (sweep_small<C, threads>), grid, threads, sizeof(C) * (size_t)rate_sweep_space(up_to), *b, over, up_to);
+    LAUNCH(ctx, (eliminate_small<C, threads>), grid, threads, sizeof(C) * (size_t)rate_elimination_space(up_to), *b,
+           over, up_to);
     return SUBSPACE_OK;
 }
 
 /* Factor the whole batch, with sides of at least `least` and at most `side`. */
 template <typename C>
-static subspace_status sweep_all(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
-                                 int64_t side)
+static subspace_status eliminate_all(subspace_ctx *ctx, const device_limits *limits, const squares *b, int64_t least,
+                                     int64_t side)
 {
-    TRY((sweep_class<C, 0>(ctx, limits, b, least, side)));
-    TRY((sweep_class<C, 1>(ctx, limits, b, least, side)));
-    TRY((sweep_class<C, 2>(ctx, limits, b, least, side)));
+    TRY((eliminate_class<C, 0>(ctx, limits, b, least, side)));
+    TRY((eliminate_class<C, 1>(ctx, limits, b, least, side)));
+    TRY((eliminate_class<C, 2>(ctx, limits, b, least, side)));
     if (side > rate_small(sizeof(C))) {
         const size_t shared = rate_large_shared(sizeof(C));
         int64_t blocks = 0;
-        TRY(resident_blocks(ctx, limits, sweep_large<C>, RATE_THREADS, shared, &blocks));
+        TRY(resident_blocks(ctx, limits, eliminate_large<C>, RATE_THREADS, shared, &blocks));
         blocks = MAX(1, MIN(blocks, b->lists * b->most_large * rate_upper(side)));
         CUDA(ctx, cudaMemsetAsync(b->meeting, 0, 2 * sizeof(unsigned), (cudaStream_t)ctx->stream));
-        LAUNCH_COOPERATIVE(ctx, sweep_large<C>, (unsigned)blocks, RATE_THREADS, shared, *b);
+        LAUNCH_COOPERATIVE(ctx, eliminate_large<C>, (unsigned)blocks, RATE_THREADS, shared, *b);
     }
     return SUBSPACE_OK;
 }

@@ -210,7 +210,7 @@ static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backwar
     if (!f64) carve_list(&run->careful, run, base, bytes);
     run->y = carve(base, bytes, v * run->rows * RATE_TILE, sizeof(double));
     run->rest = (double *)carve(base, bytes, v * run->rows, sizeof(double));
-    run->bands = (double *)carve(base, bytes, v * run->rows * 2, sizeof(double));
+    run->traces = (double *)carve(base, bytes, v * run->rows * 2, sizeof(double));
     run->meeting = (unsigned *)carve(base, bytes, 2, sizeof(unsigned));
     run->fast.x = a->factor ? a->factor : run->slots;
     run->fast.unit = a->factor || f64 ? 1 : 2;
@@ -280,9 +280,9 @@ static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const devi
     b.small = l->small, b.large = l->large, b.count = l->count, b.lists = a->v;
     b.most = b.slots = run->groups, b.most_large = run->most_large;
     b.wanted = run->backward || (a->factor && !careful) ? INVERSE : LOGDET;
-    b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.bands = run->bands, b.meeting = run->meeting;
+    b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.traces = run->traces, b.meeting = run->meeting;
     b.worst = sizeof(C) == 4 ? CAREFUL : (double)INFINITY, b.failed = sizeof(C) == 4 ? 0 : (double)NAN;
-    return sweep_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side);
+    return eliminate_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side);
 }
 
 static subspace_status list(subspace_ctx *ctx, const rate_run *run, bool careful)

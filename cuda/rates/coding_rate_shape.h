@@ -36,7 +36,7 @@ SHAPE_FN int rate_class(int which, size_t item)
 }
 
 /* Threads of a block for matrices up to a side, whole warps: one for each tile of the upper half. */
-SHAPE_FN int rate_sweep_threads(int side)
+SHAPE_FN int rate_elimination_threads(int side)
 {
     const int tiles = CEIL_DIV(side, RATE_PANEL);
     return CEIL_DIV(tiles * (tiles + 1) / 2, 32) * 32;
@@ -44,16 +44,16 @@ SHAPE_FN int rate_sweep_threads(int side)
 
 /* Entries of a block's shared memory for matrices up to a side: two panels and what they become, the factor of a
  * panel's corner, and what the pivots are. */
-SHAPE_FN int rate_sweep_space(int side)
+SHAPE_FN int rate_elimination_space(int side)
 {
     const int rows = CEIL_DIV(side, RATE_PANEL) * RATE_PANEL;
     return 3 * RATE_PANEL * rows + RATE_PANEL * RATE_PANEL + rows;
 }
 
-/* Bytes of shared memory of a block of the cooperative launch: two tiles, and space for the sweep of one. */
+/* Bytes of shared memory of a block of the cooperative launch: two tiles, and space for the elimination of one. */
 SHAPE_FN size_t rate_large_shared(size_t item)
 {
-    return item * (size_t)(2 * RATE_TILE * RATE_PAD + rate_sweep_space(RATE_TILE));
+    return item * (size_t)(2 * RATE_TILE * RATE_PAD + rate_elimination_space(RATE_TILE));
 }
 
 /* Bytes of shared memory of a product: two slabs. */
@@ -97,7 +97,7 @@ SHAPE_FN unsigned rate_blocks(int64_t most, int64_t views, int multiprocessors)
 }
 
 /* Blocks for the small matrices of each list, which take turns: as many as are on the device at once. */
-SHAPE_FN unsigned rate_sweep_blocks(int64_t most, int64_t views, int threads, int multiprocessors)
+SHAPE_FN unsigned rate_elimination_blocks(int64_t most, int64_t views, int threads, int multiprocessors)
 {
     const int64_t at_once = (int64_t)multiprocessors * (threads < 512 ? 512 / threads : 1);
     const int64_t blocks = MIN(most, CEIL_DIV(at_once, views > 0 ? views : 1));

@@ -145,7 +145,7 @@ static subspace_status make_factors(subspace_ctx *ctx, const device_limits *limi
     b.lists = 1, b.wanted = INVERSE, b.packed = r->square_x == NULL;
     b.most = b.slots = b.most_large = at_once;
     b.of = r->of, b.worst = INFINITY, b.failed = 0;
-    b.y = r->y, b.rest = r->rest, b.bands = r->bands, b.meeting = r->meeting;
+    b.y = r->y, b.rest = r->rest, b.traces = r->traces, b.meeting = r->meeting;
     b.x = r->square_x ? r->square_x : inverse;
     for (int64_t k = k0; k < k0 + kc; k += at_once) { /* chunks are whole numbers of that */
         const int64_t count = MIN(at_once, k0 + kc - k);
@@ -153,7 +153,7 @@ static subspace_status make_factors(subspace_ctx *ctx, const device_limits *limi
         T *const packed = inverse + (k - k0) * r->p;
         b.small = b.large = r->each + k, b.count = r->count + k / at_once * 2;
         if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 0);
-        TRY(sweep_all<T>(ctx, limits, &b, d, d));
+        TRY(eliminate_all<T>(ctx, limits, &b, d, d));
         if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 1);
     }
     return SUBSPACE_OK;
@@ -271,7 +271,7 @@ static void plan(soft_run *r, const subspace_coding_rate_soft_args *a, bool back
     r->squares = MAX(1, MIN(k, SQUARES / (d * d)));
     r->chunk = MAX(1, r->kept || a->inverse ? k : MIN(k, CHUNK / r->p));
     if (large && r->chunk < k) r->chunk = MAX(1, r->chunk / r->squares) * r->squares;
-    r->width = MAX(d, MIN(TILE / n, r->p));
+    r->width = MAX(d, MIN(STRIPE / n, r->p));
     r->again = MAX(1, MIN(k, AGAIN / (d * d + r->pad * RATE_TILE + (r->backward ? n * d : 0))));
     r->t = (double *)carve(base, bytes, k, sizeof(double));
     r->longest = (double *)carve(base, bytes, LONGEST, sizeof(double));
@@ -290,12 +290,12 @@ static void plan(soft_run *r, const subspace_coding_rate_soft_args *a, bool back
         r->square_x = carve(base, &fast, r->squares * d * d, item);
         r->y = carve(base, &fast, r->squares * r->pad * RATE_TILE, item);
         r->rest = (double *)carve(base, &fast, r->squares * r->pad, sizeof(double));
-        r->bands = (double *)carve(base, &fast, r->squares * r->pad * 2, sizeof(double));
+        r->traces = (double *)carve(base, &fast, r->squares * r->pad * 2, sizeof(double));
     }
     r->x64 = (double *)carve(base, &careful, r->again * d * d, sizeof(double));
     r->y64 = (double *)carve(base, &careful, r->again * r->pad * RATE_TILE, sizeof(double));
     r->rest64 = (double *)carve(base, &careful, r->again * r->pad, sizeof(double));
-    r->bands64 = (double *)carve(base, &careful, r->again * r->pad * 2, sizeof(double));
+    r->traces64 = (double *)carve(base, &careful, r->again * r->pad * 2, sizeof(double));
     if (r->backward) r->v64 = (double *)carve(base, &careful, r->again * n * d, sizeof(double));
     if (r->backward && a->dz) r->dz64 = (double *)carve(base, &careful, n * d, sizeof(double));
     *bytes = MAX(fast, careful);

@@ -5,6 +5,8 @@
  *
  * which cancels no more than triangular solves do. All of that is one cooperative launch, whose blocks leave at once
  * where there is nothing to do. As many classes at a time as there is memory for; 4 n k d^2 flops in float64.
+ *
+ * Included by coding_rate_soft.cu.
  */
 #ifndef SUBSPACE_CODING_RATE_SOFT_CUH
 #define SUBSPACE_CODING_RATE_SOFT_CUH
@@ -13,7 +15,7 @@
 enum { COLUMNS = 32, ROW_LANES = 16, WARPS = ROW_THREADS / WARP };
 enum { WELL, CARE, BAD }; /* a view */
 static const int64_t MOST_BLOCKS = 1 << 20, LONGEST = 256;
-static const int64_t TILE = 1 << 24;    /* entries of F at a time, where one row of pairs allows */
+static const int64_t STRIPE = 1 << 24;  /* entries of F at a time, where one row of pairs allows */
 static const int64_t SQUARES = 1 << 23; /* entries of the matrices that are too large for a block, at a time */
 static const int64_t CHUNK = 1 << 26;   /* entries of the inverses that are not kept */
 static const int64_t AGAIN = 1 << 23;   /* float64 entries of the classes done with care at a time */
@@ -47,8 +49,8 @@ typedef struct soft_run {
     unsigned *meeting;
     void *f, *own_inverse; /* [n, width]; [chunk, p] or NULL */
     void *square_x, *y;    /* [squares, d, d], [squares pad, 64] or NULL */
-    double *rest, *bands;  /* [squares pad], [squares pad, 2] */
-    double *x64, *y64, *rest64, *bands64, *v64,
+    double *rest, *traces; /* [squares pad], [squares pad, 2] */
+    double *x64, *y64, *rest64, *traces64, *v64,
         *dz64; /* in place of the six before: [again, ...], [again, n, d], [n, d] */
 } soft_run;
 
@@ -250,14 +252,14 @@ template <typename T> __global__ void __launch_bounds__(RATE_THREADS) careful_vi
     if (run.state->is != CARE) return;
     b.lists = 1, b.most_large = b.slots = run.again, b.wanted = run.backward ? ROOT : LOGDET;
     b.x = run.x64, b.of = run.of, b.worst = INFINITY, b.failed = NAN;
-    b.y = run.y64, b.rest = run.rest64, b.bands = run.bands64, b.meeting = run.meeting;
+    b.y = run.y64, b.rest = run.rest64, b.traces = run.traces64, b.meeting = run.meeting;
     for (int64_t k0 = 0; k0 < run.a.k; k0 += run.again) {
         const int64_t kc = MIN(run.again, run.a.k - k0);
         b.large = run.careful + k0, b.count = run.careful_count + k0 / run.again * 2;
         careful_grams<T>(run, v, k0, kc, shared);
         grid_sync(run.meeting);
-        sweep_together(b, CEIL_DIV(run.a.d, RATE_TILE), left, right,
-                       sweep_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
+        eliminate_together(b, CEIL_DIV(run.a.d, RATE_TILE), left, right,
+                           elimination_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
         grid_sync(run.meeting);
         if (!run.backward) continue;
         careful_products<T>(run, v, k0, kc, shared);

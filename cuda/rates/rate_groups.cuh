@@ -31,7 +31,7 @@ typedef struct rate_run {
     rate_list fast, careful;
     verdict *of; /* [v, groups], in the order of `fast` */
     void *y;     /* [v, rows, 64] */
-    double *rest, *bands;
+    double *rest, *traces;
     unsigned *meeting;
     int backward, library;
 } rate_run;

@@ -18,7 +18,7 @@
  * twice by a general one where eight rows for each block outgrow the L2 cache.
  */
 #include "sinkhorn.cuh"
-#include "sinkhorn_kernel.cuh"
+#include "sinkhorn_gibbs.cuh"
 #include "sinkhorn_backward.cuh"
 
 /* The exponent w of the general sweep, learnt from how fast the error falls. */
@@ -70,7 +70,7 @@ template <typename T> static __device__ inline double far(T x)
     return (double)(x > 1 / x ? x : 1 / x);
 }
 
-/* f <- f (row / (f K g))^w; the columns' sums K' f of the new f, of each tile. */
+/* f <- f (row / (f K g))^w; the columns' sums K' f of the new f, of each panel. */
 template <typename T> static __device__ inline void sweep(const sinkhorn_run<T> &r, int sixteenths)
 {
     const combination<T> g = {r.x[r.now], NULL, 0};
@@ -87,7 +87,7 @@ template <typename T> static __device__ inline void sweep(const sinkhorn_run<T> 
             logs = larger(logs, far(to));
         }
         __syncthreads();
-        tile_sums<true>(r, t0, t1, (const T *)r.f);
+        panel_sums<true>(r, t0, t1, (const T *)r.f);
     }
     report(r, 0, error, logs);
 }
@@ -232,7 +232,7 @@ static __global__ void __launch_bounds__(THREADS, SINKHORN_TOGETHER) project(con
     __shared__ sinkhorn_run<T> r;
     if (threadIdx.x == 0) {
         r = all;
-        join_group(r);
+        enter_group(r);
     }
     __syncthreads();
     for (int64_t v = r.group; v < all.v; v += all.shape.groups) {
@@ -261,10 +261,11 @@ static void lay_out(sinkhorn_run<T> *r, const subspace_sinkhorn_args *a, const d
     r->dplan = (const T *)a->dplan, r->dscores = (T *)a->dscores, r->drow = (T *)a->drow, r->dcol = (T *)a->dcol;
     r->shape = sinkhorn_shape_of(a->v, a->m, a->n, sizeof(T), limits->multiprocessors, (int64_t)limits->shared);
     r->columns = CEIL_DIV(a->m * (int64_t)sizeof(T), 16) * 16 / (int64_t)sizeof(T);
-    const int64_t m = a->m, n = a->n, partial = r->shape.tiles * r->shape.ld;
+    const int64_t m = a->m, n = a->n, partial = r->shape.panels * r->shape.ld;
     r->meeting = (unsigned *)carve(base, bytes, r->shape.groups * MEETING, sizeof(unsigned));
     const size_t group = *bytes;
-    for (double *&sums : r->sums) sums = (double *)carve(base, bytes, r->shape.tiles + r->shape.strips, sizeof(double));
+    for (double *&sums : r->sums)
+        sums = (double *)carve(base, bytes, r->shape.panels + r->shape.strips, sizeof(double));
     r->y = (double *)carve(base, bytes, n, sizeof(double));
     r->f = (T *)carve(base, bytes, m, sizeof(T));
     r->partial[0] = (T *)carve(base, bytes, partial, sizeof(T));

@@ -2,12 +2,14 @@
  * sinkhorn.cu do with a matrix K of which each block has some rows.
  *
  *     row sums       a warp a row, dot products of 16 bytes a lane
- *     column sums    a partial sum for each tile of rows, a thread 16 bytes of columns; after the blocks have met, a
+ *     column sums    a partial sum for each panel of rows, a thread 16 bytes of columns; after the blocks have met, a
  *                    warp adds up the partial sums of a strip of columns
  *
  * Terms and partial sums are of K's type, some tens of terms each, their sums in double. Nothing here depends on how
  * many blocks there are. Every function but those of a row or a strip is called by all threads of the block; the run
  * itself is in shared memory, and what changes in it is written by one thread, between two barriers.
+ *
+ * Included by sinkhorn_gibbs.cuh and sinkhorn_backward.cuh.
  */
 #ifndef SUBSPACE_SINKHORN_CUH
 #define SUBSPACE_SINKHORN_CUH
@@ -41,14 +43,14 @@ template <typename T> struct sinkhorn_run {
     int64_t columns;                  /* where those of a vector of conjugate gradients begin: 16 bytes' worth */
     unsigned *meeting;                /* [groups, MEETING] */
     double2 *report;                  /* [2, 2, blocks] */
-    double *sums[3];                  /* [tiles + strips] */
+    double *sums[3];                  /* [panels + strips] */
     double *logs[2], *y, *term;       /* [m], [n]: of alpha and beta; [n], [m] */
     T *f, *x[2];                      /* [m], [n] */
     T *diagonal, *rhs, *z, *p[2], *s; /* [m + n] or [n]: conjugate gradients, s the solution */
-    T *partial[2];                    /* [tiles, ld] */
+    T *partial[2];                    /* [panels, ld] */
     /* of this block: */
     unsigned group, rank;
-    int64_t first, last, begin, end; /* its tiles, their rows */
+    int64_t first, last, begin, end; /* its panels, their rows */
     int64_t at;                      /* the plan */
     double *alpha, *beta;            /* logs, of a symmetric plan one for both */
     T *k;                            /* K from row `origin` on, rows of `ld` entries */
@@ -74,17 +76,17 @@ static __device__ inline unsigned warp_of()
     return threadIdx.x / WARP;
 }
 
-/* --------------------------------------------------------------------------------------------- this block's part */
+/* --------------------------------------------------------------------------------------------- this block's share */
 
 template <typename V> static __device__ inline void advance(V **pointer, size_t bytes)
 {
     *pointer = (V *)((char *)*pointer + bytes);
 }
 
-template <typename T> static __device__ inline void join_group(sinkhorn_run<T> &r)
+template <typename T> static __device__ inline void enter_group(sinkhorn_run<T> &r)
 {
     r.group = blockIdx.x / (unsigned)r.shape.blocks, r.rank = blockIdx.x % (unsigned)r.shape.blocks;
-    r.first = r.rank * r.shape.share, r.last = MIN(r.first + r.shape.share, r.shape.tiles);
+    r.first = r.rank * r.shape.share, r.last = MIN(r.first + r.shape.share, r.shape.panels);
     r.begin = r.first * r.shape.rows, r.end = MIN(r.last * r.shape.rows, r.m);
     r.meeting += r.group * MEETING, r.turn = 0;
     const size_t bytes = r.group * r.bytes;
@@ -115,7 +117,7 @@ template <typename T> static __device__ inline T *row_of(const sinkhorn_run<T> &
     return r.k + (i - r.origin) * r.ld;
 }
 
-/* Tiles that go together from row sums to column sums: a streamed plan's rows are then read from memory once. */
+/* Panels that go together from row sums to column sums: a streamed plan's rows are then read from memory once. */
 template <typename T> static __device__ inline int64_t span_of(const sinkhorn_run<T> &r)
 {
     return r.shape.shared > 0 ? r.shape.share : 1;
@@ -250,10 +252,10 @@ static __device__ inline double row_product(const T *k, int64_t n, bool wide, co
     return warp_sum(sum);
 }
 
-/* For the rows i of each tile t = first .. last-1: partial[0][t, j] = sum_i w_i K_ij, w given; or, given G in its
+/* For the rows i of each panel t = first .. last-1: partial[0][t, j] = sum_i w_i K_ij, w given; or, given G in its
  * place, sum_i K_ij, and partial[1][t, j] = sum_i K_ij G_ij. */
 template <bool WEIGHTED, typename T>
-static __device__ inline void tile_sums(const sinkhorn_run<T> &r, int64_t first, int64_t last, const T *given)
+static __device__ inline void panel_sums(const sinkhorn_run<T> &r, int64_t first, int64_t last, const T *given)
 {
     enum { WIDE = 16 / sizeof(T), SUMS = WEIGHTED ? 1 : 2 };
     const unsigned packs = (unsigned)(r.n / WIDE), each = packs + (unsigned)(r.n % WIDE); /* and single columns */
@@ -310,19 +312,19 @@ template <typename T> static __device__ inline bool owner(const sinkhorn_run<T> 
     return lane_of() < STRIP && column < r.n;
 }
 
-/* The sum, or the largest, of the tiles' partial results for the lane's column, by a warp. */
+/* The sum, or the largest, of the panels' partial results for the lane's column, by a warp. */
 template <bool LARGEST, typename T>
 static __device__ inline double strip_total(const sinkhorn_run<T> &r, const T *partial, int64_t strip)
 {
     enum { QUARTERS = WARP / STRIP, LOADS = 16 };
     const int64_t j = strip_column(strip);
     double total = LARGEST ? -INFINITY : 0;
-    for (int64_t t0 = lane_of() / STRIP; t0 < r.shape.tiles && j < r.n; t0 += QUARTERS * LOADS) {
+    for (int64_t t0 = lane_of() / STRIP; t0 < r.shape.panels && j < r.n; t0 += QUARTERS * LOADS) {
         T some[LOADS];
 #pragma unroll
         for (int a = 0; a < LOADS; a++) {
             const int64_t t = t0 + a * QUARTERS;
-            some[a] = t < r.shape.tiles ? partial[t * r.shape.ld + j] : LARGEST ? (T)-INFINITY : (T)0;
+            some[a] = t < r.shape.panels ? partial[t * r.shape.ld + j] : LARGEST ? (T)-INFINITY : (T)0;
         }
 #pragma unroll
         for (int a = 0; a < LOADS; a++) total = LARGEST ? larger(total, (double)some[a]) : total + (double)some[a];

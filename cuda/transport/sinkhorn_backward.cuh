@@ -9,12 +9,14 @@
  * with Gs = (G + G') / 2, so that (P o Gs) 1 is half the row and column sums of P o G. By conjugate gradients, scaled
  * by R and C: p is made on the way, p' A p is known from the rows (p_i (R_i p_i + 2 (P y)_i), and C_j p_j^2), and the
  * blocks meet twice a step. As in cpu/transport/sinkhorn_backward.h.
+ *
+ * Included by sinkhorn.cu.
  */
 #ifndef SUBSPACE_SINKHORN_BACKWARD_CUH
 #define SUBSPACE_SINKHORN_BACKWARD_CUH
 #include "sinkhorn.cuh"
 
-/* Row sums of P and P o G, and unless they are not needed their column sums of each tile. */
+/* Row sums of P and P o G, and unless they are not needed their column sums of each panel. */
 template <typename T> static __device__ inline void sums(const sinkhorn_run<T> &r, bool columns)
 {
     const T *g = r.dplan + r.at * r.m * r.n;
@@ -32,7 +34,7 @@ template <typename T> static __device__ inline void sums(const sinkhorn_run<T> &
             sum = warp_sum(sum), sum_g = warp_sum(sum_g);
             if (lane_of() == 0) r.diagonal[i] = (T)sum, r.rhs[i] = (T)sum_g;
         }
-        if (columns) tile_sums<false>(r, t0, t1, g);
+        if (columns) panel_sums<false>(r, t0, t1, g);
     }
 }
 
@@ -57,7 +59,7 @@ static __device__ inline double own_entry(const sinkhorn_run<T> &r, int64_t i, T
     return (double)rhs * (double)z;
 }
 
-/* The same for all: a warp has a tile's rows, or a strip's columns, whose totals it needs. */
+/* The same for all: a warp has a panel's rows, or a strip's columns, whose totals it needs. */
 template <int WHAT, typename T> static __device__ inline void own_entries(const sinkhorn_run<T> &r, T alpha, double *to)
 {
     for (int64_t t = r.first + warp_of(); t < r.last; t += WARPS) {
@@ -80,11 +82,11 @@ template <int WHAT, typename T> static __device__ inline void own_entries(const 
             sum = own_entry<WHAT>(r, i, alpha, (T)total);
         }
         sum = warp_sum(WHAT == SHIFT ? -sum : sum);
-        if (lane_of() == 0) to[r.shape.tiles + s] = sum;
+        if (lane_of() == 0) to[r.shape.panels + s] = sum;
     }
 }
 
-/* p = z + beta p, the next; out = R p + P p of the rows, P' p of each tile, and the terms of p' A p. */
+/* p = z + beta p, the next; out = R p + P p of the rows, P' p of each panel, and the terms of p' A p. */
 template <typename T> static __device__ inline void products(const sinkhorn_run<T> &r, bool first, T beta, double *to)
 {
     const T *z = r.z, *before = r.p[r.now];
@@ -109,7 +111,7 @@ template <typename T> static __device__ inline void products(const sinkhorn_run<
             sum = warp_sum(sum);
             if (lane_of() == 0) to[t] = sum;
         }
-        if (!r.symmetric) tile_sums<true>(r, t0, t1, (const T *)p);
+        if (!r.symmetric) panel_sums<true>(r, t0, t1, (const T *)p);
     }
     for (int64_t s = first_strip(r); s < r.shape.strips && !r.symmetric; s += strip_step(r)) {
         const int64_t j = strip_column(s);
@@ -120,14 +122,14 @@ template <typename T> static __device__ inline void products(const sinkhorn_run<
             sum = (double)r.diagonal[r.columns + j] * (double)next * (double)next;
         }
         sum = warp_sum(sum);
-        if (lane_of() == 0) to[r.shape.tiles + s] = sum;
+        if (lane_of() == 0) to[r.shape.panels + s] = sum;
     }
 }
 
 template <typename T> static __device__ inline void conjugate_gradients(sinkhorn_run<T> &r)
 {
     const double enough = sizeof(T) == sizeof(double) ? 1e-13 : 1e-7;
-    const int64_t terms = r.shape.tiles + (r.symmetric ? 0 : r.shape.strips);
+    const int64_t terms = r.shape.panels + (r.symmetric ? 0 : r.shape.strips);
     if (r.symmetric) {
         for (int64_t s = first_strip(r); s < r.shape.strips; s += strip_step(r)) {
             const int64_t j = strip_column(s);
@@ -162,7 +164,7 @@ template <typename T> static __device__ inline void write_marginals(const sinkho
     if (!half && !r.symmetric) {
         own_entries<SHIFT>(r, (T)0, r.sums[2]);
         meet(r);
-        shift = (T)(add_up(r.sums[2], r.shape.tiles + r.shape.strips) / (double)(r.m + r.n));
+        shift = (T)(add_up(r.sums[2], r.shape.panels + r.shape.strips) / (double)(r.m + r.n));
     }
     for (int64_t i = r.begin + threadIdx.x; i < r.end && r.drow; i += THREADS)
         r.drow[r.at * r.m + i] = r.symmetric ? 2 * r.s[i] : r.s[i] - shift;
@@ -202,7 +204,7 @@ static __global__ void __launch_bounds__(THREADS, SINKHORN_TOGETHER) differentia
     const bool half = all.half_steps > 0;
     if (threadIdx.x == 0) {
         r = all;
-        join_group(r);
+        enter_group(r);
         r.symmetric = all.given == SUBSPACE_SYMMETRIC && !half;
         if (r.symmetric) r.columns = 0;
     }

@@ -1,10 +1,10 @@
 /* sinkhorn_shape.h - how a batch of plans is laid over the device: C11 and C++, no CUDA.
  *
  * A plan has `blocks` blocks, `groups` plans are on their way at once, group g taking plans g, g + groups, ... Rows
- * come in tiles, the rows of one partial column sum, and columns in strips. Both depend on m and n alone, so that a
+ * come in panels, the rows of one partial column sum, and columns in strips. Both depend on m and n alone, so that a
  * plan's sums, and with them its bits, do not depend on the batch or on the device.
  *
- * If they fit, a block's tiles stay in its shared memory for the whole projection, else they are in the plan's place.
+ * If they fit, a block's panels stay in its shared memory for the whole projection, else they are in the plan's place.
  */
 #ifndef SUBSPACE_SINKHORN_SHAPE_H
 #define SUBSPACE_SINKHORN_SHAPE_H
@@ -13,8 +13,8 @@
 enum {
     SINKHORN_THREADS = 256,
     SINKHORN_TOGETHER = 2,    /* blocks on a multiprocessor, at most; what registers are limited to */
-    SINKHORN_LINES = 8,       /* a tile's rows are a multiple of this */
-    SINKHORN_TILES = 1024,    /* of a plan, at most */
+    SINKHORN_LINES = 8,       /* a panel's rows are a multiple of this */
+    SINKHORN_PANELS = 1024,   /* of a plan, at most */
     SINKHORN_STRIP = 8,       /* columns */
     SINKHORN_SMALL = 1 << 14, /* entries of a plan that one block does sooner than several can meet */
     SINKHORN_STATIC = 2048,   /* bytes of static shared memory, at most */
@@ -22,10 +22,10 @@ enum {
 };
 
 typedef struct sinkhorn_shape {
-    int64_t rows, tiles, strips;   /* rows of a tile */
+    int64_t rows, panels, strips;  /* rows of a panel */
     int64_t ld;                    /* columns of a row in shared memory, or of partial sums: whole 16 bytes, and 16 more
                                       so that 8 x 4 entries are in 32 banks */
-    int64_t share, blocks, groups; /* tiles of a block */
+    int64_t share, blocks, groups; /* panels of a block */
     size_t shared;                 /* bytes of dynamic shared memory; 0: the plan is not kept there */
 } sinkhorn_shape;
 
@@ -39,25 +39,25 @@ static inline sinkhorn_shape sinkhorn_shape_of(int64_t v, int64_t m, int64_t n, 
                                                int64_t shared)
 {
     sinkhorn_shape s;
-    const int64_t lines = CEIL_DIV(m, (int64_t)SINKHORN_LINES * SINKHORN_TILES);
+    const int64_t lines = CEIL_DIV(m, (int64_t)SINKHORN_LINES * SINKHORN_PANELS);
     s.rows = SINKHORN_LINES * (lines > 1 ? lines : 1);
-    s.tiles = CEIL_DIV(m, s.rows);
+    s.panels = CEIL_DIV(m, s.rows);
     s.strips = CEIL_DIV(n, SINKHORN_STRIP);
     s.ld = (CEIL_DIV(n * size, 16) + 1) * 16 / size;
     const int small = (double)m * (double)n <= SINKHORN_SMALL;
-    const int64_t tile = s.rows * s.ld * size, room = shared - SINKHORN_STATIC;
-    int64_t together = 1, most = small ? 1 : sinkhorn_within(multiprocessors / v, 1, s.tiles);
-    s.share = CEIL_DIV(s.tiles, most);
-    if ((double)s.share * (double)tile <= (double)room) {
-        s.shared = (size_t)(s.share * tile);
+    const int64_t panel = s.rows * s.ld * size, room = shared - SINKHORN_STATIC;
+    int64_t together = 1, most = small ? 1 : sinkhorn_within(multiprocessors / v, 1, s.panels);
+    s.share = CEIL_DIV(s.panels, most);
+    if ((double)s.share * (double)panel <= (double)room) {
+        s.shared = (size_t)(s.share * panel);
         together = (shared + SINKHORN_RESERVED) / ((int64_t)s.shared + SINKHORN_STATIC + SINKHORN_RESERVED);
         together = sinkhorn_within(together, 1, SINKHORN_TOGETHER);
     } else {
         s.shared = 0, together = SINKHORN_TOGETHER;
-        most = small ? 1 : sinkhorn_within(multiprocessors * together / v, 1, s.tiles);
-        s.share = CEIL_DIV(s.tiles, most);
+        most = small ? 1 : sinkhorn_within(multiprocessors * together / v, 1, s.panels);
+        s.share = CEIL_DIV(s.panels, most);
     }
-    s.blocks = CEIL_DIV(s.tiles, s.share);
+    s.blocks = CEIL_DIV(s.panels, s.share);
     s.groups = sinkhorn_within(multiprocessors * together / s.blocks, 1, v);
     return s;
 }

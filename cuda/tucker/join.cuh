@@ -1,6 +1,8 @@
 /* join.cuh - the sum of slices: out[i] = scale sum_s part[s, i], in double and in a fixed order.
  *
  * A block takes 32 neighbouring entries; its 8 warps take every 8th slice each, and are added up in order.
+ *
+ * Included by depthwise.cu and rank_product.cuh.
  */
 #ifndef SUBSPACE_JOIN_CUH
 #define SUBSPACE_JOIN_CUH

@@ -11,6 +11,8 @@
  * takes 2 r flops, for 2 to 8 bytes: the memory is the limit up to r of about 16 for half types and 32 for float32 on
  * an H100 (67 TFLOP/s to 3.35 TB/s: 20 flops a byte); the long operand is read, and out written, once while the rank
  * fits a tile (64).
+ *
+ * Included by tucker.cu, tucker_conv.cu and tucker_linear.cu.
  */
 #ifndef SUBSPACE_RANK_PRODUCT_CUH
 #define SUBSPACE_RANK_PRODUCT_CUH

@@ -4,12 +4,12 @@
  *
  *     D_L = dout,  D_{t-1} = D_t x_m U_m',  dU_m = scale unfold(D_t) unfold(G_{t-1})',  dcore = scale D_0
  *
- * The order of the modes is that of cpu/tucker/tucker.c: kernel modes are small and come first, mode 0 last where it costs
- * little more. A stage is `pre` products [d, r] [r, post], or one where pre or post is 1. The last one adds to base in
- * float32 and rounds once: base is read and out written once, 2 item bytes an entry, by rank_product.cuh (2 r flops an
- * entry: memory is the limit up to r of 32 to 64). Deeper products of float32 are GEMMs of cuBLAS, never in TF32, on a
- * copy of base. dU_m is one sum over all of pre and post, in slices added up in order. The backward reads dout twice,
- * once for dU and once for D, half types as they are.
+ * The order of the modes is that of cpu/tucker/tucker.c: kernel modes are small and come first, mode 0 last where it
+ * costs little more. A stage is `pre` products [d, r] [r, post], or one where pre or post is 1. The last one adds to
+ * base in float32 and rounds once: base is read and out written once, 2 item bytes an entry, by rank_product.cuh (2 r
+ * flops an entry: memory is the limit up to r of 32 to 64). Deeper products of float32 are GEMMs of cuBLAS, never in
+ * TF32, on a copy of base. dU_m is one sum over all of pre and post, in slices added up in order. The backward reads
+ * dout twice, once for dU and once for D, half types as they are.
  */
 #include <string.h>
 #include "rank_product.cuh"
@@ -32,14 +32,15 @@ typedef struct plan {
     void *slices;                  /* of dU or D, before they are added up */
 } plan;
 
-#define EACH(i, count)                                                                                                 \
+/* for i in [0, count), shared out among the threads of a grid */
+#define EACH_OF_GRID(i, count)                                                                                         \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (int64_t)gridDim.x * blockDim.x)
 
 /* out = base + scale x, entry by entry */
 template <typename I, typename W, typename O>
 __global__ void scale_into(int64_t count, const I *x, W scale, const O *base, O *out)
 {
-    EACH(i, count)
+    EACH_OF_GRID(i, count)
     {
         const W value = scale * (W)x[i];
         out[i] = (O)(base ? (W)base[i] + value : value);

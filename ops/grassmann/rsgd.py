@@ -6,7 +6,7 @@
 
 f and g are given by the retraction; the exponential map has f = cos sqrt X, g = sinc sqrt X. No SVD and
 no QR; drift from orthonormality is repaired on the way. Edelman, Arias & Smith 1998 for the geodesics,
-arXiv 2308.01547 for their use in classifiers; cpu/grassmann/rsgd.c for the two sweeps.
+arXiv 2308.01547 for their use in classifiers; cpu/grassmann/rsgd.c for the two passes.
 """
 from __future__ import annotations
 

@@ -74,10 +74,10 @@ TEST(Shapes, Sinkhorn)
                     for (int64_t size : {4, 8}) {
                         const sinkhorn_shape s = sinkhorn_shape_of(v, m, n, size, d.multiprocessors, d.shared);
                         SCOPED_TRACE("v=" + std::to_string(v) + " m=" + std::to_string(m) + " n=" + std::to_string(n));
-                        ASSERT_GE(s.tiles * s.rows, m);
-                        ASSERT_LT((s.tiles - 1) * s.rows, m);
+                        ASSERT_GE(s.panels * s.rows, m);
+                        ASSERT_LT((s.panels - 1) * s.rows, m);
                         ASSERT_GE(s.strips * SINKHORN_STRIP, n);
-                        ASSERT_GE(s.blocks * s.share, s.tiles);
+                        ASSERT_GE(s.blocks * s.share, s.panels);
                         ASSERT_GE(s.ld, n);
                         ASSERT_GE(s.groups, 1);
                         ASSERT_LE(s.groups, v);
@@ -96,14 +96,14 @@ TEST(Shapes, CodingRate)
 {
     for (size_t item : {4, 8}) {
         const int most = rate_small(item);
-        EXPECT_LE(rate_sweep_threads(most), 1024);
-        EXPECT_LE(rate_sweep_space(most) * item, 48u << 10);
+        EXPECT_LE(rate_elimination_threads(most), 1024);
+        EXPECT_LE(rate_elimination_space(most) * item, 48u << 10);
         EXPECT_LE(rate_large_shared(item), 99u << 10);
         EXPECT_LE(rate_product_shared(item), 48u << 10);
         for (int side = 1; side <= most; side++) {
             const int tiles = (side + RATE_PANEL - 1) / RATE_PANEL;
-            ASSERT_GE(rate_sweep_threads(side), tiles * (tiles + 1) / 2);
-            ASSERT_EQ(0, rate_sweep_threads(side) % 32);
+            ASSERT_GE(rate_elimination_threads(side), tiles * (tiles + 1) / 2);
+            ASSERT_EQ(0, rate_elimination_threads(side) % 32);
         }
     }
     for (int64_t m : sizes)

@@ -172,7 +172,7 @@ TEST(Sinkhorn, LooksForSymmetry)
     EXPECT_NE(p.sweeps[0], q.sweeps[0]);
 }
 
-// Sizes about those of tiles and strips; sums of more tiles, and of longer rows, than are read at a time.
+// Sizes about those of panels and strips; sums of more panels, and of longer rows, than are read at a time.
 template <typename T> void run_borders()
 {
     for (const auto &[v, m, n] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 7, 8},
@@ -197,11 +197,11 @@ template <typename T> void run_borders()
     }
 }
 
-TEST(Sinkhorn, BordersOfTilesInFloat64)
+TEST(Sinkhorn, BordersOfPanelsInFloat64)
 {
     run_borders<double>();
 }
-TEST(Sinkhorn, BordersOfTilesInFloat32)
+TEST(Sinkhorn, BordersOfPanelsInFloat32)
 {
     run_borders<float>();
 }

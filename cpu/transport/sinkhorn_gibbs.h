@@ -1,15 +1,16 @@
-/* sinkhorn_kernel.h - the scores of one plan: are they numbers, are they symmetric, how far apart; the kernel
+/* sinkhorn_gibbs.h - the scores of one plan: are they numbers, are they symmetric, how far apart; the Gibbs kernel
  *
  *     K_ij = exp((scores_ij - max) / eta + alpha_i + beta_j)
  *
  * of which only the upper half is made where they are symmetric; the sweeps in the log domain that find alpha and beta
- * where they are too far apart for T; and what becomes the plan. Included by sinkhorn.c once per precision.
+ * where they are too far apart for T; and what becomes the plan.
+ *
+ * Included by sinkhorn.c, without T and once per precision; it brings sinkhorn_passes.h.
  */
 #include <float.h>
 #include "exp.h"
 #include "sinkhorn_passes.h"
 
-#undef LL
 #define LL(v) ((long long)(v))
 
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
@@ -66,11 +67,11 @@ static void FN(scan_symmetric)(int64_t begin, int64_t end, void *arg)
     for (int64_t slot = begin; slot < end; slot++) {
         int64_t first, last;
         T high = -INFINITY, low = INFINITY, asymmetry = 0, wrong = 0;
-        FN(panel) mirror;
+        FN(tile) mirror;
         share_triangle(n, slot, run->slots, &first, &last);
-        for (int64_t i = first; i < last; i += TILE)
-            for (int64_t j = i; j < n; j += panel_width(i, j)) {
-                const int64_t rows = MIN(TILE, last - i), columns = MIN(panel_width(i, j), n - j);
+        for (int64_t i = first; i < last; i += TILE_ROWS)
+            for (int64_t j = i; j < n; j += tile_columns(i, j)) {
+                const int64_t rows = MIN(TILE_ROWS, last - i), columns = MIN(tile_columns(i, j), n - j);
                 FN(mirror)(s, n, i, j, rows, columns, &mirror);
                 for (int64_t r = 0; r < rows; r++) {
                     const T *restrict upper = s + (i + r) * n + j, *restrict lower = mirror.at[r];
@@ -247,10 +248,10 @@ static subspace_status FN(log_sweeps)(sinkhorn_run *run, int64_t v)
     return SUBSPACE_OK;
 }
 
-/* ------------------------------------------------------------------------------------------------------ the kernel */
+/* ------------------------------------------------------------------------------------------------------ K */
 
 /* K, or its upper half. */
-static void FN(kernel)(int64_t begin, int64_t end, void *arg)
+static void FN(gibbs)(int64_t begin, int64_t end, void *arg)
 {
     const sinkhorn_run *run = arg;
     const int64_t n = run->n;
@@ -285,11 +286,11 @@ static void FN(scale_plan)(int64_t begin, int64_t end, void *arg)
                 for (int64_t j = 0; j < n; j++) k[i * n + j] = f[i] * k[i * n + j] * g[j];
             continue;
         }
-        FN(panel) t;
+        FN(tile) t;
         share_triangle(n, slot, run->slots, &first, &last);
-        for (int64_t i = first; i < last; i += TILE)
-            for (int64_t j = i; j < n; j += panel_width(i, j)) {
-                const int64_t rows = MIN(TILE, last - i), columns = MIN(panel_width(i, j), n - j);
+        for (int64_t i = first; i < last; i += TILE_ROWS)
+            for (int64_t j = i; j < n; j += tile_columns(i, j)) {
+                const int64_t rows = MIN(TILE_ROWS, last - i), columns = MIN(tile_columns(i, j), n - j);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t c = 0; c < columns; c++) t.at[r][c] = f[i + r] * k[(i + r) * n + j + c] * g[j + c];
                 FN(put)(&t, i, j, rows, columns, k, n);
@@ -310,7 +311,7 @@ static void FN(absorb)(sinkhorn_run *run)
         shift[j] = (T)(run->symmetric ? run->alpha[j] : run->beta[j]);
         g[j] = last[j] = 1;
     }
-    each(run, FN(kernel));
+    each(run, FN(gibbs));
 }
 
 #endif

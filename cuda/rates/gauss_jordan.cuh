@@ -1,5 +1,5 @@
-/* sweep.cuh - A = I + X, symmetric and positive definite: 1/2 log det A and A^-1, or the root U^-1 of it, A = U'U, by
- * the sweep operator on the upper half, J of 8 pivots at a time:
+/* gauss_jordan.cuh - A = I + X, symmetric and positive definite: 1/2 log det A and A^-1, or the root U^-1 of it, A =
+ * U'U, by Gauss-Jordan elimination of the upper half (statistics' sweep operator), J of 8 pivots at a time:
  *
  *     A_JJ = L L',  Y = L^-1 A_J.,  A <- A - Y'Y outside J,  A_J. <- L^-T Y,  A_JJ <- -L^-T L^-1
  *
@@ -16,10 +16,12 @@
  * two barriers and the 8 dependent roots of its corner, which the one thread that has it factors as soon as it is done
  * with the panel before. Of side 256 in float32: 32 panels of 2200 clocks of multiplications on a multiprocessor, and
  * about 1000 of what hangs together.
+ *
+ * Included by cholesky.cuh.
  */
-#ifndef SUBSPACE_SWEEP_CUH
-#define SUBSPACE_SWEEP_CUH
-#include "tiles.cuh"
+#ifndef SUBSPACE_GAUSS_JORDAN_CUH
+#define SUBSPACE_GAUSS_JORDAN_CUH
+#include "tile_product.cuh"
 
 typedef struct square { /* a matrix of a batch */
     int64_t at, side;   /* where it begins; 0: there is nothing to do */
@@ -43,14 +45,14 @@ typedef struct squares {
     const int64_t *count;        /* [lists, 2] of each there are */
     int64_t lists, most, most_large, slots;
     int wanted;
-    int packed;    /* the upper halves without gaps, row by row; small ones only */
-    void *x;       /* X, then what is wanted: symmetric, or upper triangular with zeros below */
-    verdict *of;   /* [lists, slots] */
-    double worst;  /* not good: |X|_F > worst * the least pivot; INFINITY: never mind */
-    double failed; /* what then takes the place of what is wanted */
-    void *y;       /* [rows, 64] for large ones: Y by columns of 64 */
-    double *rest;  /* [rows] what X has left of the pivots, */
-    double *bands; /* [rows, 2] and squares and traces of 64 rows each */
+    int packed;     /* the upper halves without gaps, row by row; small ones only */
+    void *x;        /* X, then what is wanted: symmetric, or upper triangular with zeros below */
+    verdict *of;    /* [lists, slots] */
+    double worst;   /* not good: |X|_F > worst * the least pivot; INFINITY: never mind */
+    double failed;  /* what then takes the place of what is wanted */
+    void *y;        /* [rows, 64] for large ones: Y by columns of 64 */
+    double *rest;   /* [rows] what X has left of the pivots, */
+    double *traces; /* [rows, 2] and squares and traces of 64 rows each */
     unsigned *meeting;
 } squares;
 
@@ -64,14 +66,14 @@ static __device__ inline int64_t row_begins(int packed, int64_t s, int64_t i)
 
 enum { PANEL = RATE_PANEL };
 
-template <typename C> struct sweep_space {
+template <typename C> struct elimination_space {
     C *y[2], *z, *corner, *rest;
 };
 
-template <typename C> static __device__ inline sweep_space<C> sweep_space_at(C *shared, int tiles)
+template <typename C> static __device__ inline elimination_space<C> elimination_space_at(C *shared, int tiles)
 {
     const int panel = PANEL * PANEL * tiles;
-    return sweep_space<C>{
+    return elimination_space<C>{
         {shared, shared + panel}, shared + 2 * panel, shared + 3 * panel, shared + 3 * panel + PANEL * PANEL};
 }
 
@@ -125,7 +127,7 @@ template <typename C> static __device__ inline void factor_corner(C (&t)[PANEL][
 
 /* Y of column x from what the tiles have put there, and if asked for L^-T Y. */
 template <typename C>
-static __device__ inline void solve_column(const sweep_space<C> &space, C *y, int tiles, int p, int x, int wanted)
+static __device__ inline void solve_column(const elimination_space<C> &space, C *y, int tiles, int p, int x, int wanted)
 {
     const int tile = x / PANEL, r = x % PANEL, row = PANEL * tiles, at = spot<C>(tiles, tile, r);
     const bool own = tile == p;
@@ -152,8 +154,8 @@ static __device__ inline void solve_column(const sweep_space<C> &space, C *y, in
 /* The tile of each thread, of `tiles` on a side, from X to -A^-1, to U^-1 above the diagonal, or to nothing of use.
  * Ends with a barrier; then the pivots are known. */
 template <typename C>
-static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int tj, int tiles, int wanted,
-                                    const sweep_space<C> &space)
+static __device__ inline void eliminate(C (&t)[PANEL][PANEL], bool mine, int ti, int tj, int tiles, int wanted,
+                                        const elimination_space<C> &space)
 {
     const int row = PANEL * tiles, thread = (int)thread_in_block();
     enum { whole = 16 / sizeof(C), PACKS = PANEL / whole };
@@ -217,10 +219,10 @@ static __device__ inline void sweep(C (&t)[PANEL][PANEL], bool mine, int ti, int
 
 /* One matrix; all threads of the block. */
 template <typename C>
-static __device__ inline void sweep_matrix(const squares &b, const square &q, verdict *to, C *shared)
+static __device__ inline void eliminate_matrix(const squares &b, const square &q, verdict *to, C *shared)
 {
     const int s = (int)q.side, tiles = CEIL_DIV(s, PANEL);
-    const sweep_space<C> space = sweep_space_at(shared, tiles);
+    const elimination_space<C> space = elimination_space_at(shared, tiles);
     C *const x = (C *)b.x + q.at;
     const C scale = (C)q.scale;
     double square_sum = 0, sum = 0, half = 0, least = INFINITY, trace = 0, largest = 0;
@@ -240,7 +242,7 @@ static __device__ inline void sweep_matrix(const squares &b, const square &q, ve
         }
     }
     __syncthreads(); /* the matrix before has been looked at */
-    sweep(t, mine, ti, tj, tiles, b.wanted, space);
+    eliminate(t, mine, ti, tj, tiles, b.wanted, space);
     for (int i = (int)thread_in_block(); i < s; i += (int)(blockDim.x * blockDim.y)) {
         const double rest = (double)space.rest[i];
         half += 0.5 * log1p(rest);
@@ -271,13 +273,13 @@ static __device__ inline void sweep_matrix(const squares &b, const square &q, ve
 /* Sides above `over` and up to `side`, which the block's threads and shared memory are for; blocks (x, list). */
 template <typename C, int threads>
 __global__ void __launch_bounds__(threads, sizeof(C) == 4 ? MAX(1, 512 / threads) : 1)
-    sweep_small(const squares b, int over, int side)
+    eliminate_small(const squares b, int over, int side)
 {
     DYNAMIC_SHARED(shared);
     for (int64_t list = blockIdx.y; list < b.lists; list += gridDim.y)
         for (int64_t i = blockIdx.x; i < b.count[2 * list]; i += gridDim.x) {
             const square q = b.small[list * b.most + i];
-            if (q.side > over && q.side <= side) sweep_matrix(b, q, b.of + list * b.slots + q.slot, (C *)shared);
+            if (q.side > over && q.side <= side) eliminate_matrix(b, q, b.of + list * b.slots + q.slot, (C *)shared);
         }
 }
 

@@ -1,12 +1,14 @@
-/* tiles.cuh - products of 64 x 64 tiles by 128 threads, 8 x 4 of a tile's entries a thread, for matrices whose rows are
- * anywhere: points in the order of their groups.
+/* tile_product.cuh - products of 64 x 64 tiles by 128 threads, 8 x 4 of a tile's entries a thread, for matrices whose
+ * rows are anywhere: points in the order of their groups.
  *
  * A slab is 32 x 64 of an operand, its rows along the sum. Each thread fetches 16 of its entries into registers, 16
  * bytes at a time where rows allow, while the slab before is being multiplied from shared memory: 12 entries read for
  * 32 multiplications, neighbouring threads the same or neighbouring ones.
+ *
+ * Included by gauss_jordan.cuh.
  */
-#ifndef SUBSPACE_TILES_CUH
-#define SUBSPACE_TILES_CUH
+#ifndef SUBSPACE_TILE_PRODUCT_CUH
+#define SUBSPACE_TILE_PRODUCT_CUH
 #include "cuda.cuh"
 #include "coding_rate_shape.h"
 

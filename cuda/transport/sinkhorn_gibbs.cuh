@@ -1,12 +1,14 @@
-/* sinkhorn_kernel.cuh - the scores of one plan: are they numbers, are they symmetric, how far apart; the kernel
+/* sinkhorn_gibbs.cuh - the scores of one plan: are they numbers, are they symmetric, how far apart; the Gibbs kernel
  *
  *     K_ij = exp((scores_ij - high) / eta + alpha_i + beta_j)
  *
  * of symmetric scores from their upper half; the sweeps in the log domain that find alpha and beta where scores are too
- * far apart for T; and what becomes the plan. Each block makes its rows. As in cpu/transport/sinkhorn_kernel.h.
+ * far apart for T; and what becomes the plan. Each block makes its rows. As in cpu/transport/sinkhorn_gibbs.h.
+ *
+ * Included by sinkhorn.cu.
  */
-#ifndef SUBSPACE_SINKHORN_KERNEL_CUH
-#define SUBSPACE_SINKHORN_KERNEL_CUH
+#ifndef SUBSPACE_SINKHORN_GIBBS_CUH
+#define SUBSPACE_SINKHORN_GIBBS_CUH
 #include "sinkhorn.cuh"
 
 template <typename T> struct domain;
@@ -75,7 +77,7 @@ template <typename T> static __device__ inline double inspect(sinkhorn_run<T> &r
 }
 
 /* K, or its logarithm without alpha and beta, where nothing is cut off. */
-template <bool EXP, typename T> static __device__ inline T kernel_entry(T x, T up)
+template <bool EXP, typename T> static __device__ inline T gibbs_entry(T x, T up)
 {
     if (!EXP) return x;
     x += up;
@@ -99,7 +101,7 @@ template <bool EXP, typename T> static __device__ inline void fill(const sinkhor
             ahead(shift, r.beta + j, w.step, r.n - j);
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
-                if (j + a * w.step < r.n) k[j + a * w.step] = kernel_entry<EXP>((x[a] - high) * scale, up + shift[a]);
+                if (j + a * w.step < r.n) k[j + a * w.step] = gibbs_entry<EXP>((x[a] - high) * scale, up + shift[a]);
         }
     }
     __syncthreads();
@@ -117,7 +119,7 @@ template <typename T> static __device__ inline double log_sum(const T *k, int64_
     return most + log(warp_sum(sum));
 }
 
-/* The columns' largest k_ij + alpha_i, or the sums of their exponentials over what is largest, of each tile. */
+/* The columns' largest k_ij + alpha_i, or the sums of their exponentials over what is largest, of each panel. */
 template <bool LARGEST, typename T> static __device__ inline void log_columns(const sinkhorn_run<T> &r)
 {
     for (int64_t t = r.first; t < r.last; t++)

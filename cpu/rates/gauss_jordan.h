@@ -1,23 +1,25 @@
-/* sweep.h - inverse and logdet of symmetric positive definite matrices by the sweep operator, a few pivots J at a time,
- * on the upper half and without pivoting:
+/* gauss_jordan.h - inverse and logdet of symmetric positive definite matrices by Gauss-Jordan elimination of the upper
+ * half (statistics' sweep operator), a few pivots J at a time and without pivoting:
  *
  *     S = A_JJ = L D L',  V = L^-1 A_J.,  A <- A - V' D^-1 V  outside J,  A_J. <- L^-T D^-1 V,  A_JJ <- -S^-1
  *
  * At the end A is -A^-1. Nearly all of the d^3 flops are the rank-m updates, products of multiply.h on half the matrix:
  * at d = 128 this takes a third of the time of potrf, trtri and a product. The solves with L (rather than products with
- * S^-1) make the pivots as good as Cholesky's. Included without T and once per precision.
+ * S^-1) make the pivots as good as Cholesky's.
+ *
+ * Included by each_class.h, without T and once per precision.
  */
-#ifndef SUBSPACE_SWEEP_H /* ------------------------------------------------------- read once */
-#define SUBSPACE_SWEEP_H
+#ifndef SUBSPACE_GAUSS_JORDAN_H /* ------------------------------------------------ read once */
+#define SUBSPACE_GAUSS_JORDAN_H
 #include "cpu.h"
 
 #define MULTIPLY_ROWS 4
 #define MULTIPLY_DEPTH 64
 #define MULTIPLY_STRIPS 11
 
-enum { PIVOTS = 8, SWEEP_ROWS = 32 };
+enum { PIVOTS = 8, UPDATE_ROWS = 32 };
 
-static inline int64_t sweep_scratch(int64_t d)
+static inline int64_t elimination_scratch(int64_t d)
 {
     return PIVOTS * (2 * d + MIN(MULTIPLY_STRIPS * 3 * VECTOR / 4, d + VECTOR / 4));
 }
@@ -28,8 +30,8 @@ static inline int64_t sweep_scratch(int64_t d)
 #include "multiply.h"
 
 /* A[d, d] becomes -A^-1 in its upper half; what is below the diagonal is scratch. Returns half the logdet, or NaN when
- * A is not positive definite. `scratch` has sweep_scratch(d) entries. */
-static double FN(sweep)(int64_t d, T *restrict a, T *restrict scratch)
+ * A is not positive definite. `scratch` has elimination_scratch(d) entries. */
+static double FN(eliminate)(int64_t d, T *restrict a, T *restrict scratch)
 {
     T *restrict v = scratch, *restrict w = v + PIVOTS * d, *packed = w + PIVOTS * d;
     double logdet = 0;
@@ -59,8 +61,8 @@ static double FN(sweep)(int64_t d, T *restrict a, T *restrict scratch)
                 for (int64_t x = 0; x < d; x++) to[x] -= l[i][k] * v[k * d + x];
             for (int64_t x = 0; x < d; x++) w[i * d + x] = -inverse[i] * to[x];
         }
-        for (int64_t x = 0; x < d; x += SWEEP_ROWS) FN(multiply)
-        (MIN(SWEEP_ROWS, d - x), d - x, m, v + x, 1, d, w + x, d, true, a + x * d + x, d, packed);
+        for (int64_t x = 0; x < d; x += UPDATE_ROWS) FN(multiply)
+        (MIN(UPDATE_ROWS, d - x), d - x, m, v + x, 1, d, w + x, d, true, a + x * d + x, d, packed);
 
         for (int64_t i = m - 1; i >= 0; i--)
             for (int64_t k = i + 1; k < m; k++)
