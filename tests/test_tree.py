@@ -78,6 +78,16 @@ def test_both_devices_have_the_same_functions_in_the_same_order(op):
     assert cpu == cuda == [f"{name}_workspace", *re.findall(rf"\bFN\((\w+), {name}\)", CONTRACT)]
 
 
+@each_op
+def test_a_hot_file_reads_top_down(op):
+    """Types, maths, contract, in the way cpu/each_dtype.h says and compilers and editors see."""
+    text = (ROOT / f"cpu/{op}.c").read_text()
+    steps = ('#include "cpu.h"\n', "#ifndef T ", f'#define THIS_FILE "{op}.c"\n', '#include "each_dtype.h"\n#endif ',
+             "#ifdef LAST_T ")
+    places = [text.find("\n" + step) for step in steps]
+    assert places == sorted(places) and places[0] > 0
+
+
 def test_no_source_is_left_out_of_the_build():
     named = {*re.findall(r"\b[\w/]+\.cu?\b", CMAKE), *(f"{d}/{op}.{s}" for op in OPS for d, s in
                                                        (("shim", "c"), ("cpu", "c"), ("cuda", "cu")))}
