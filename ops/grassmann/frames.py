@@ -72,8 +72,8 @@ def check_gamma(name: str, gamma: float) -> None:
         raise ValueError(f"{name}: gamma must be a finite number, got {gamma!r}")
 
 
-# Which tensors are frames, by identity, with their dims and the version that they had when last known to be orthonormal.
-# A layer enters its weight: so optimisers know it in whatever group it stands, and a forward can tell that others moved it.
+# Which tensors are frames, by identity, with their dims and the version at which they were last taken for orthonormal.
+# A layer enters its weight: so optimisers know it in any group, and a forward can tell that others have moved it.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

@@ -175,7 +175,8 @@ def test_timms_groups_of_layer_decay():
     assert model.head.frame_error() < 1e-6
 
 
-LABELS, SOFT = torch.tensor([0, 1, -100, 3, 4, 1]), torch.rand(6, 5, generator=torch.Generator().manual_seed(2)).double()
+LABELS = torch.tensor([0, 1, -100, 3, 4, 1])
+SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(2)).double()
 WEIGHTS = torch.tensor([0.5, 1.0, 0.7, 1.4, 1.1], dtype=torch.float64)
 
 
