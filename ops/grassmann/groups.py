@@ -87,16 +87,18 @@ def is_frames(group):
     return group.get("manifold", "euclidean") != "euclidean"
 
 
-def standing_frames(group):
-    """{dims: places in `params`} of the layers' frames among the parameters of a Euclidean group."""
+def enter_frames(group):
+    """Note which parameters of a Euclidean group are a layer's frames: `frames`, (dims, places in `params`) each."""
     found = [] if is_frames(group) else [(i, known_dims(p)) for i, p in enumerate(group["params"]) if is_known(p)]
-    return {dims: [i for i, _ in part] for dims, part in partition(found, key=lambda item: item[1])}
+    if found:
+        parts = partition(found, key=lambda item: item[1])
+        group["frames"] = [(dims, [i for i, _ in part]) for dims, part in parts]
 
 
-def as_frame_groups(group, standing):
-    """The group if it is one of frames, then groups of the frames that stand in it."""
+def parts_of(group):
+    """The group, then the frames that stand in it as groups of their own."""
     yield group
-    for dims, places in standing.items():
+    for dims, places in group.get("frames", ()):
         part = group | {"params": [group["params"][i] for i in places], "manifold": "grassmann", "weight_decay": 0.0}
         yield part if dims is None else part | {"dims": dims}
 

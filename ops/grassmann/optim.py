@@ -19,14 +19,14 @@ from torch.optim.optimizer import ParamsT
 
 from .groups import (
     adam_rates,
-    as_frame_groups,
     check_group,
+    enter_frames,
     horizontal_gradient,
     is_frames,
     param_groups,
     partition,
+    parts_of,
     scalar,
-    standing_frames,
 )
 from .rsgd import grassmann_step_
 
@@ -49,14 +49,13 @@ class _WholeModel:
                 param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
         super().add_param_group(param_group)
         try:
-            standing = standing_frames(self.param_groups[-1])
-            for part in as_frame_groups(self.param_groups[-1], standing):
+            enter_frames(self.param_groups[-1])
+            for part in parts_of(self.param_groups[-1]):
                 check_group(part)
             self._check_rule(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
-        self.__dict__.setdefault("_standing", []).append(standing)
 
     def _check_rule(self, group):
         """What the optimiser itself asks of a group."""
@@ -69,7 +68,7 @@ class _WholeModel:
             group.setdefault("transport", self.defaults.get("transport", "project"))
         # A checkpoint brings rates and buffers; what a parameter is was said at construction. So torch's own loads too.
         for group, own in zip(self.param_groups, built, strict=False):
-            for key in ("manifold", "dims"):
+            for key in ("manifold", "dims", "frames"):
                 group.pop(key, None)
                 if key in own:
                     group[key] = own[key]
@@ -78,9 +77,7 @@ class _WholeModel:
         # torch's step asks this for the tensors of a group and does nothing when there are none.
         if is_frames(group):
             return False
-        standing = next(s for g, s in zip(self.param_groups, self._standing) if g is group)
-        if standing:
-            taken = {i for places in standing.values() for i in places}
+        if taken := {i for _, places in group.get("frames", ()) for i in places}:
             group = group | {"params": [p for i, p in enumerate(group["params"]) if i not in taken]}
         return super()._init_group(group, *lists)
 
@@ -105,7 +102,7 @@ class _WholeModel:
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [(i, part, self._frames(part)) for i, group in enumerate(self.param_groups)
-                    for part in as_frame_groups(group, self._standing[i]) if is_frames(part)]
+                    for part in parts_of(group) if is_frames(part)]
             self._euclidean_step()
             skipped = [(i, self._step_frames(group, frames)) for i, group, frames in work if frames]
         for i, classes in skipped:
@@ -153,7 +150,7 @@ class _WholeModel:
                 f"{type(self).__name__}: {skipped} class(es) of parameter group {number} had a non-finite gradient and "
                 "kept their frames; later ones are only counted, in .skipped_frames",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

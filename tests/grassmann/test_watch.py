@@ -73,14 +73,14 @@ def test_assigned_and_moved_weights_are_known(silent):
     assert layer.frame_error() < 1e-6
     layer = head().double().to("meta").to_empty(device="cpu")
     layer.reset_parameters()
-    assert SGD(layer.parameters(), lr=0.5)._standing == [{None: [0]}]
+    assert SGD(layer.parameters(), lr=0.5).param_groups[0]["frames"] == [(None, [0])]
 
 
 def test_errors_leave_the_optimiser_as_it_was():
     optimiser = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(TypeError, match="half precision"):
         optimiser.add_param_group({"params": head(dtype=torch.float16).parameters()})
-    assert len(optimiser.param_groups) == len(optimiser._standing) == 1
+    assert len(optimiser.param_groups) == 1
 
 
 OTHERS = {
