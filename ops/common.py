@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,16 @@ def check_floating(name: str, what: str, t: object) -> None:
         raise TypeError(f"{name}: {what} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+
+
+def second_derivative(function, dy: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]):
+    """Gradients in dy and the inputs of <weights, the gradient of <dy, function(inputs)> in the inputs>.
+
+    `function` is the op's plain formula. A weight of None, or of another shape (what an op returns for a gradient that
+    was not asked for is empty), counts as zero.
+    """
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (dy, *inputs)]
+        first = torch.autograd.grad(function(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
+        inner = sum((w * g).sum() for w, g in zip(weights, first) if w is not None and w.shape == g.shape)
+    return torch.autograd.grad(inner, leaves, allow_unused=True)

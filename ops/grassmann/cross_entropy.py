@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import autocast, transformed, wide_dtype
+from ..common import autocast, second_derivative, transformed, wide_dtype
 from .frames import check_frames, check_gamma, starts
-from .logits import fake_gradients, subspace_logits
+from .logits import eager_logits, fake_gradients, subspace_logits
 
 _op = torch.ops.torch_subspace
 _NAME = "subspace_cross_entropy"
@@ -76,11 +76,8 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
     if transformed():
-        logits = subspace_logits(flat, weight, gamma=gamma, normalize=normalize, dims=dims).to(wide_dtype(x.dtype))
-        loss = torch.nn.functional.cross_entropy(
-            logits, flat_target if labels else flat_target.to(logits.dtype), reduction="none",
-            weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
-            ignore_index=ignore_index if labels else -100, label_smoothing=label_smoothing)
+        loss = _eager(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma), bool(normalize),
+                      int(ignore_index), float(label_smoothing))
     else:
         loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
                                     bool(normalize), int(ignore_index), float(label_smoothing))
@@ -167,3 +164,28 @@ def _backward(ctx, dloss, _dstats):
 
 
 torch.library.register_autograd("torch_subspace::cross_entropy", _backward, setup_context=_setup)
+
+
+# The same in plain torch operations, a loss a row: for the second derivative and for `transformed()`.
+def _eager(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
+    logits = eager_logits(x, weight, start, gamma, normalize).to(wide_dtype(x.dtype))
+    labels = not target.is_floating_point()
+    return torch.nn.functional.cross_entropy(
+        logits, target if labels else target.to(logits.dtype), reduction="none",
+        weight=class_weight.to(logits.dtype) if class_weight.numel() else None,
+        ignore_index=ignore_index if labels else -100, label_smoothing=label_smoothing)
+
+
+def _setup_backward(ctx, inputs, output):
+    dloss, x, weight, start, target, class_weight, _, *ctx.rest, _, _ = inputs
+    ctx.save_for_backward(dloss, x, weight, start, target, class_weight)
+
+
+def _double_backward(ctx, ddx, ddweight):
+    dloss, x, weight, *fixed = ctx.saved_tensors
+    return *second_derivative(lambda x, weight: _eager(x, weight, *fixed, *ctx.rest), dloss, (x, weight),
+                              (ddx, ddweight)), *(None,) * 10
+
+
+torch.library.register_autograd("torch_subspace::cross_entropy_backward", _double_backward,
+                                setup_context=_setup_backward)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common import check_floating
 
@@ -69,3 +70,36 @@ def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
 def check_gamma(name: str, gamma: float) -> None:
     if isinstance(gamma, Tensor) or not math.isfinite(gamma):
         raise ValueError(f"{name}: gamma must be a finite number, got {gamma!r}")
+
+
+# Which tensors are frames, by identity, with their dims and the version at which they were last taken for orthonormal.
+# A layer enters its weight: so optimisers know it in any group, and a forward can tell that others have moved it.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def know(weight: Tensor, dims: Sequence[int] | None) -> None:
+    """Enter a layer's weight as frames, orthonormal as it is now."""
+    _known[weight] = None if dims is None else tuple(dims), weight._version
+
+
+def is_known(weight: Tensor) -> bool:
+    """Has a layer entered this weight?"""
+    return weight in _known
+
+
+def known_dims(weight: Tensor) -> tuple[int, ...] | None:
+    """The dims of a layer's frames."""
+    return _known[weight][0]
+
+
+def moved_by_others(weight: Tensor) -> bool:
+    """Has anything but our own steps written to these frames? What does not count versions (`.data`) is not seen."""
+    return _known[weight][1] != weight._version
+
+
+def stepped(weights: Sequence[Tensor]) -> None:
+    """Our own step was the last to write to these."""
+    for weight in weights:
+        dims, version = _known.get(weight, (None, None))
+        if version == weight._version - 1:
+            _known[weight] = dims, weight._version

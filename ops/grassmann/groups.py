@@ -4,6 +4,8 @@ A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, o
 """
 
 import fnmatch
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common import WIDE
-from .frames import RETRACTIONS, TRANSPORTS
+from .frames import RETRACTIONS, TRANSPORTS, is_known, known_dims
 
 
 def param_groups(
     model: nn.Module,
     *,
     lr: float | Tensor | None = None,
-    weight_decay: float | Tensor = 0.0,
+    weight_decay: float | Tensor | None = None,
     frame_lr_factor: float = 1.0,
     no_decay: str | Iterable[str] = (),
 ) -> list[dict[str, Any]]:
@@ -28,13 +30,18 @@ def param_groups(
         model: a module; each parameter is listed once, shared or not, trainable or not.
         lr: learning rate to write into the groups, for wrappers that fill in rates before the optimiser sees the groups
             (ZeroRedundancyOptimizer); by default they take the optimiser's own when they are added.
-        weight_decay: weight decay of the Euclidean parameters. Frames have none: a subspace has no length.
+        weight_decay: weight decay of the Euclidean parameters; by default the optimiser's own. Frames have none: a
+            subspace has no length.
         frame_lr_factor: the frames' learning rate as a multiple of `lr`.
         no_decay: shell-style patterns of parameter names without weight decay, such as `("*.bias", "*norm*")`.
 
     Returns:
         A list of dicts with the Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`,
         a group per `dims`. Empty groups are left out.
+
+    Raises:
+        TypeError: `model` is no module, or a number is of another kind.
+        ValueError: a number is negative or not finite.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), ts.GrassmannLinear(8, 4, subspace_dim=2))
@@ -44,8 +51,15 @@ def param_groups(
     """
     from .layers import GrassmannLinear  # here, since layers may use what is above
 
-    if not frame_lr_factor >= 0:
-        raise ValueError(f"frame_lr_factor must be >= 0, got {frame_lr_factor}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: model must be an nn.Module, got {type(model).__name__}")
+    for what, value in (("frame_lr_factor", frame_lr_factor), ("weight_decay", weight_decay), ("lr", lr)):
+        if value is None and what != "frame_lr_factor":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
+            raise TypeError(f"param_groups: {what} must be a number, got {type(value).__name__}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"param_groups: {what} must be finite and >= 0, got {value}")
     no_decay = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
     frames = {}  # dims -> weights
     for module in model.modules():
@@ -55,8 +69,9 @@ def param_groups(
     taken = {p for weights in frames.values() for p in weights}
     plain = [(name, p) for name, p in model.named_parameters() if p not in taken]
     exempt = {p for name, p in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in no_decay)}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = [
-        {"params": [p for _, p in plain if p not in exempt], "weight_decay": weight_decay},
+        {"params": [p for _, p in plain if p not in exempt], **decay},
         {"params": [p for _, p in plain if p in exempt], "weight_decay": 0.0},
     ]
     for dims, weights in frames.items():
@@ -72,13 +87,29 @@ def is_frames(group):
     return group.get("manifold", "euclidean") != "euclidean"
 
 
+def enter_frames(group):
+    """Note which parameters of a Euclidean group are a layer's frames: `frames`, (dims, places in `params`) each."""
+    found = [] if is_frames(group) else [(i, known_dims(p)) for i, p in enumerate(group["params"]) if is_known(p)]
+    if found:
+        parts = partition(found, key=lambda item: item[1])
+        group["frames"] = [(dims, [i for i, _ in part]) for dims, part in parts]
+
+
+def parts_of(group):
+    """The group, then the frames that stand in it as groups of their own."""
+    yield group
+    for dims, places in group.get("frames", ()):
+        part = group | {"params": [group["params"][i] for i in places], "manifold": "grassmann", "weight_decay": 0.0}
+        yield part if dims is None else part | {"dims": dims}
+
+
 def check_group(group):
     """Raises unless the group is Euclidean or can be stepped on the Grassmannian."""
     if group.get("manifold", "euclidean") not in ("euclidean", "grassmann"):
         raise ValueError(f'manifold must be "grassmann" or "euclidean", got {group["manifold"]!r}')
-    for key, known in (("retraction", RETRACTIONS), ("transport", TRANSPORTS)):
-        if group[key] not in known:
-            raise ValueError(f"{key} must be one of {', '.join(known)}, got {group[key]!r}")
+    for key, words in (("retraction", RETRACTIONS), ("transport", TRANSPORTS)):
+        if group[key] not in words:
+            raise ValueError(f"{key} must be one of {', '.join(words)}, got {group[key]!r}")
     if not is_frames(group):
         return
     if group["transport"] == "parallel" and group["retraction"] != "geodesic":

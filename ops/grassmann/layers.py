@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common import HALF
+from . import watch
 from .cross_entropy import subspace_cross_entropy
+from .frames import is_known, know
 from .logits import subspace_logits
 
 __all__ = ["GrassmannLinear"]
@@ -158,17 +160,22 @@ class GrassmannLinear(nn.Module):
         return self
 
     @torch.no_grad()
-    def frame_error(self) -> Tensor:
-        """Largest absolute entry of W_c W_cᵀ - I over the classes, a scalar tensor; NaN when a weight is."""
-        error = self.weight.new_zeros((), dtype=self._wide)
+    def frame_error(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Largest absolute entry of W_c W_cᵀ - I over the classes, a scalar tensor; NaN when a weight is.
+
+        `dtype` is what it is reckoned in, by default float64.
+        """
+        dtype = dtype or self._wide
+        error = self.weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
-            a = self.weight[i].to(self._wide)
+            a = self.weight[i].to(dtype)
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
         return error
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
+        watch.look(self)
         return subspace_logits(x, self._weight_for(x), gamma=self.gamma, normalize=self.normalize, dims=self.dims)
 
     def loss(
@@ -185,6 +192,7 @@ class GrassmannLinear(nn.Module):
 
         `target` is int64 (...) or soft (..., C); the other arguments are those of `subspace_cross_entropy`.
         """
+        watch.look(self)
         return subspace_cross_entropy(
             x, self._weight_for(x), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
             class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
@@ -324,20 +332,46 @@ class GrassmannLinear(nn.Module):
             return
         for classes, i in self._chunks():
             self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
+        know(self.weight, self.dims)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)  # also where a weight is assigned, or loaded with assign=True
+        self._enter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copied or unpickled
+        self._enter()
+
+    def _enter(self) -> None:
+        """The optimisers shall know the weight."""
+        weight = self._parameters.get("weight")
+        if weight is not None and not is_known(weight):
+            know(weight, self.dims)
 
     def _apply(self, fn, recurse=True):
         def keep_wide(t):
             out = fn(t)
             return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
 
-        return super()._apply(keep_wide, recurse)
+        applied = super()._apply(keep_wide, recurse)
+        self._enter()
+        return applied
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        error_msgs = args[-1]
         key, gcr_key = prefix + "weight", prefix + "fc.weight"
         if key not in state_dict and gcr_key in state_dict:
             state_dict[key] = state_dict.pop(gcr_key)
         weight = state_dict.get(key)
         if self.dims is None and isinstance(weight, Tensor) and weight.ndim == 2:
             if weight.shape == (self.num_classes * self.subspace_dim, self.in_features):
-                state_dict[key] = weight.reshape(self.weight.shape)
+                frames = state_dict[key] = weight.reshape(self.weight.shape)
+                lengths = frames.detach().float().norm(dim=-1)
+                if lengths.numel() and not frames.is_meta and (lengths - 1).abs().max() > watch.LIMIT:
+                    error_msgs.append(
+                        f"{key}: a matrix {tuple(weight.shape)} whose rows have lengths from {lengths.min():.3g} to "
+                        f"{lengths.max():.3g} is no stack of frames but a linear layer's weight: start from it by "
+                        "GrassmannLinear.from_linear or init_from_vectors"
+                    )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        watch.again(self)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import autocast, transformed, wide_dtype
+from ..common import autocast, second_derivative, transformed, wide_dtype
 from .frames import check_frames, check_gamma, starts
 
 _op = torch.ops.torch_subspace
@@ -56,7 +56,7 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     check_gamma("subspace_logits", gamma)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     if transformed():
-        logits = _eager(flat, weight, starts(dims, weight.device), gamma, normalize)
+        logits = eager_logits(flat, weight, starts(dims, weight.device), gamma, normalize)
         return logits.view(*x.shape[:-1], logits.shape[1])
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     rows = weight.shape[0] if dims is not None else weight.shape[0] * weight.shape[1]
@@ -103,7 +103,7 @@ torch.library.register_autograd("torch_subspace::logits", _backward, setup_conte
 
 
 # The same formula in plain torch operations: for the second derivative (gradient penalties) and for `transformed()`.
-def _eager(x: Tensor, weight: Tensor, start: Tensor, gamma: float, normalize: bool) -> Tensor:
+def eager_logits(x: Tensor, weight: Tensor, start: Tensor, gamma: float, normalize: bool) -> Tensor:
     if normalize:
         x = torch.nn.functional.normalize(x, dim=-1)
     squares = torch.nn.functional.linear(x, weight.reshape(-1, weight.shape[-1])).square()
@@ -122,13 +122,8 @@ def _setup_backward(ctx, inputs, output):
 
 def _double_backward(ctx, ddx, ddweight):
     dlogits, x, weight, start = ctx.saved_tensors
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (dlogits, x, weight)]
-        logits = _eager(inputs[1], inputs[2], start, ctx.gamma, ctx.normalize)
-        first = torch.autograd.grad(logits, inputs[1:], inputs[0], create_graph=True)
-        inner = sum((d * g).sum() for d, g in zip((ddx, ddweight), first) if d is not None and d.shape == g.shape)
-    second = torch.autograd.grad(inner, inputs, allow_unused=True)
-    return *second, *(None,) * 6
+    return *second_derivative(lambda x, weight: eager_logits(x, weight, start, ctx.gamma, ctx.normalize), dlogits,
+                              (x, weight), (ddx, ddweight)), *(None,) * 6
 
 
 torch.library.register_autograd("torch_subspace::logits_backward", _double_backward, setup_context=_setup_backward)

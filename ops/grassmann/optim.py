@@ -1,7 +1,8 @@
 """Optimisers for a whole model: frames take a Riemannian step, all other parameters that of torch's own optimiser.
 
-Frames are the parameters of groups with `manifold="grassmann"`, which `param_groups` builds from a model. All others
-are Euclidean and go through the code of `torch.optim.SGD` and `torch.optim.AdamW`, bit for bit.
+Frames are the weights of our layers, in whatever group they stand, and all parameters of a group with
+`manifold="grassmann"`; `param_groups` gives them groups of their own. All others are Euclidean and go through the code
+of `torch.optim.SGD` and `torch.optim.AdamW`, bit for bit.
 
 Subspace classification and its optimiser: arXiv 2308.01547. Geodesics: Edelman, Arias and Smith, SIAM J. Matrix Anal.
 Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 2019.
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .groups import adam_rates, check_group, horizontal_gradient, is_frames, param_groups, partition, scalar
+from .groups import (
+    adam_rates,
+    check_group,
+    enter_frames,
+    horizontal_gradient,
+    is_frames,
+    param_groups,
+    partition,
+    parts_of,
+    scalar,
+)
 from .rsgd import grassmann_step_
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "param_groups"]
@@ -38,7 +49,9 @@ class _WholeModel:
                 param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
         super().add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1])
+            enter_frames(self.param_groups[-1])
+            for part in parts_of(self.param_groups[-1]):
+                check_group(part)
             self._check_rule(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
@@ -55,14 +68,18 @@ class _WholeModel:
             group.setdefault("transport", self.defaults.get("transport", "project"))
         # A checkpoint brings rates and buffers; what a parameter is was said at construction. So torch's own loads too.
         for group, own in zip(self.param_groups, built, strict=False):
-            for key in ("manifold", "dims"):
+            for key in ("manifold", "dims", "frames"):
                 group.pop(key, None)
                 if key in own:
                     group[key] = own[key]
 
     def _init_group(self, group, *lists):
         # torch's step asks this for the tensors of a group and does nothing when there are none.
-        return False if is_frames(group) else super()._init_group(group, *lists)
+        if is_frames(group):
+            return False
+        if taken := {i for _, places in group.get("frames", ()) for i in places}:
+            group = group | {"params": [p for i, p in enumerate(group["params"]) if i not in taken]}
+        return super()._init_group(group, *lists)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -84,7 +101,8 @@ class _WholeModel:
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            work = [(i, group, self._frames(group)) for i, group in enumerate(self.param_groups) if is_frames(group)]
+            work = [(i, part, self._frames(part)) for i, group in enumerate(self.param_groups)
+                    for part in parts_of(group) if is_frames(part)]
             self._euclidean_step()
             skipped = [(i, self._step_frames(group, frames)) for i, group, frames in work if frames]
         for i, classes in skipped:
@@ -132,7 +150,7 @@ class _WholeModel:
                 f"{type(self).__name__}: {skipped} class(es) of parameter group {number} had a non-finite gradient and "
                 "kept their frames; later ones are only counted, in .skipped_frames",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
@@ -143,8 +161,9 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
     No QR is ever needed, since every step also repairs the rounding of the last one.
 
     Args:
-        params: parameters or dicts as for torch's optimisers, or `param_groups(model)`. A group with
-            `manifold="grassmann"` holds frames: float32 or float64, (C, k, n), or (Σdims, n) with a `dims` entry.
+        params: parameters or dicts as for torch's optimisers, or `param_groups(model)`. Weights of
+            `GrassmannLinear` are frames in any group, without weight decay. A group with `manifold="grassmann"` holds
+            nothing but frames: float32 or float64, (C, k, n), or (Σdims, n) with a `dims` entry.
         lr: learning rate, a number or a 1-element tensor. A frame group without its own `lr` takes lr times its
             `lr_factor`, once, when it is added: `group["lr"]` is always the rate in use. Schedulers that set one peak
             for all groups (`OneCycleLR`, `CyclicLR`) need a list of peaks to keep the ratio.

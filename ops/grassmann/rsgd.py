@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import WIDE
-from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts
+from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts, stepped
 
 _op = torch.ops.torch_subspace
 _NAME = "grassmann_step_"
@@ -77,6 +77,7 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
             target.detach().copy_(source)
     if not torch.compiler.is_compiling():  # a kernel of the stable ABI does not count versions itself
         torch.autograd.graph.increment_version([*weights, *buffers])
+        stepped(weights)
     return skipped
 
 
