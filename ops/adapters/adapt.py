@@ -301,8 +301,6 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     result = [({"params": params}, m) for m, params in groups.items()]
     for key, module in saved_modules(model).items():
         for group in param_groups(module) if module.tucker_live else ():
-            if "manifold" not in group:
-                del group["weight_decay"]  # the optimiser's own
             result.append((group, multiplier(key)))
     if not result:
         raise ValueError(f"adapter_parameters: no adapter is active; there are {adapter_names(model)}")
