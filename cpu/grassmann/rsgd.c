@@ -138,7 +138,8 @@ static bool FN(step_class)(rsgd_slot *s)
     T *coef = s->coef;
     product(q, g, P, X);
     for (int64_t i = 0; i < kp * kp; i++) X[i] = f[i] - a * X[i];
-    product(q, X, R, E);
+    if (a != 0) product(q, X, R, E);
+    else identity(q, E); /* a step of no length leaves every bit, drift included */
     memset(coef, 0, (size_t)(2 * s->blocks * kp * kp) * sizeof *coef);
     FN(put)(s, E, coef, 0, 0);
     if (st->parallel) { /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */

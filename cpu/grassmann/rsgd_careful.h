@@ -73,6 +73,7 @@ static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
     if (buffer)
         for (int64_t i = 0; i < k * n; i++)
             buffer[i] = (T)(st->mg * (double)grad[i] + st->mm * (double)buffer[i] + st->mw * (double)w[i]);
+    if (a == 0) return true; /* a step of no length leaves every bit */
     FN(combine_exact)(s, R, NULL, NULL, w);
     FN(project)(s, w, dir, P, E);
     FN(project)(s, w, dir, P, E);

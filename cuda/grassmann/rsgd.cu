@@ -80,7 +80,8 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
         X[e] = f[e] - a * row_times_column(g + i * k, P + j, k);
     }
     meet(q);
-    product(q, X, R, E);
+    if (a != 0) product(q, X, R, E);
+    else identity(q, E); /* a step of no length leaves every bit, drift included */
     put<T, T>(s, E, 0, 0), put<T, T>(s, g, 0, 1, a);
     if (st->rule.blocks == 3) put<T, T>(s, NULL, 0, 2);
     if (!st->parallel) return;

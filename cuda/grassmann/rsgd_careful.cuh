@@ -95,8 +95,8 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     rsgd_class<T> *const s = &c;
     kxk *q = &s->q;
     const int k = s->k;
-    const bool parallel = s->step->parallel;
     const double a = -s->lr;
+    const bool parallel = s->step->parallel && a != 0; /* a step of no length leaves every bit, and M as it is */
     double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *S = matrix(s, AT_S), *X = matrix(s, AT_X), *f = matrix(s, AT_F),
            *g = matrix(s, AT_G), *E = matrix(s, AT_E), *Dw = matrix(s, AT_PM), *h = matrix(s, AT_H),
            *Mw = matrix(s, AT_MW), *Y = matrix(s, AT_Y);
@@ -130,9 +130,10 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     EACH(e, k * k) E[e] += a * P[e];
     __syncthreads();
     copy(q, g, P, a);
+    if (a == 0) identity(q, E);
     put<T, double>(s, E, 0, 0), put<T, double>(s, P, 0, 1);
     combine_exact(s, parallel ? 2 : 1, s->buffer && !parallel);
-    if (gram_exact(s, {NULL, NULL, 0}, {NULL, NULL, 0}, X) && inverse_root(q, X, R)) {
+    if (a != 0 && gram_exact(s, {NULL, NULL, 0}, {NULL, NULL, 0}, X) && inverse_root(q, X, R)) {
         clear(s);
         put<T, double>(s, R, 0, 0);
         combine_exact(s, 1, false);

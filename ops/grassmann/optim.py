@@ -36,9 +36,17 @@ __all__ = ["RiemannianAdamW", "RiemannianSGD", "param_groups"]
 class _WholeModel:
     """What both optimisers add to torch's: frame groups, checked when added and stepped after the Euclidean ones."""
 
-    # classes left as they were for a non-finite gradient, since construction; a tensor off the CPU
-    skipped_frames: int | Tensor = 0
     _warned = False
+
+    @property
+    def skipped_frames(self) -> int | Tensor:
+        """Classes left as they were for a non-finite gradient so far; a tensor off the CPU. Kept in the groups."""
+        return sum(group.get("skipped_frames", 0) for group in self.param_groups)
+
+    @skipped_frames.setter
+    def skipped_frames(self, count: int | Tensor) -> None:
+        for i, group in enumerate(self.param_groups):
+            group["skipped_frames"] = 0 if i else count
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # torch's constructors build the defaults and add the groups in one go: ours join them here.
@@ -140,10 +148,12 @@ class _WholeModel:
             skipped = torch.where(found.to(skipped.device) > 0, 0, skipped)  # GradScaler's own skip is no news
         on_host = skipped.device.type == "cpu"
         skipped = int(skipped) if on_host else skipped  # elsewhere a look at the number would wait for the device
-        if isinstance(self.skipped_frames, torch.Tensor) and not on_host:
-            self.skipped_frames += skipped.to(self.skipped_frames.device)  # in place: a replayed CUDA graph counts
-        else:
-            self.skipped_frames = self.skipped_frames + skipped
+        group = self.param_groups[number]
+        before = group.get("skipped_frames", 0)
+        if isinstance(before, torch.Tensor) and not on_host:
+            before += skipped.to(before.device)  # in place: a replayed CUDA graph counts
+        elif not on_host or skipped:
+            group["skipped_frames"] = before + skipped
         if on_host and skipped and not self._warned:
             self._warned = True
             warnings.warn(

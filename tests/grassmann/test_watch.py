@@ -76,6 +76,34 @@ def test_assigned_and_moved_weights_are_known(silent):
     assert SGD(layer.parameters(), lr=0.5).param_groups[0]["frames"] == [(None, [0])]
 
 
+@pytest.mark.parametrize("kind", [SGD, ADAM], ids=lambda kind: kind.__name__)
+def test_counts_survive_copies_and_checkpoints(kind):
+    layer = head()
+    optimiser = kind(ts.param_groups(layer), lr=0.1)
+    layer.weight.grad = torch.full_like(layer.weight, torch.nan)
+    with pytest.warns(RuntimeWarning, match="5 class"):
+        optimiser.step()
+    other = kind(ts.param_groups(head()), lr=0.1)
+    other.load_state_dict(optimiser.state_dict())
+    copies = copy.deepcopy(optimiser), pickle.loads(pickle.dumps(optimiser)), other
+    assert [o.skipped_frames for o in (optimiser, *copies)] == [5] * 4
+    optimiser.skipped_frames = 3
+    assert copy.deepcopy(optimiser).skipped_frames == 3
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAM], ids=lambda kind: kind.__name__)
+def test_a_step_of_no_length_leaves_every_bit(kind):
+    """As torch.distributed.checkpoint takes one while it loads."""
+    layer = head()
+    optimiser = kind(layer.parameters(), lr=0.1)
+    train(layer, optimiser, 20)
+    before = layer.weight.detach().clone()
+    optimiser.param_groups[0]["lr"] = 0.0
+    layer.weight.grad.zero_()
+    optimiser.step()
+    assert torch.equal(before, layer.weight)
+
+
 def test_errors_leave_the_optimiser_as_it_was():
     optimiser = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(TypeError, match="half precision"):

@@ -180,6 +180,23 @@ TEST(Rsgd, LongRowsGoFarAndComeBackFromDrift)
         }
 }
 
+// Checkpoint code takes such a step while it loads. Frames near and far from orthonormal, each way to step.
+TEST(Rsgd, AStepOfNoLengthLeavesEveryBit)
+{
+    for (const float off : {1.0f, 1.001f, 1.3f})
+        for (const int64_t k : {1, 3, 8, 20})
+            for (const bool parallel : {false, true}) {
+                Problem<float> p(4, k, 100);
+                for (auto &v : p.w) v *= off;
+                p.a.lr_value = 0, p.a.parallel = parallel;
+                const auto w = p.w, m = p.m;
+                p.step();
+                EXPECT_EQ(w, p.w) << "k " << k << " off " << off << " parallel " << parallel;
+                EXPECT_EQ(0, p.skipped);
+                for (size_t i = 0; i < m.size() && !parallel; i++) EXPECT_NEAR(0.9f * m[i] + p.g[i], p.m[i], 1e-6f);
+            }
+}
+
 TEST(Rsgd, BadArgumentsAreNamed)
 {
     Problem<float> p(2, 3, 20);
