@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,11 +34,18 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode AD, which an op registered from outside torch cannot take
-    part in: its tangent would silently be zero. The plain formula serves there."""
+    """Where an op registered from outside torch cannot take part, and the plain formula serves: inside torch.func's
+    transforms and forward-mode AD (its tangent would silently be zero), and in a trace, which others are to run."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def finite(number: float) -> bool:
+    """math.isfinite, also of the symbolic numbers of torch.compile(dynamic=True)."""
+    return -math.inf < number < math.inf
 
 
 def check_floating(name: str, what: str, t: object) -> None:

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common import check_floating
+from ..common import check_floating, finite
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
@@ -68,7 +67,7 @@ def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def check_gamma(name: str, gamma: float) -> None:
-    if isinstance(gamma, Tensor) or not math.isfinite(gamma):
+    if isinstance(gamma, Tensor) or not finite(gamma):
         raise ValueError(f"{name}: gamma must be a finite number, got {gamma!r}")
 
 

@@ -62,8 +62,13 @@ def param_groups(
             raise ValueError(f"param_groups: {what} must be finite and >= 0, got {value}")
     no_decay = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
     frames = {}  # dims -> weights
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, GrassmannLinear):
+            if not isinstance(module.weight, nn.Parameter):
+                raise ValueError(
+                    f"param_groups: the weight of {name or 'the model'!r}, a {type(module).__name__}, is made of other "
+                    "parameters, as by prune or weight_norm: frames can't be masked or rescaled, remove that first"
+                )
             dims = getattr(module, "dims", None)
             frames.setdefault(None if dims is None else tuple(dims), {})[module.weight] = None
     taken = {p for weights in frames.values() for p in weights}

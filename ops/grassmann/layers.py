@@ -74,6 +74,19 @@ def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, .
     return tuple(dims) if ragged else None
 
 
+def weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    """Frames of float32 meet a batch of halves as under autocast."""
+    return weight.to(x.dtype) if x.dtype in HALF and weight.dtype == torch.float32 else weight
+
+
+def logits_of_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool, dims: tuple[int, ...] | None) -> Tensor:
+    """What a layer computes, one call in the graphs of torch.fx."""
+    return subspace_logits(x, weight_for(x, weight), gamma=gamma, normalize=normalize, dims=dims)
+
+
+torch.fx.wrap("logits_of_layer")
+
+
 class GrassmannLinear(nn.Module):
     """Classification layer with one subspace per class: logit ``y_c = γ ‖W_c x̂‖``.
 
@@ -137,6 +150,7 @@ class GrassmannLinear(nn.Module):
             raise TypeError(f"GrassmannLinear: dtype must be floating-point, got {dtype}")
         shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
         self.weight = nn.Parameter(torch.empty(*shape, self.in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", None)  # those who look for a linear layer's find that there is none
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -176,7 +190,7 @@ class GrassmannLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
         watch.look(self)
-        return subspace_logits(x, self._weight_for(x), gamma=self.gamma, normalize=self.normalize, dims=self.dims)
+        return logits_of_layer(x, self.weight, self.gamma, self.normalize, self.dims)
 
     def loss(
         self,
@@ -194,7 +208,7 @@ class GrassmannLinear(nn.Module):
         """
         watch.look(self)
         return subspace_cross_entropy(
-            x, self._weight_for(x), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
+            x, weight_for(x, self.weight), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
             class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )
 
@@ -311,9 +325,6 @@ class GrassmannLinear(nn.Module):
     @property
     def _wide(self) -> torch.dtype:
         return torch.float32 if self.weight.device.type == "mps" else torch.float64
-
-    def _weight_for(self, x: Tensor) -> Tensor:
-        return self.weight.to(x.dtype) if x.dtype in HALF and self.weight.dtype == torch.float32 else self.weight
 
     def _chunks(self):
         """Classes of equal k with the index that gathers their frames (c, k, n), a bounded number at a time."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import WIDE
+from ..common import WIDE, finite
 from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts, stepped
 
 _op = torch.ops.torch_subspace
@@ -94,9 +94,9 @@ def _as_lists(weight, grad, buffer):
 
 def _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport) -> None:
     for what, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
             raise ValueError(f"{_NAME}: {what} must be finite and >= 0, got {value}")
-    if not math.isfinite(dampening):
+    if not finite(dampening):
         raise ValueError(f"{_NAME}: dampening must be finite, got {dampening}")
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(f"{_NAME}: nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}")

@@ -44,7 +44,7 @@ def look(layer: nn.Module) -> None:
     weight = layer.weight
     if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_meta or not is_known(weight):
         return
-    if transformed() or torch.jit.is_tracing() or torch._C._get_tracing_state() or weight.dtype.itemsize < 4:
+    if transformed() or weight.dtype.itemsize < 4:
         return
     watch = _watches.setdefault(layer, Watch())
     if watch.warned or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -113,7 +113,7 @@ def _check(scores, eta, tol, max_iter, symmetric, mode) -> None:
     check_floating("sinkhorn", "scores", scores)
     if scores.dim() < 2 or 0 in scores.shape[-2:]:
         raise ValueError(f"sinkhorn: scores must be (..., m, n) with rows and columns, got {tuple(scores.shape)}")
-    if isinstance(eta, Tensor) or not (math.isfinite(eta) and eta > 0):
+    if isinstance(eta, Tensor) or not 0 < eta < math.inf:
         raise ValueError(f"sinkhorn: eta must be a positive finite number, got {eta!r}")
     if isinstance(tol, Tensor) or not tol >= 0:
         raise ValueError(f"sinkhorn: tol must be a number of at least 0, got {tol!r}")

@@ -1,0 +1,57 @@
+"""The layer under other people's tools: tracing, feature extraction, pruning."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import torch_subspace as ts
+
+
+def head(**options):
+    torch.manual_seed(0)
+    return ts.GrassmannLinear(8, 5, 2, **options).eval()
+
+
+def test_features_of_a_model_with_our_head():
+    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = ts.swap_head(torchvision.models.resnet18(num_classes=10)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    found = create_feature_extractor(model, {"layer4": "f", "fc": "logits"})(x)
+    assert found["f"].shape == (1, 512, 1, 1) and torch.equal(found["logits"], model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fx_sees_one_call(dtype):
+    graph = torch.fx.symbolic_trace(head())
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
+    x = torch.randn(4, 8, dtype=dtype)
+    assert torch.equal(graph(x), head()(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_runs_without_us(grad, tmp_path):
+    layer, x = head(), torch.randn(4, 8)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, x)
+    assert "torch_subspace::" not in str(traced.inlined_graph)
+    more = torch.randn(7, 8)
+    torch.testing.assert_close(traced(more), layer(more))
+    traced.save(tmp_path / "head.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "head.pt")(more), layer(more))
+
+
+def test_there_is_no_bias():
+    assert head().bias is None and list(head().state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("change", [lambda m: prune.l1_unstructured(m, "weight", 0.3), parametrizations.weight_norm],
+                         ids=["prune", "weight_norm"])
+def test_a_weight_made_of_others_is_named(change):
+    model = nn.Sequential(nn.Linear(8, 8), head())
+    change(model[1])
+    with pytest.raises(ValueError, match="param_groups: the weight of '1'.*GrassmannLinear.*remove that first"):
+        ts.param_groups(model)
