@@ -106,12 +106,15 @@ bench: build    ## benchmarks on the CPU
 docs: build     ## the site of guides and reference, in build/docs
 	$(py) -m sphinx -q -E -W --keep-going -n -b html -d build/docs-cache docs build/docs
 
-lint: .venv-lint/.ready ## clang-format, cppcheck, ruff
+lint: .venv-lint/.ready $(VENV)/.ready ## clang-format, cppcheck, ruff; mypy and pyright, strict, on the public names
 	$(lint)/clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
 	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
 	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
 	$(lint)/ruff check .
+	mkdir -p build/typing && ln -sfn ../../ops build/typing/torch_subspace
+	MYPYPATH=build/typing $(lint)/mypy --strict --follow-imports=silent --python-executable $(py) tests/typing
+	$(lint)/basedpyright --pythonpath $(py) tests/typing
 
 c-files:        # what lint and format look at
 	@echo $(c_files)

@@ -20,7 +20,7 @@ static AOTITorchError add_kernels(const char *key)
 {
     TorchLibraryHandle library = NULL;
     AOTITorchError error = aoti_torch_library_init_impl("torch_subspace", key, __FILE__, __LINE__, &library);
-    for (const op *o = __start_subspace_ops; o < __stop_subspace_ops && !error; o++) {
+    for (const op *o = __start_subspace_ops; o != __stop_subspace_ops && !error; o++) {
         char name[64];
         snprintf(name, sizeof name, "%.*s", (int)strcspn(o->schema, "("), o->schema);
         error = torch_library_impl(library, name, o->fn, TORCH_STABLE_VERSION);
@@ -84,7 +84,7 @@ __attribute__((constructor)) static void load(void)
     TorchLibraryHandle library = NULL;
     subspace_cpu_init();
     status = aoti_torch_library_init_def("torch_subspace", __FILE__, __LINE__, &library);
-    for (const op *o = __start_subspace_ops; o < __stop_subspace_ops && !status; o++)
+    for (const op *o = __start_subspace_ops; o != __stop_subspace_ops && !status; o++)
         status = define(library, o->schema);
     if (!status) status = add_kernels("CPU");
 }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
@@ -105,10 +107,10 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         weight_decay: float = 1e-4,
         readout_size: int = 2000,
         device: str | torch.device = "cpu",
-        random_state=None,
+        random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
-        callbacks: Sequence[Callable] | None = None,
-    ):
+        callbacks: Sequence[Callable[..., object]] | None = None,
+    ) -> None:
         self.n_clusters = n_clusters
         self.encoder = encoder
         self.hidden = hidden
@@ -133,7 +135,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self.callbacks = callbacks
 
     # ------------------------------------------------------------------ fit
-    def fit(self, X, y=None) -> ManifoldClustering:
+    def fit(self, X: npt.ArrayLike, y: object = None) -> ManifoldClustering:
         """Learn features and clusters of X (n, f), or ``(n, *image_shape)``; y is not used."""
         self._check_parameters()
         X = self._checked(X, reset=True)
@@ -208,13 +210,13 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     def _assigned(self, c) -> Tensor:
         return torch.cat([self._belonging(part).argmax(1) for part in c.split(ROWS)]).cpu()
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Clusters of points X (n, f): those to which they belong most by Γ, extended to them. int64 (n,)."""
         points = self._known(X)
         with torch.no_grad():
             return self._assigned(self._embed(points)[1]).numpy()
 
-    def transform(self, X) -> np.ndarray:
+    def transform(self, X: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
         """Features of points X (n, f): unit rows, float32 (n, dim)."""
         return self._embed(self._known(X))[0].cpu().numpy()
 
