@@ -117,7 +117,9 @@ class CMakeBuild(build_ext):
             f"-DTORCH_SUBSPACE_CUDA={os.environ.get('TORCH_SUBSPACE_CUDA', 'AUTO')}",
             *arguments,
         )
-        if not ninja:
+        if ninja:
+            whole.touch()
+        else:
             whole.unlink(missing_ok=True)  # make would take half a file for a whole one
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         try:
@@ -181,6 +183,7 @@ class PlainArchive(sdist):
             member.uname = member.gname = ""
             return member
 
+        Path(base_name).parent.mkdir(parents=True, exist_ok=True)
         with (
             open(f"{base_name}.tar.gz", "wb") as file,
             gzip.GzipFile("", "wb", fileobj=file, mtime=int(EPOCH)) as packed,
