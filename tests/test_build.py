@@ -254,12 +254,13 @@ def test_two_builds_give_the_same_bytes(command, tmp_path):
 # ------------------------------------------------------------ architectures
 
 
-def architectures(folder, *, gpus=(), known="75 80 86 87 88 89 90 100 103 110 120 121", version="13.0", **environment):
+def architectures(folder, *, gpus=(), known="75 80 86 89 90 100 110 120 121", version="13.0", **environment):
     """What cuda/architectures.cmake answers, and what it says."""
-    executable(folder / "nvidia-smi", "#!/bin/sh\n" + ("exit 9\n" if not gpus else f"printf '%s\\n' {' '.join(gpus)}\n"))
+    executable(folder / "nvidia-smi", "#!/bin/sh\n" + (f"printf '%s\\n' {' '.join(gpus)}\n" if gpus else "exit 9\n"))
     executable(folder / "nvcc", f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
     (folder / "ask.cmake").write_text(
-        f'cmake_minimum_required(VERSION 3.24)\nset(CUDAToolkit_VERSION {version})\nset(CMAKE_CUDA_COMPILER "{folder}/nvcc")\n'
+        "cmake_minimum_required(VERSION 3.24)\n"
+        f'set(CUDAToolkit_VERSION {version})\nset(CMAKE_CUDA_COMPILER "{folder}/nvcc")\n'
         f'include("{ROOT}/cuda/architectures.cmake")\n'
         'cuda_architectures(found "$ENV{CUDAARCHS}")\nmessage("FOUND ${found}")\n'
     )
