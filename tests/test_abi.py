@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import elf
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ def test_only_c_symbols_are_taken(path):
     assert not [s for s in taken if s.startswith(("_Z", "Py", "_Py")) or "GLIBCXX" in s or s == "__gxx_personality_v0"]
     linked = {s for s in symbols(path, "--undefined-only", weak=False) if TORCHS.match(s)}
     assert linked <= set(STAND_INS["torch_cpu"]) | set(STAND_INS["torch_cuda"])
-    assert {s for s in taken if TORCHS.match(s)} - linked == declared()[1]  # may be missing: torch is older
+    assert {s for s in taken if TORCHS.match(s)} - linked <= declared()[1]  # weak: this torch may be older
 
 
 @each_library
@@ -78,16 +79,17 @@ def test_only_its_own_names_are_given(path):
     assert all(s.startswith("torch_subspace_") for s in symbols(path, "--defined-only"))
 
 
-@each_library
+@pytest.mark.parametrize("path", sorted(library.LIB.glob("*.so")), ids=lambda path: path.stem)
 def test_how_it_is_linked(path):
-    dynamic = run("readelf", "-dW", str(path))
-    assert "NODELETE" in dynamic  # torch keeps pointers to the kernels
-    assert re.findall(r"R(?:UN)?PATH.*\[(.*)\]", dynamic) == ["$ORIGIN"]  # beside us lies OpenBLAS; torch is loaded
-    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
-    assert needed <= {
-        *("libtorch_cpu", "libtorch_cuda", "libscipy_openblas", "libopenblas", "libcublas", "libcudart"),
-        *("libc", "libm", "libdl", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"),
-    }
+    assert not elf.faults(path)
+
+
+def test_nothing_else_lies_beside_them():
+    names = {path.name for path in library.LIB.iterdir()}
+    cpu = {"libtorch_subspace_cpu.so"}
+    cuda = {"libtorch_subspace_cuda.so", "cuda_version"} if "cuda_version" in names else set()
+    openblas = {"libscipy_openblas.so", "LICENSE-openblas.txt"} if "libscipy_openblas.so" in names else set()
+    assert names == cpu | cuda | openblas
 
 
 @each_library
