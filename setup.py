@@ -176,6 +176,10 @@ class AnyPythonWheel(bdist_wheel):
 class PlainArchive(sdist):
     """The same bytes whoever makes it, and when."""
 
+    def run(self):
+        shutil.rmtree(ROOT / "torch_subspace.egg-info", ignore_errors=True)  # what it lists would come along, asked or not
+        super().run()
+
     def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
         def plain(member):
             member.mtime, member.mode = int(EPOCH), rights(member.isdir() or member.mode & 0o100)

@@ -239,6 +239,9 @@ def test_two_builds_give_the_same_bytes(command, tmp_path):
         old = os.umask(mask)
         try:
             tree = Tree(tmp_path / name)
+            (tree.root / "torch_subspace.egg-info").mkdir()
+            (tree.root / "torch_subspace.egg-info/SOURCES.txt").write_text(f"{name}\n")  # of an earlier time
+            (tree.root / name).touch()
             for file in tree.root.rglob("*"):
                 os.utime(file, (date, date))
                 file.chmod(file.stat().st_mode & ~mask)
