@@ -46,7 +46,7 @@ build: $(VENV)/.ready
 	rm -f $(VENV)/.in_place
 	$(py) -m pip install -q --no-deps --force-reinstall $(WHEEL)
 else
-build: $(VENV)/.in_place ## compile what has changed, into ops/lib; WHEEL=dist/*.whl: install that, for any target that builds
+build: $(VENV)/.in_place ## compile what has changed, into ops/lib; with WHEEL='dist/*.whl' that is installed, and tested
 	$(dev) $(py) setup.py -q build_ext --inplace
 endif
 
@@ -132,9 +132,10 @@ torchs := libtorch_*.so libcublas.so.* libcudart.so.*
 
 dist: export SOURCE_DATE_EPOCH ?= 315532800
 dist: .venv-build/.ready ## dist/: the sdist, and the manylinux wheel made of it, for every GPU; checked
-	rm -rf dist build/dist
+	rm -rf dist build/dist && mkdir -p build/dist
 	.venv-build/bin/python setup.py -q sdist
-	$(all) PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w build/dist dist/*.tar.gz
+	tar -xzf dist/*.tar.gz -C build/dist
+	$(all) PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w build/dist build/dist/torch_subspace-*
 	PATH=$(abspath .venv-build/bin):$$PATH auditwheel repair $(torchs:%=--exclude '%') -w dist build/dist/*.whl
 	.venv-build/bin/python tests/check_dist.py dist
 
@@ -145,7 +146,7 @@ dist-again: .venv-build/.ready ## build what lies in dist/ once more, elsewhere:
 	cd build/again/elsewhere && umask 077 && $(MAKE) dist
 	mv build/again/first dist && diff -rs dist build/again/elsewhere/dist
 
-wheel-check: $(if $(WHEEL),,dist) .venv-lint/.ready ## WHEEL=dist/*.whl, with what it asks for, into an empty environment; LOCK=floor: on the oldest torch
+wheel-check: $(if $(WHEEL),,dist) .venv-lint/.ready ## dist/*.whl and what it asks for alone; WHEEL, LOCK=floor are obeyed
 	rm -rf build/wheel-venv
 	$(PYTHON) -m venv build/wheel-venv
 	$(lint)/uv pip install -q -p build/wheel-venv/bin/python -c locks/$(or $(LOCK),newest).txt $(or $(WHEEL),dist/*.whl)

@@ -177,7 +177,7 @@ class PlainArchive(sdist):
     """The same bytes whoever makes it, and when."""
 
     def run(self):
-        shutil.rmtree(ROOT / "torch_subspace.egg-info", ignore_errors=True)  # what it lists would come along, asked or not
+        shutil.rmtree(ROOT / "torch_subspace.egg-info", ignore_errors=True)  # what it lists would come along
         super().run()
 
     def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):

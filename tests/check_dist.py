@@ -41,7 +41,7 @@ def sdist_faults(path):
         files = {name.partition("/")[2] for name in archive.getnames()}
         dated = {member.mtime for member in archive}
     known = tracked()
-    beside = {f for f in files if f.startswith(tuple(f"{folder}/" for folder in BUILT)) and Path(ROOT, f).is_file()} - known
+    beside = {f for f in files if f.split("/")[0] in BUILT and Path(ROOT, f).is_file()} - known
     missing = {f for f in known if not LEFT_OUT.match(f)} - files
     yield from (f"{file} is not git's" for file in sorted(beside) if known)
     yield from (f"lacks {file}" for file in sorted(missing))
