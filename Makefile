@@ -143,7 +143,7 @@ dist-again: .venv-build/.ready ## build what lies in dist/ once more, elsewhere:
 	rm -rf build/again && mkdir -p build/again/elsewhere && mv dist build/again/first
 	git ls-files -z | xargs -0 cp --parents -t build/again/elsewhere
 	ln -s $(abspath .venv-build) build/again/elsewhere
-	cd build/again/elsewhere && umask 077 && $(MAKE) dist
+	cd build/again/elsewhere && umask 077 && $(MAKE) -o .venv-build/.ready dist
 	mv build/again/first dist && diff -rs dist build/again/elsewhere/dist
 
 wheel-check: $(if $(WHEEL),,dist) .venv-lint/.ready ## dist/*.whl and what it asks for alone; WHEEL, LOCK=floor are obeyed
