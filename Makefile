@@ -136,7 +136,7 @@ dist: .venv-build/.ready ## dist/: the sdist, and the manylinux wheel made of it
 	.venv-build/bin/python setup.py -q sdist
 	tar -xzf dist/*.tar.gz -C build/dist
 	$(all) PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w build/dist build/dist/torch_subspace-*
-	PATH=$(abspath .venv-build/bin):$$PATH auditwheel repair $(torchs:%=--exclude '%') -w dist build/dist/*.whl
+	umask 022 && PATH=$(abspath .venv-build/bin):$$PATH auditwheel repair $(torchs:%=--exclude '%') -w dist build/dist/*.whl
 	.venv-build/bin/python tests/check_dist.py dist
 
 dist-again: .venv-build/.ready ## build what lies in dist/ once more, elsewhere: the same bytes
