@@ -141,7 +141,7 @@ dist: .venv-build/.ready ## dist/: the sdist, and the manylinux wheel made of it
 
 dist-again: .venv-build/.ready ## build what lies in dist/ once more, elsewhere: the same bytes
 	rm -rf build/again && mkdir -p build/again/elsewhere && mv dist build/again/first
-	git ls-files -z | xargs -0 cp --parents -t build/again/elsewhere
+	git ls-files -z | xargs -0 cp -d --parents -t build/again/elsewhere
 	ln -s $(abspath .venv-build) build/again/elsewhere
 	cd build/again/elsewhere && umask 077 && $(MAKE) -o .venv-build/.ready dist
 	mv build/again/first dist && diff -rs dist build/again/elsewhere/dist
