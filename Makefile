@@ -9,12 +9,13 @@ build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
 sources        := cpu cuda shim tests/native tests/abi
 c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-# A developer's build is for the GPU of this machine, or for none; what ships (make wheel) is for all.
+# A developer's build is for the GPU of this machine, or for none; what ships (make dist) is for all.
 gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
+all := CUDAARCHS='$(or $(CUDAARCHS),all)'
 
-.PHONY: c-files help lock demo test test-latest pytest build bench docs lint format asan wheel wheel-check clean \
-    cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
+.PHONY: c-files help lock demo test test-latest pytest build bench docs lint format asan dist dist-again wheel-check \
+    clean cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
@@ -40,8 +41,14 @@ install = $(if $(UV),$(lint)/uv pip install -q -p $*/bin/python,$*/bin/pip insta
 	$(dev) $*/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-build: $(VENV)/.in_place ## compile what has changed, into ops/lib
+ifdef WHEEL
+build: $(VENV)/.ready
+	rm -f $(VENV)/.in_place
+	$(py) -m pip install -q --no-deps --force-reinstall $(WHEEL)
+else
+build: $(VENV)/.in_place ## compile what has changed, into ops/lib; with WHEEL='dist/*.whl' that is installed, and tested
 	$(dev) $(py) setup.py -q build_ext --inplace
+endif
 
 # locks/$1.txt: the newest set that holds together, of what $2 and the lines $3 ask for
 resolve = printf '%s\n' $3 | $(lint)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
@@ -96,7 +103,7 @@ pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. T
 	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
 
 cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills and shared memory within cuda/resources.txt
-	cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))
+	$(all) cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))
 	cmake --build --preset cuda --parallel --target torch_subspace_cuda
 	$(py) tests/cuda_check.py build/cuda $(if $(UPDATE),--update)
 
@@ -123,14 +130,29 @@ format: .venv-lint/.ready ## what lint can repair by itself
 	$(lint)/clang-format -i $(c_files)
 	$(lint)/ruff check --fix .
 
-wheel: .venv-build/.ready ## dist/*.whl, built in isolation
-	rm -rf build/lib build/temp.* build/bdist.* dist
-	PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w dist .
+# torch has loaded these; OpenBLAS is in the wheel already
+torchs := libtorch_*.so libcublas.so.* libcudart.so.*
 
-wheel-check: wheel .venv-lint/.ready ## install it, with what it asks for, into an empty environment and import it; LOCK=floor: on the oldest torch
+dist: export SOURCE_DATE_EPOCH ?= 315532800
+dist: .venv-build/.ready ## dist/: the sdist, and the manylinux wheel made of it, for every GPU; checked
+	rm -rf dist build/dist && mkdir -p build/dist
+	.venv-build/bin/python setup.py -q sdist
+	tar -xzf dist/*.tar.gz -C build/dist
+	$(all) PIP_BUILD_CONSTRAINT=locks/build.txt .venv-build/bin/pip wheel -q --no-deps -w build/dist build/dist/torch_subspace-*
+	umask 022 && PATH=$(abspath .venv-build/bin):$$PATH auditwheel repair $(torchs:%=--exclude '%') -w dist build/dist/*.whl
+	.venv-build/bin/python tests/check_dist.py dist
+
+dist-again: .venv-build/.ready ## build what lies in dist/ once more, elsewhere: the same bytes
+	rm -rf build/again && mkdir -p build/again/elsewhere && mv dist build/again/first
+	git ls-files -z | xargs -0 cp -d --parents -t build/again/elsewhere
+	ln -s $(abspath .venv-build) build/again/elsewhere
+	cd build/again/elsewhere && umask 077 && $(MAKE) -o .venv-build/.ready dist
+	mv build/again/first dist && diff -rs dist build/again/elsewhere/dist
+
+wheel-check: $(if $(WHEEL),,dist) .venv-lint/.ready ## dist/*.whl and what it asks for alone; WHEEL, LOCK=floor are obeyed
 	rm -rf build/wheel-venv
 	$(PYTHON) -m venv build/wheel-venv
-	$(lint)/uv pip install -q -p build/wheel-venv/bin/python -c locks/$(or $(LOCK),newest).txt dist/*.whl
+	$(lint)/uv pip install -q -p build/wheel-venv/bin/python -c locks/$(or $(LOCK),newest).txt $(or $(WHEEL),dist/*.whl)
 	cd build && wheel-venv/bin/python -c 'import torch, warnings; warnings.simplefilter("error"); \
 	    import torch_subspace; torch_subspace.show_config()'
 

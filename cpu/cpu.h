@@ -14,6 +14,13 @@
 #include "check.h"
 #include "linalg.h"
 
+/* exp and log as glibc has always had them, not those of 2.29: the wheel is for systems older than that too. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5\n.symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17\n.symver log, log@GLIBC_2.17");
+#endif
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define LEVEL(name) PASTE(name, SUBSPACE_LEVEL)

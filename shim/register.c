@@ -2,9 +2,7 @@
  *
  * A constructor cannot throw, so it leaves a status that ops/library.py reads. Handles are kept for
  * the life of the process. The CPU library owns the schemas; the CUDA one only adds kernels. */
-#define _GNU_SOURCE
 #include "shim.h"
-#include <dlfcn.h>
 #include <string.h>
 #ifndef SUBSPACE_DEVICE_CUDA
 #include "dispatch.h"
@@ -72,11 +70,9 @@ EXPORT const char *torch_subspace_cpu_blas(void)
 /* From torch 2.12 on a schema can say that it is safe under torch.compile; before, that is assumed. */
 static AOTITorchError define(TorchLibraryHandle library, const char *schema)
 {
-    __typeof__(&torch_library_def_with_tags) with_tags = dlsym(RTLD_DEFAULT, "torch_library_def_with_tags");
-    __typeof__(&torch_tag_pt2_compliant_tag) compliant = dlsym(RTLD_DEFAULT, "torch_tag_pt2_compliant_tag");
-    if (!with_tags || !compliant) return aoti_torch_library_def(library, schema);
-    const int32_t tag = compliant();
-    return with_tags(library, schema, &tag, 1);
+    if (!torch_library_def_with_tags || !torch_tag_pt2_compliant_tag) return aoti_torch_library_def(library, schema);
+    const int32_t tag = torch_tag_pt2_compliant_tag();
+    return torch_library_def_with_tags(library, schema, &tag, 1);
 }
 
 __attribute__((constructor)) static void load(void)

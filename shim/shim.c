@@ -1,13 +1,8 @@
 /* shim.c - tensors, lists and errors, once for every op. See shim.h for the pattern. */
-#define _GNU_SOURCE /* RTLD_DEFAULT */
 #include "shim.h"
-#include <dlfcn.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* A function of torch newer than our floor, or NULL. */
-#define NEWER(f) ((__typeof__(&f))dlsym(RTLD_DEFAULT, #f))
 
 call begin(const char *op)
 {
@@ -29,8 +24,8 @@ bool require(call *c, bool condition, const char *format, ...)
 /* What torch said of its last error. */
 static const char *reason(void)
 {
-    __typeof__(&torch_exception_get_what_without_backtrace) why = NEWER(torch_exception_get_what_without_backtrace);
-    return why ? why() : "torch refused (see the message it printed)";
+    return torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
+                                                      : "torch refused (see the message it printed)";
 }
 
 static bool torch_ok(call *c, AOTITorchError error, const char *what)

@@ -71,7 +71,10 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle g);
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void **ret);
 AOTITorchError torch_get_current_cuda_blas_handle(void **ret);
 
-/* ---- newer than the floor: never linked, looked up at run time ---------------------- */
+/* ---- newer than the floor: weak, so NULL where torch has them not ---------------------- */
+#pragma weak torch_library_def_with_tags
+#pragma weak torch_tag_pt2_compliant_tag
+#pragma weak torch_exception_get_what_without_backtrace
 AOTITorchError torch_library_def_with_tags(TorchLibraryHandle self, const char *schema, const int32_t *tags,
                                            int32_t n);        /* 2.12 */
 int32_t torch_tag_pt2_compliant_tag(void);                    /* 2.12 */
