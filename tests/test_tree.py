@@ -56,6 +56,25 @@ def test_it_has_its_rows_for_a_gpu(op):
     assert not [table for table, names in tables.items() if name not in map(word, names)]
 
 
+@each_op
+def test_its_tests_ask_what_every_op_is_asked(op):
+    family, name = op.split("/")
+    names = [o.split("/")[1] for o in OPS]
+    texts = [path.read_text() for path in (ROOT / "tests" / family).glob(f"test_{name}*.py")
+             if max((n for n in names if path.stem.startswith(f"test_{n}")), key=len) == name]
+    asked = ["opcheck", "torch.compile", "pytest.raises", *["gradcheck"] * (f"FN({name}_backward," in CONTRACT)]
+    assert not [word for word in asked if not re.search(rf"\b{re.escape(word)}\(", "".join(texts))]
+
+
+@each_op
+def test_readers_hear_of_it(op):
+    """Its row of CONTRIBUTING's words, and in the change log what users call."""
+    words = (ROOT / ".github/CONTRIBUTING.md").read_text().split("\n## One op, several words\n")[1].split("\n## ")[0]
+    assert f"\n| `{op.split('/')[1]}` | " in words
+    public = [n for n in ts.__all__ if getattr(ts, n).__module__ == f"torch_subspace.{op.replace('/', '.')}"]
+    assert not [n for n in public if f"`{n}`" not in (ROOT / "CHANGELOG.md").read_text()]
+
+
 def test_what_users_call_is_typed():
     """tests/typing/public.py is checked strictly in `make lint`: here, that it leaves no public name out."""
     text = (ROOT / "tests/typing/public.py").read_text()
@@ -85,7 +104,8 @@ def test_a_hot_file_reads_top_down(op):
     steps = ('#include "cpu.h"\n', "#ifndef T ", f'#define THIS_FILE "{op}.c"\n', '#include "each_dtype.h"\n#endif ',
              "#ifdef LAST_T ")
     places = [text.find("\n" + step) for step in steps]
-    assert places == sorted(places) and places[0] > 0
+    assert not [step for step, place in zip(steps, places) if place < 0]
+    assert places == sorted(places)
 
 
 def test_no_source_is_left_out_of_the_build():
