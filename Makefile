@@ -121,7 +121,7 @@ lint: .venv-lint/.ready $(VENV)/.ready ## clang-format, cppcheck, ruff; mypy and
 	$(lint)/ruff check .
 	mkdir -p build/typing && ln -sfn ../../ops build/typing/torch_subspace
 	MYPYPATH=build/typing $(lint)/mypy --strict --follow-imports=silent --python-executable $(py) tests/typing
-	$(lint)/basedpyright --pythonpath $(py) tests/typing
+	$(lint)/basedpyright -p pyproject.toml --pythonpath $(py)
 
 c-files:        # what lint and format look at
 	@echo $(c_files)
