@@ -75,7 +75,9 @@ def swap_head(
     Raises:
         TypeError: `model` is not a module, or the layer isn't a Linear, a 1x1 convolution or a GrassmannLinear.
         ValueError: the classifier can't be told (the message names candidates); its weight is tied to another module,
-            parametrised, sharded or quantised; an argument is out of range. Nothing is changed on an error.
+            parametrised, sharded or quantised; an argument is out of range; the model is for several labels at once or
+            for regression (transformers' `problem_type`), or has one output: logits of subspaces are never negative.
+            Nothing is changed on an error.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
@@ -97,6 +99,7 @@ def swap_head(
         why = "it has num_classes=0" if vars(model).get("num_classes") == 0 else _candidates(model)
         raise ValueError(f"swap_head: can't tell the classifier of {type(model).__name__}; {why}")
     olds = [_checked(model, n) for n in names]
+    _refuse_signed(model, num_classes if num_classes is not None else _num_classes(olds[0]))
     inits = [init] + ["linear" if not isinstance(init, str) else init] * (len(olds) - 1)
     news = [_new_head(old, num_classes, subspace_dim, gamma, normalize, i) for old, i in zip(olds, inits, strict=True)]
     for n, old, new in zip(names, olds, news, strict=True):
@@ -105,6 +108,17 @@ def swap_head(
                 setattr(parent, key, new)
         _restate(model, n, _num_classes(old), new.num_classes)
     return model
+
+
+def _refuse_signed(model, count: int) -> None:
+    """Lengths of projections are never negative: they can be told from one another, but not each from 0."""
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind in ("multi_label_classification", "regression"):
+        raise ValueError(f"swap_head: the model's config says problem_type={kind!r}, and subspace logits are lengths, "
+                         "never negative: a sigmoid of one is at least 1/2. They are for one label of several")
+    if count == 1:
+        raise ValueError("swap_head: one class has one logit, a length, never negative: a sigmoid of it is at least "
+                         "1/2, and a value to regress may be anything. Take num_classes=2 and cross-entropy")
 
 
 def _num_classes(layer) -> int:

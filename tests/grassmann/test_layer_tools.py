@@ -55,3 +55,42 @@ def test_a_weight_made_of_others_is_named(change):
     change(model[1])
     with pytest.raises(ValueError, match="param_groups: the weight of '1'.*GrassmannLinear.*remove that first"):
         ts.param_groups(model)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_heads_whose_logits_have_signs_are_refused(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                    image_size=16, patch_size=8, num_labels=4)
+    model = transformers.ViTForImageClassification(config)
+    model.config.problem_type = kind
+    with pytest.raises(ValueError, match=f"problem_type='{kind}'.*never negative"):
+        ts.swap_head(model)
+    assert isinstance(model.classifier, nn.Linear)
+    model.config.problem_type = "single_label_classification"
+    assert isinstance(ts.swap_head(model).classifier, ts.GrassmannLinear)
+
+
+def test_one_logit_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    for count in (None, 1):
+        with pytest.raises(ValueError, match="one class has one logit.*num_classes=2"):
+            ts.swap_head(model, count)
+    assert isinstance(ts.swap_head(model, 2)[1], ts.GrassmannLinear)
+
+
+@pytest.mark.slow
+def test_trainer_takes_our_optimiser_in_one_line(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                    image_size=16, patch_size=8, num_labels=4)
+    model = ts.swap_head(transformers.ViTForImageClassification(config), subspace_dim=2)
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 4} for i in range(32)]
+    arguments = transformers.TrainingArguments(tmp_path, max_steps=6, use_cpu=True, report_to="none", weight_decay=0.1,
+                                               disable_tqdm=True, save_strategy="no")
+    trainer = transformers.Trainer(model, arguments, train_dataset=data,
+                                   optimizer_cls_and_kwargs=(ts.RiemannianAdamW, {"lr": 0.1}))
+    before = model.classifier.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, model.classifier.weight) and model.classifier.frame_error() < 1e-6
