@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common import FLOATS, HALF, WIDE, autocast, transformed, wide_dtype
 from .tucker import tucker_compose
 from .tucker_conv_forms import Chain, Composed, in_format, is_last, plain
-from .tucker_linear import draw_seed
+from .tucker_linear import check_number, draw_seed
 
 _NAME = "tucker_conv"
 
@@ -177,8 +177,7 @@ def _check(x, weight, bias, core, factors, scale, groups, transposed, form, drop
                 f", or None where the rank is the size, got {None if f is None else tuple(f.shape)}")
     require(form in FORMS, ValueError, f"form must be one of {', '.join(FORMS)}, got {form!r}")
     require(form != "chain" or groups == 1, ValueError, f"the chain takes no groups, got groups={groups}")
-    require(not isinstance(scale, Tensor) and abs(scale) < math.inf, ValueError, f"scale must be finite, got {scale!r}")
-    require(0 <= dropout < 1, ValueError, f"dropout must be in [0, 1), got {dropout!r}")
+    check_number(_NAME, scale, dropout)
     return factors
 
 

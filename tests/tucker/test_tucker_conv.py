@@ -279,7 +279,7 @@ BAD = [
     ({}, {"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
     ({}, {"stride": 0}, ValueError, "stride must be an int of at least 1"),
     ({}, {"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-    ({}, {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    ({}, {"scale": float("inf")}, ValueError, "scale must be a finite number, got inf"),
 ]
 
 
