@@ -6,6 +6,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 
 import torch_subspace
+import torch_subspace.grassmann
 import torch_subspace.metrics
 import torch_subspace.peft
 
@@ -29,6 +30,7 @@ napoleon_custom_sections = ["Shape"]
 # `name` in a docstring is a link where the name is public, else code.
 PUBLIC = {
     **{name: f"torch_subspace.{name}" for name in [*torch_subspace.__all__, "ManifoldClustering"]},
+    **{f"grassmann.{name}": f"torch_subspace.grassmann.{name}" for name in torch_subspace.grassmann.__all__},
     **{name: f"torch_subspace.metrics.{name}" for name in torch_subspace.metrics.__all__},
     **{f"torch_subspace.peft.{name}": f"torch_subspace.peft.{name}" for name in torch_subspace.peft.__all__},
 }
@@ -40,7 +42,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!torch_subspace\b).*")]
 
 def name_role(role, rawtext, text, lineno, inliner, options=None, content=None):
     """A public name, also with `torch_subspace.` or `ts.` before it."""
-    short = re.sub(r"^(ts|torch_subspace)\.(?=\w+$)", "", text)
+    short = re.sub(r"^(ts|torch_subspace)\.(?=(grassmann\.)?\w+$)", "", text)
     code = nodes.literal(text, text)
     if short not in PUBLIC:
         return [code], []

@@ -91,6 +91,14 @@ def known_dims(weight: Tensor) -> tuple[int, ...] | None:
     return _known[weight][0]
 
 
+def dims_at(tensor: Tensor) -> tuple[tuple[int, ...] | None] | None:
+    """(dims,) where a layer's frames lie in the memory of `tensor`, such as their detached view; None elsewhere."""
+    for weight, (dims, _) in list(_known.items()):
+        if weight.data_ptr() == tensor.data_ptr() and weight.shape == tensor.shape:
+            return (dims,)
+    return None
+
+
 def moved_by_others(weight: Tensor) -> bool:
     """Has anything but our own steps written to these frames? What does not count versions (`.data`) is not seen."""
     return _known[weight][1] != weight._version

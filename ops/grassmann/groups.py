@@ -146,7 +146,7 @@ def partition(items, key):
     return parts.items()
 
 
-def _class_blocks(tensor, dims):
+def class_blocks(tensor, dims):
     """The classes of a weight as stacks of equal k: pairs of class numbers and a (m, k, n) tensor."""
     if dims is None:
         return [(range(tensor.shape[0]), tensor)]
@@ -165,7 +165,7 @@ def horizontal_gradient(weight, grad, dims=None):
     """
     horizontal, squares = {}, {}
     with torch.autocast(weight.device.type, enabled=False):
-        for (classes, w), (_, g) in zip(_class_blocks(weight, dims), _class_blocks(grad, dims), strict=True):
+        for (classes, w), (_, g) in zip(class_blocks(weight, dims), class_blocks(grad, dims), strict=True):
             d = torch.baddbmm(g, g @ w.mT, w, alpha=-1)
             square, whole = (torch.linalg.vector_norm(t, dim=(1, 2), dtype=torch.float64).square() for t in (d, g))
             square = torch.maximum(square, torch.finfo(w.dtype).eps * whole) / max(1, w[:1].numel())

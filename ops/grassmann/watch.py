@@ -61,7 +61,8 @@ def look(layer: nn.Module) -> None:
             warnings.warn(
                 f"GrassmannLinear: the rows of a class are off from orthonormal by {error:.1e} (largest entry of "
                 "W W' - I): its logits are no lengths of projections. Train frames by torch_subspace.RiemannianSGD or "
-                "RiemannianAdamW; orthonormalize_() takes the nearest frames of those that were loaded or averaged",
+                "RiemannianAdamW, average them by torch_subspace.grassmann.average_frames; orthonormalize_() "
+                "repairs them",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -143,7 +143,7 @@ def test_averages_and_loaded_weights_are_noticed():
     for _ in range(30):
         train(layer, optimiser, 1)
         swa.update_parameters(layer)
-    with pytest.warns(RuntimeWarning, match="averaged"):
+    with pytest.warns(RuntimeWarning, match="average_frames"):
         swa.eval()(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

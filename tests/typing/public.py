@@ -39,6 +39,9 @@ got: float | None = sgd.step(closure)
 nothing: None = ts.RiemannianSGD(net.parameters()).step()
 left: int | Tensor = ts.RiemannianAdamW(net.parameters()).skipped_frames
 
+mean: Tensor = ts.grassmann.average_frames([frames, frames], [1, 2], of="bases")
+average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAverage(decay=0.99))
+
 # ---------------------------------------------------------------------------------------------------------- adapters
 config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
 adapted: nn.Module = ts.adapt(net, config, name="default")
