@@ -75,7 +75,8 @@ def entries():
     for page in (ROOT / "docs/api").glob("*.rst"):
         text = page.read_text()
         module = re.search(r"^\.\. currentmodule:: (\S+)$", text, flags=re.M)[1]
-        found += [f"{module}.{name}" for name in re.findall(r"^\.\. auto(?:class|function):: (\S+)$", text, flags=re.M)]
+        names = re.findall(r"^\.\. auto(?:class|function):: (\S+)$", text, flags=re.M)
+        found += [name if name.startswith("torch_subspace.") else f"{module}.{name}" for name in names]
     return found
 
 
