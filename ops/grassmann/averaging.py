@@ -99,7 +99,7 @@ class FrameAverage:
         decay: of an exponential moving average, in [0, 1); None for the mean of all models so far (SWA).
         of: as for `average_frames`; "bases", which is cheaper, by default: along one training bases turn little.
 
-    All other parameters are averaged as torch does.
+    All other parameters are averaged as torch does; buffers of integers take the current value.
 
     Raises:
         ValueError: ``decay`` or ``of`` is out of range.
@@ -122,6 +122,8 @@ class FrameAverage:
         self.decay, self.of = decay, of
 
     def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current  # a buffer that counts
         share = 1 - self.decay if self.decay is not None else 1 / (int(num_averaged) + 1)
         found = dims_at(averaged)
         if found is None:

@@ -78,7 +78,11 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def know(weight: Tensor, dims: Sequence[int] | None) -> None:
     """Enter a layer's weight as frames, orthonormal as it is now."""
-    _known[weight] = None if dims is None else tuple(dims), weight._version
+    _known[weight] = None if dims is None else tuple(dims), _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # what inference mode has made counts none
 
 
 def is_known(weight: Tensor) -> bool:
@@ -94,19 +98,19 @@ def known_dims(weight: Tensor) -> tuple[int, ...] | None:
 def dims_at(tensor: Tensor) -> tuple[tuple[int, ...] | None] | None:
     """(dims,) where a layer's frames lie in the memory of `tensor`, such as their detached view; None elsewhere."""
     for weight, (dims, _) in list(_known.items()):
-        if weight.data_ptr() == tensor.data_ptr() and weight.shape == tensor.shape:
+        if weight.shape == tensor.shape and weight.data_ptr() == tensor.data_ptr():
             return (dims,)
     return None
 
 
 def moved_by_others(weight: Tensor) -> bool:
     """Has anything but our own steps written to these frames? What does not count versions (`.data`) is not seen."""
-    return _known[weight][1] != weight._version
+    return _known[weight][1] != _version(weight)
 
 
 def stepped(weights: Sequence[Tensor]) -> None:
     """Our own step was the last to write to these."""
     for weight in weights:
         dims, version = _known.get(weight, (None, None))
-        if version == weight._version - 1:
-            _known[weight] = dims, weight._version
+        if version == _version(weight) - 1:
+            _known[weight] = dims, version + 1

@@ -56,7 +56,7 @@ def look(layer: nn.Module) -> None:
         _measure(layer, watch)
     if watch.error is not None and (watch.ready is None or watch.ready.query()):
         error, watch.error, watch.ready = watch.error.item(), None, None
-        if error > LIMIT:
+        if not error <= LIMIT:  # a NaN is off too
             watch.warned = True
             warnings.warn(
                 f"GrassmannLinear: the rows of a class are off from orthonormal by {error:.1e} (largest entry of "

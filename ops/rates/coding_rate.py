@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common import FLOATS, check_floating, transformed
+from ..common import FLOATS, check_floating, second_derivative, transformed
 
 _op = torch.ops.torch_subspace
 
@@ -205,10 +205,7 @@ def _double_backward(ctx, ddz):
         place = torch.arange(z.shape[1], device=z.device).repeat(z.shape[0], 1)
         group = torch.searchsorted(start.contiguous(), place, right=True)
         labels = torch.empty_like(order).scatter(1, order, group)
-    with torch.enable_grad():
-        inputs = drate.detach().requires_grad_(), z.detach().requires_grad_()
-        (dz,) = torch.autograd.grad(_plain(inputs[1], labels, ctx.eps), inputs[1], inputs[0], create_graph=True)
-    return *torch.autograd.grad(dz, inputs, ddz), *(None,) * 4
+    return *second_derivative(lambda z: _plain(z, labels, ctx.eps), drate, (z,), (ddz,)), *(None,) * 4
 
 
 torch.library.register_autograd("torch_subspace::coding_rate_backward", _double_backward,

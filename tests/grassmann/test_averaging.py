@@ -97,6 +97,15 @@ def test_the_average_that_torch_keeps(decay, subspace_dim):
     torch.testing.assert_close(ours.module[0].weight, torchs.module[0].weight)
 
 
+def test_buffers_that_count():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), ts.GrassmannLinear(8, 4, 2))
+    average = AveragedModel(model, avg_fn=FrameAverage(0.9), use_buffers=True)
+    for _ in range(3):
+        model(torch.randn(16, 6))
+        average.update_parameters(model)
+    assert average.module[1].num_batches_tracked == 3 and average.module[2].frame_error() < 1e-6
+
+
 @pytest.mark.parametrize("error, call", [
     ("frames are empty", lambda w: average_frames([])),
     ("frames\\[1\\] is", lambda w: average_frames([w, w[:2]])),

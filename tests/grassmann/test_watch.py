@@ -158,6 +158,24 @@ def test_averages_and_loaded_weights_are_noticed():
         layer(X)
 
 
+def test_rotten_frames_are_noticed():
+    layer = head()
+    with torch.no_grad():
+        layer.weight[2, 1, 3] = torch.nan
+    with pytest.warns(RuntimeWarning, match="off from orthonormal by nan"):
+        layer(X)
+
+
+def test_what_inference_mode_makes_is_used_there(silent):
+    with torch.inference_mode():
+        layer = head()
+        assert layer(X).shape == (200, 5) and layer.orthonormalize_()(X).isfinite().all()
+    layer = head()
+    train(layer, SGD(layer.parameters(), lr=0.1), 2)
+    with torch.inference_mode():
+        copy.deepcopy(layer)(X)
+
+
 def test_a_linear_layers_checkpoint_is_no_stack_of_frames():
     layer, linear = ts.GrassmannLinear(16, 5, 1), nn.Linear(16, 5)
     before = layer.weight.detach().clone()
