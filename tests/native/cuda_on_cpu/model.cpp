@@ -26,13 +26,6 @@ extern "C" {
 #include "subspace.h"
 }
 
-#if defined(__SANITIZE_ADDRESS__)
-#define ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define ASAN 1
-#endif
-#endif
 #ifdef ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
