@@ -74,12 +74,37 @@ static bool view(call *c, tensor *t, AtenTensorHandle h)
     return ok;
 }
 
+/* Bytes of an entry; 1, the least, of the dtypes that no op takes. */
+static size_t item_size(int32_t dtype)
+{
+    if (dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int64()) return 8;
+    if (dtype == aoti_torch_dtype_float32()) return 4;
+    return dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16() ? 2 : 1;
+}
+
+/* Does the storage hold every element? torch hands out the address of one that was given back (FSDP frees what it has
+ * gathered by resizing it to nothing), or that was never there (meta), without a word. */
+static bool allocated(call *c, AtenTensorHandle h)
+{
+    tensor t = {0};
+    int64_t *stride = NULL, last = 0, bytes = 0;
+    if (!view(c, &t, h)) return false;
+    if (t.numel == 0) return true;
+    if (!TORCH(aoti_torch_get_strides(h, &stride)) || !TORCH(aoti_torch_get_storage_offset(h, &last)) ||
+        !TORCH(aoti_torch_get_storage_size(h, &bytes)))
+        return false;
+    for (int64_t i = 0; i < t.dim; i++) last += (t.size[i] - 1) * stride[i];
+    return require(c, last < bytes / (int64_t)item_size(t.dtype),
+                   "a tensor of %lld elements has a storage of %lld bytes: its memory is not allocated, or was freed",
+                   (long long)t.numel, (long long)bytes);
+}
+
 static bool take(call *c, StableIValue v, bool written, tensor *t)
 {
     AtenTensorHandle h = (AtenTensorHandle)(uintptr_t)v;
     const void *data = NULL;
     bool dense = false;
-    if (!own(c, h) || !TORCH(aoti_torch_is_contiguous(h, &dense))) return false;
+    if (!own(c, h) || !allocated(c, h) || !TORCH(aoti_torch_is_contiguous(h, &dense))) return false;
     if (!dense) {
         if (!require(c, !written, "a tensor that is written to must be contiguous")) return false;
         StableIValue stack[2] = {from_pointer(h), (StableIValue)aoti_torch_memory_format_contiguous_format()};
@@ -127,13 +152,6 @@ bool tensors_in(call *c, StableIValue v, bool written, tensor **list, size_t *co
         else aoti_torch_delete_tensor_object((AtenTensorHandle)(uintptr_t)items[i]);
     free(items);
     return ok;
-}
-
-static size_t item_size(int32_t dtype)
-{
-    if (dtype == aoti_torch_dtype_uint8()) return 1;
-    if (dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16()) return 2;
-    return dtype == aoti_torch_dtype_float32() ? 4 : 8;
 }
 
 bool tensor_empty(call *c, tensor *t, int64_t dim, const int64_t *size, int32_t dtype, const tensor *like)
