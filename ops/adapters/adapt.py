@@ -25,6 +25,7 @@ from ..grassmann.groups import param_groups
 from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
 from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
 from .merge import others
+from .placed import home, is_sharded, refuse_fully_sharded, settle, several_processes, values_of
 from .state import (
     active_adapters,
     adapter_names,
@@ -85,6 +86,8 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError("adapt: adapt the model before DistributedDataParallel takes its parameters")
     given, model = model, unwrapped(model)
+    settle("adapt", model)
+    refuse_fully_sharded("adapt", model, "adapt the model before fully_shard")
     check_new_name("adapt", name)
     if name in adapter_names(model):
         raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")
@@ -96,18 +99,27 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
             base = module._parameters[parameter]
             if config.init == "svd" and is_packed(base):
                 raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
-            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base)
-            init_factors(part.factors, config.init, base, input_mode(module))
+            values = values_of(module, parameter)
+            if config.init == "svd" and values.is_meta:
+                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is on the meta device')
+            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base,
+                               home(module, base))
+            part.start = config.init, input_mode(module), padding_row(module)
+            init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
             made[key][parameter] = part
     attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
     _warn_of_limits(model, made)
     return given
 
 
-def new_factors(shape, ranks, scale, dropout, base) -> TuckerFactors:
+def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
     """Factors beside the parameter `base`, not yet filled."""
-    dtype = wide_dtype(base.dtype)
-    return TuckerFactors(shape, ranks, scale, dropout, base.device, dtype)
+    return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
+
+
+def padding_row(module) -> int | None:
+    """The row of an embedding's change that stays zero."""
+    return module.padding_idx if isinstance(module, nn.Embedding) else None
 
 
 def _modules_to_save(model, config, made) -> list[nn.Module]:
@@ -132,9 +144,9 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
         module = model.get_submodule(key)
         if not isinstance(module, Adapted):
             become_adapted(module, tuple(weights_of(module)))
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if padding_row(module) is not None:
             with torch.no_grad():
-                parts["weight"].factor0[module.padding_idx] = 0  # the padding row never changes
+                parts["weight"].factor0[padding_row(module)] = 0
         module.tucker[name] = nn.ModuleDict(parts).train(module.training)
     for module in saved:
         keep_saved(module, name)
@@ -182,9 +194,10 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
     saved = saved_modules(model).values()
+    put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
     for layer in layers(model).values():
         layer.tucker_active = {name: float(weight) for name, weight in chosen.items()}
-    put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
+        layer.tucker_unchecked = several_processes()
     for p in unwrapped(model).parameters():
         if not is_uninitialised(p):  # of a lazy layer that has not run
             p.requires_grad_(False)
@@ -218,7 +231,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     before, live = {layer: layer.tucker_enabled for layer in found.values()}, live_name(model)
     # The saved modules come back to the bit: a backward through a forward from before may run afterwards.
     versions = {t: t._version for m in saved_modules(model).values() for t in m.state_dict(keep_vars=True).values()
-                if isinstance(t, torch.Tensor) and not t.is_inference()}
+                if isinstance(t, torch.Tensor) and not t.is_inference() and not is_sharded(t)}
     try:
         for layer in before:
             layer.tucker_enabled = False
@@ -240,7 +253,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     the only active one of several, none is active.
 
     Raises:
-        ValueError: the name is unknown, or the model is merged.
+        ValueError: the name is unknown, or the model is merged or sharded.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -251,6 +264,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     found = known_layers("delete_adapter", model)
     check_known("delete_adapter", model, name)
     refuse_merged("delete_adapter", model)
+    refuse_fully_sharded("delete_adapter", model, "save the others, and load them into a plain model")
     set_adapter(model, {n: w for n, w in active_adapters(model).items() if n != name} or None)
     for layer in found.values():
         if name in layer.tucker:

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common import HALF
+from ..common import FLOATS, WIDE
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
+from .config import init_factors
+from .placed import is_sharded, moved_by_accelerate, unseen_by_ddp
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,8 +30,12 @@ PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weigh
 class TuckerFactors(nn.Module):
     """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
 
-    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too.
+    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too. `start` is
+    how the factors do: (init, the input's mode, the row that stays zero). Calling it gives core and factors, so that
+    hooks which bring and take parameters have their turn.
     """
+
+    start = ("lecun", 1, None)
 
     def __init__(self, shape, ranks, scale: float, dropout: float, device, dtype):
         super().__init__()
@@ -40,14 +46,30 @@ class TuckerFactors(nn.Module):
             factor = None if r is None else nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
             self.register_parameter(f"factor{i}", factor)
 
+    def forward(self) -> tuple[Tensor, list[Tensor | None]]:
+        return self.core, self.factors
+
     def _apply(self, fn, recurse=True):
-        """model.half() moves them, and leaves them wide."""
+        """model.half() and the like move them, and leave them wide; what leaves the meta device starts anew."""
 
         def wide(t):
             new = fn(t)
-            return t.to(new.device) if new.dtype in HALF else new
+            return new if new.dtype in WIDE or not new.is_floating_point() else t.to(new.device)
 
-        return super()._apply(wide, recurse)
+        was_meta = self.core.is_meta
+        super()._apply(wide, recurse)
+        if was_meta and not self.core.is_meta:
+            self.reset_parameters()
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """No change, and factors as they start; "svd", which needs the base, as "lecun"."""
+        init, input_mode, zero_row = self.start
+        self.core.zero_()
+        init_factors(self.factors, "lecun" if init == "svd" else init, self.core, input_mode)
+        if zero_row is not None:
+            self.factor0[zero_row] = 0
 
     @property
     def ranks(self) -> list[int | None]:
@@ -68,21 +90,36 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
     Factors stand side by side and the cores on the diagonal of a larger one; modes that are the identity in every term
     stay so. The inputs see one dropout mask, at the largest rate of the terms.
     """
+    cores, lists = zip(*(_wide(*t()) for _, t in terms))
     if len(terms) == 1:
         weight, t = terms[0]
-        return weight * t.scale, t.core, t.factors, t.dropout
+        return weight * t.scale, cores[0], lists[0], t.dropout
     modes = range(len(terms[0][1].shape))
-    shared = [all(t.factors[i] is None for _, t in terms) for i in modes]
-    factors = [None if shared[i] else torch.cat([t.core.new_ones(t.shape[i]).diag() if t.factors[i] is None
-                                                 else t.factors[i] for _, t in terms], 1) for i in modes]
-    sizes = [t.core.shape[i] if shared[i] else factors[i].shape[1] for i in modes for t in (terms[0][1],)]
+    shared = [all(factors[i] is None for factors in lists) for i in modes]
+    factors = [None if shared[i] else torch.cat([core.new_ones(core.shape[i]).diag() if own[i] is None else own[i]
+                                                 for core, own in zip(cores, lists)], 1) for i in modes]
+    sizes = [cores[0].shape[i] if shared[i] else factors[i].shape[1] for i in modes]
     core, before = 0, [0] * len(sizes)
-    for weight, t in terms:
-        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, t.core.shape)]
+    for (weight, t), own in zip(terms, cores):
+        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, own.shape)]
         pads = [n for p in reversed(pads) for n in (p or (0, 0))]
-        core = core + F.pad(weight * t.scale * t.core, pads)
-        before = [b + r for b, r in zip(before, t.core.shape)]
+        core = core + F.pad(weight * t.scale * own, pads)
+        before = [b + r for b, r in zip(before, own.shape)]
     return 1.0, core, factors, max(t.dropout for _, t in terms)
+
+
+def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """What a mixed-precision policy of fully_shard has narrowed for a forward is computed with in float32 all the same.
+    """
+    if core.dtype in WIDE:
+        return core, factors
+    return core.float(), [None if f is None else f.float() for f in factors]
+
+
+def own(layer, name: str) -> Tensor | None:
+    """The layer's parameter itself; DataParallel's replicas have plain tensors instead, as attributes."""
+    found = layer._parameters.get(name)
+    return layer.__dict__.get(name) if found is None else found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,13 +129,13 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
 
 def _linear(layer, scale, core, factors, dropout, input):
     u, v = factors
-    return tucker_linear(input, layer._parameters["weight"], layer.bias, core, u, v.mT, scale=scale, dropout=dropout,
+    return tucker_linear(input, own(layer, "weight"), layer.bias, core, u, v.mT, scale=scale, dropout=dropout,
                          training=layer.training)
 
 
 def _conv1d_of_transformers(layer, scale, core, factors, dropout, x):
     v, u = factors  # its weight is (in, out)
-    return tucker_linear(x, layer._parameters["weight"].mT, layer.bias, core.mT, u, v.mT, scale=scale, dropout=dropout,
+    return tucker_linear(x, own(layer, "weight").mT, layer.bias, core.mT, u, v.mT, scale=scale, dropout=dropout,
                          training=layer.training)
 
 
@@ -120,7 +157,7 @@ def _conv(layer, scale, core, factors, dropout, input):
     padding = layer.padding
     if layer.padding_mode != "zeros":
         input, padding = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    return tucker_conv(input, layer._parameters["weight"], layer.bias, core, factors, scale=scale, stride=layer.stride,
+    return tucker_conv(input, own(layer, "weight"), layer.bias, core, factors, scale=scale, stride=layer.stride,
                        padding=padding, dilation=layer.dilation, groups=layer.groups, form=form_of(layer),
                        dropout=dropout, training=layer.training)
 
@@ -128,7 +165,7 @@ def _conv(layer, scale, core, factors, dropout, input):
 def _transposed(layer, scale, core, factors, dropout, input, output_size=None):
     output_padding = layer._output_padding(input, output_size, layer.stride, layer.padding, layer.kernel_size,
                                            len(layer.kernel_size), layer.dilation)
-    return tucker_conv(input, layer._parameters["weight"], layer.bias, core, factors, scale=scale, stride=layer.stride,
+    return tucker_conv(input, own(layer, "weight"), layer.bias, core, factors, scale=scale, stride=layer.stride,
                        padding=layer.padding, dilation=layer.dilation, groups=layer.groups, transposed=True,
                        output_padding=output_padding, form=form_of(layer), dropout=dropout,
                        training=layer.training)
@@ -136,7 +173,7 @@ def _transposed(layer, scale, core, factors, dropout, input, output_size=None):
 
 def _embedding(layer, scale, core, factors, dropout, input):
     u, v = factors  # rows of the change: picked from u, then through the core
-    y = F.embedding(input, layer._parameters["weight"], layer.padding_idx)
+    y = F.embedding(input, own(layer, "weight"), layer.padding_idx)
     rows = F.embedding(input, u, layer.padding_idx)
     with torch.autocast(y.device.type, enabled=False):
         change = scale * rows @ (core @ v.mT)
@@ -172,6 +209,8 @@ def unpacked(weight) -> Tensor:
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     if getattr(weight, "SCB", None) is not None:  # bitsandbytes, 8 bits: rows of int8 and their largest values
         return weight.data.to(torch.float32) * (weight.SCB / 127)[:, None]
+    if type(weight.data) is Tensor and weight.is_floating_point():  # float8
+        return weight.float()
     try:
         return weight.dequantize()
     except (AttributeError, NotImplementedError, RuntimeError) as error:
@@ -180,9 +219,10 @@ def unpacked(weight) -> Tensor:
 
 
 def is_packed(weight) -> bool:
-    """A quantised weight: a tensor subclass or a parameter of integers, which only its own layer can multiply by."""
+    """A quantised weight: a tensor subclass or a parameter of integers or of float8, which only its own layer can
+    multiply by."""
     plain = type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
-    return not plain or not weight.is_floating_point()
+    return not plain or not weight.is_floating_point() or weight.dtype not in FLOATS
 
 
 def _own(module, base) -> bool:
@@ -192,11 +232,21 @@ def _own(module, base) -> bool:
     return issubclass(cls, base) and all(getattr(cls, n) is getattr(base, n) for n in names)
 
 
+def _is_of_class(module, method) -> bool:
+    return getattr(method, "__func__", None) in (type(module).forward, Adapted.forward)
+
+
+def _is_wrapped(module) -> bool:
+    """Is the forward on the object that of its class, or accelerate's around it?"""
+    inner = module.__dict__.get("_old_forward") if "_hf_hook" in module.__dict__ else module.__dict__["forward"]
+    return _is_of_class(module, inner)
+
+
 def fast_forward(module):
     """The fast forward of a standard layer; None for one that computes in its own way, through its `weight`."""
     if isinstance(module, nn.Linear) and is_packed(module._parameters["weight"]):
         return _packed_linear
-    if "forward" in module.__dict__:  # replaced on the object, as accelerate's hooks do
+    if "forward" in module.__dict__ and not _is_wrapped(module):  # replaced on the object
         return None
     kinds = ((_linear, (nn.Linear,)), (_conv, CONVS), (_transposed, TRANSPOSED), (_embedding, (nn.Embedding,)))
     for fast, bases in kinds:
@@ -225,12 +275,24 @@ class Adapted:
 
     def tucker_terms(self, parameter: str) -> list[tuple[float, TuckerFactors]]:
         """The changes that are to be seen now, with their weights."""
+        if self.tucker_unchecked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.check_averaged()
         if not self.tucker_enabled or self.tucker_merged is not None:
             return []
         return [(weight, self.tucker[name][parameter]) for name, weight in self.tucker_active.items()
                 if name in self.tucker and parameter in self.tucker[name]]
 
+    def check_averaged(self) -> None:
+        """Once after a switch, in the next forward of DistributedDataParallel."""
+        unseen = unseen_by_ddp(self.tucker.parameters())
+        if unseen:
+            raise ValueError(f"set_adapter: {', '.join(self.tucker_active)}: chosen after DistributedDataParallel took "
+                             "the parameters, so that gradients would not be averaged: choose before, or wrap again")
+        self.tucker_unchecked = unseen is None
+
     def forward(self, *args, **kwargs):
+        if not isinstance(self, Adapted):  # a hook has kept the method of a layer that is plain again
+            return type(self).forward(self, *args, **kwargs)
         fast = self.tucker_fast
         terms = self.tucker_terms("weight") if fast is not None else []
         if not terms:
@@ -250,24 +312,31 @@ class Adapted:
             return super()._apply(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (original_class(self), adapted_names(self)), self.__dict__
+        return _rebuild, (original_class(self), adapted_names(self)), self.__getstate__()
 
 
 def _effective(name: str) -> property:
     def read(self):
-        base = self._parameters.get(name)
+        base = own(self, name)
+        if not torch.compiler.is_compiling() and moved_by_accelerate():
+            return base
         terms = self.tucker_terms(name) if base is not None and not self.tucker_inside else []
         if not terms:
             return base
-        if type(base).__name__ == "DTensor" and all(type(t.core).__name__ == "DTensor" for _, t in terms):
+        if is_sharded(base) and all(is_sharded(t.core) for _, t in terms):
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
             scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if self.tucker_packed else base)
+            if self.tucker_packed or base.dtype not in FLOATS:
+                base = unpacked(base)
+            return tucker_compose(core, factors, scale=scale, base=base)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
-    return property(read, doc=f"The base `{name}` plus the change of the active adapters.")
+    def write(self, value):  # in a replica of DataParallel, which has no parameters
+        self.__dict__[name] = value
+
+    return property(read, write, doc=f"The base `{name}` plus the change of the active adapters.")
 
 
 @functools.cache
@@ -295,9 +364,13 @@ def become_adapted(module: nn.Module, names: tuple[str, ...]) -> None:
     module.tucker_packed = any(is_packed(module._parameters[name]) for name in names)  # once: export swaps tensors
     module.tucker_fast = fast_forward(module) if "weight" in names else None
     module.tucker_forward = module.__dict__.pop("forward", None) if module.tucker_packed else None
+    kept = [k for k in ("forward", "_old_forward") if _is_of_class(module, module.__dict__.get(k))]
     module.__class__ = _adapted_class(type(module), names)
+    for key in () if module.tucker_packed else kept:  # accelerate has these, also after its hook has gone
+        setattr(module, key, module.__class__.forward.__get__(module))
     module.tucker = nn.ModuleDict()
     module.tucker_active, module.tucker_enabled, module.tucker_merged, module.tucker_inside = {}, True, None, False
+    module.tucker_unchecked = False
 
 
 def become_plain(module: nn.Module) -> None:

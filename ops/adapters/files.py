@@ -17,6 +17,7 @@ from ..files import write_whole
 from .adapt import attach, delete_adapter, new_factors, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
+from .placed import home, offload_hook, put, refuse_fully_sharded, settle, whole, writes
 from .state import (
     adapter_names,
     check_known,
@@ -38,10 +39,11 @@ FORMAT, VERSION = "torch_subspace.tucker", 1
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Write an adapter and its saved modules to a safetensors file, with all it takes to load it on a plain model.
 
-    The file appears whole or not at all: it is written beside `path` and then moved there.
+    The file appears whole or not at all: it is written beside `path` and then moved there. Under fully_shard all
+    processes call this, and the first of them writes.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or a tensor of it is on the meta device.
         OSError: the file can't be written.
 
     Example:
@@ -54,18 +56,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     """
     found = known_layers("save_adapter", model)
     check_known("save_adapter", model, name)
-    tensors, described = {}, {}
+    tensors, described, places = {}, {}, {}
     for key, layer in found.items():
         for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
             described.setdefault(key, {})[parameter] = {"shape": part.shape, "ranks": part.ranks, "scale": part.scale,
                                                         "dropout": part.dropout}
             tensors |= {f"{key}.{parameter}.{n}": p for n, p in part.named_parameters()}
+            places |= {f"{key}.{parameter}.{n}": f"{key}.tucker.{name}.{parameter}.{n}" for n in part._parameters}
     saved = saved_tensors(model, name)
     for key, state in saved.items():
         tensors |= {f"{key}.{n}": t for n, t in state.items()}
     config = {"config": noted_config(model, name), "layers": described, "saved": {k: list(s) for k, s in saved.items()}}
     metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
-    write_whole(path, tensors, metadata)
+    mine = writes(tensors.values())
+    tensors = {key: whole("save_adapter", unwrapped(model), places.get(key, key), t) for key, t in tensors.items()}
+    if mine:
+        write_whole(path, tensors, metadata)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
@@ -96,6 +102,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
         raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
     given, model = model, unwrapped(model)
     check_new_name("load_adapter", name)
+    settle("load_adapter", model)
     refuse_merged("load_adapter", model)
     tensors, about = read_adapter(path)
     problems = _problems(model, name, tensors, about)
@@ -106,13 +113,17 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     for key, parts in about["layers"].items():
         module, made[key] = model.get_submodule(key), {}
         for parameter, d in parts.items():
-            part = new_factors(d["shape"], d["ranks"], d["scale"], d["dropout"], module._parameters[parameter])
+            base = module._parameters[parameter]
+            device = home(module, base)
+            part = new_factors(d["shape"], d["ranks"], d["scale"], d["dropout"], base,
+                               "cpu" if device.type == "meta" else device)
             with torch.no_grad():
                 for n, p in part.named_parameters():
                     p.copy_(tensors[f"{key}.{parameter}.{n}"])
             made[key][parameter] = part
     saved = [model.get_submodule(key) for key in about["saved"]]
     if not _filled(model, name, made, saved):
+        refuse_fully_sharded("load_adapter", model, "load before fully_shard, or into an adapter of the same ranks")
         if name in adapter_names(model):
             delete_adapter(model, name)
         attach(model, name, made, saved, about["config"])
@@ -195,6 +206,9 @@ def _problems(model, name, tensors, about) -> list[str]:
         if module is None or any(isinstance(m, Adapted) and set(m.tucker) - {name} for m in module.modules()):
             found.append(f"the model has no module {key!r}" if module is None else f"{key!r} has another adapter")
             continue
+        if any(offload_hook(m) for m in module.modules()):
+            found.append(f"{key!r}, which is saved whole, is offloaded: load before accelerate takes the parameters")
+            continue
         state = {k: t for k, t in module.state_dict().items() if isinstance(t, Tensor) and ".tucker." not in f".{k}"}
         if set(state) != set(names):
             found.append(f"{key!r} has {sorted(state)} in the model and {sorted(names)} in the file")
@@ -212,6 +226,8 @@ def _filled(model, name, made, saved) -> bool:
     def alike(a, b):
         return (a.shape, a.ranks, a.scale, a.dropout) == (b.shape, b.ranks, b.scale, b.dropout)
 
+    if any(p.is_meta for parts in now.values() for p in parts.parameters()):
+        return False
     if set(now) != set(made) or kept != {id(m) for m in saved} or any(
             set(now[key]) != set(made[key]) or not all(alike(now[key][p], made[key][p]) for p in made[key])
             for key in made):
@@ -219,5 +235,6 @@ def _filled(model, name, made, saved) -> bool:
     set_adapter(model, name)
     for key, parts in made.items():
         for parameter, part in parts.items():
-            now[key][parameter].load_state_dict(part.state_dict())
+            for n, p in now[key][parameter].named_parameters():
+                put(p, part.get_parameter(n))
     return True

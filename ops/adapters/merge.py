@@ -6,9 +6,10 @@ import warnings
 import torch
 from torch import nn
 
-from ..common import HALF
+from ..common import FLOATS, HALF
 from ..tucker.tucker import tucker_compose
 from .adapted import adapted_names, become_plain, combined
+from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
 from .state import drop_saved, forget, known_layers, refuse_merged
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
@@ -19,12 +20,13 @@ def merge(model: nn.Module) -> nn.Module:
 
     Sums are taken in float32 (float64 for float64 weights) and rounded once. The weights of before are kept beside, so
     that `unmerge` is exact to the bit. A state_dict taken meanwhile has the changed weights and the adapter: load it
-    into a merged model, or not at all.
+    into a merged model, or not at all. A model under fully_shard is merged by all its processes together.
 
     Warns when a half-precision weight swallows more than a tenth of its change.
 
     Raises:
-        ValueError: nothing to merge, merged already, or a weight is packed (quantised). Nothing is changed then.
+        ValueError: nothing to merge, merged already, or a weight is packed (quantised) or offloaded. Nothing is changed
+            then.
 
     Example:
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
@@ -40,9 +42,11 @@ def merge(model: nn.Module) -> nn.Module:
     refuse_merged("merge", model)
     if not found:
         raise ValueError("merge: no adapter is active")
-    packed = [key for key, layer in found.items() if layer.tucker_packed]
+    packed = [key for key, layer in found.items() if layer.tucker_packed or
+              any(layer._parameters[p].dtype not in FLOATS for p in _active_parameters(layer))]
     if packed:
         raise ValueError(f"merge: the weight of {packed[0]!r}{others(packed)} is quantised and can't take a change")
+    check_at_hand("merge", ((f"{key}.{n}", p) for key, layer in found.items() for n, p in layer.named_parameters()))
     lost, done = {}, {}
     try:
         for key, layer in found.items():
@@ -78,16 +82,19 @@ def _merge_weight(layer, parameter) -> float:
     """Add the change in place; returns the part of it that rounding has lost."""
     base = layer._parameters[parameter]
     enabled, layer.tucker_enabled = layer.tucker_enabled, True
-    terms = layer.tucker_terms(parameter)
+    terms = [(weight, gathered(part)) for weight, part in layer.tucker_terms(parameter)]
     layer.tucker_enabled = enabled
     scale, core, factors, _ = combined(terms)
-    if base.dtype not in HALF:
-        base.copy_(tucker_compose(core, factors, scale=scale, base=base))
-        return 0.0
-    change, before = tucker_compose(core, factors, scale=scale), base.float()
-    base.copy_(tucker_compose(core, factors, scale=scale, base=base))
-    size = torch.linalg.vector_norm(change)
-    return float(torch.linalg.vector_norm(base.float() - before - change) / size) if size > 0 else 0.0
+    before = like(base, core)
+    after = tucker_compose(core, factors, scale=scale, base=before)
+    lost = 0.0
+    if base.dtype in HALF:
+        change = tucker_compose(core, factors, scale=scale)
+        size = torch.linalg.vector_norm(change)
+        if size > 0:
+            lost = float(torch.linalg.vector_norm(after.float() - before.float() - change) / size)
+    put(base, after)
+    return lost
 
 
 def _restore(snapshots) -> None:
@@ -126,6 +133,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         ('Linear', [])
     """
     found = known_layers("merge_and_unload", model)
+    refuse_fully_sharded("merge_and_unload", model, "merge it, or save the adapter and merge it into a plain model")
     if not any(layer.tucker_merged is not None for layer in found.values()):
         merge(model)
     for layer in found.values():

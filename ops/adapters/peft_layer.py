@@ -4,15 +4,18 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
-from .adapt import new_factors
-from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, unpacked
+from .adapt import new_factors, padding_row
+from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, own, unpacked
 from .config import init_factors
+from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
+from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp, values_of
 from .targets import input_mode, weights_of
 
 
@@ -41,7 +44,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.tucker_parts = nn.ModuleDict()
         self.scaling, self.config_scaling = {}, {}
         self.merged_adapters, self._original = [], []  # the weight of before a merge; in a list, as it is no parameter
-        self._disable_adapters, self._active_adapter = False, adapter_name
+        self._disable_adapters, self._active_adapter, self._unchecked = False, adapter_name, False
+        self.cast_input_dtype_enabled = True  # peft's switch; the input is never cast here
         self._fast = fast_forward(base_layer)
         self.update_layer(adapter_name, config, key)
 
@@ -50,20 +54,26 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         weight, shape = base._parameters["weight"], weights_of(base)["weight"]
         if config.init == "svd" and is_packed(weight):
             raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is packed')
+        values, row = values_of(base, "weight"), padding_row(base)
+        if config.init == "svd" and values.is_meta:
+            raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is on the meta device')
         ranks, scale = config.layer(key, shape)
-        part = new_factors(shape, ranks, 1.0, config.dropout, weight)
-        init_factors(part.factors, config.init, weight, input_mode(base))
-        if isinstance(base, nn.Embedding) and base.padding_idx is not None and part.factors[0] is not None:
+        part = new_factors(shape, ranks, 1.0, config.dropout, weight, home(base, weight))
+        part.start = config.init, input_mode(base), row if part.factors[0] is not None else None
+        init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
+        if part.start[2] is not None:
             with torch.no_grad():
-                part.factors[0][base.padding_idx] = 0  # the padding row never changes
+                part.factors[0][row] = 0
         self.tucker_parts[adapter_name] = part.train(self.training)
         self.scaling[adapter_name] = self.config_scaling[adapter_name] = scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
         part, weight = self.tucker_parts[adapter_name], self.base_layer._parameters["weight"]
-        if not any(p.is_meta for p in part.parameters()):  # core and factors stay wide beside a half-precision base
-            part.to(weight.device if device is None else device)
+        if device is None:
+            device = home(self.base_layer, weight)
+        if not any(p.is_meta for p in part.parameters()) and torch.device(device).type != "meta":
+            part.to(device)  # core and factors stay wide beside a half-precision base
 
     # The forward -----------------------------------------------------------------------------------------------------
 
@@ -75,32 +85,74 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     def forward(self, *args, **kwargs):
         if self._disable_adapters and self.merged:
             self.unmerge()
-        terms, base = self._terms(), self.base_layer
-        if not terms:
+        if self._unchecked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_averaged()
+        base = self.base_layer
+        if not self._terms():
             return base(*args, **kwargs)
-        scale, core, factors, dropout = combined(terms)
-        weight, linear = base._parameters["weight"], "Linear" in type(self).__name__
-        if linear and (is_packed(weight) or hasattr(base, "_hf_hook")):
-            return self._beside(scale, core, factors, dropout, *args, **kwargs)
-        if self._fast is not None and not hasattr(base, "_hf_hook"):
-            return self._fast(base, scale, core, factors, dropout, *args, **kwargs)
-        changed = tucker_compose(core, factors, scale=scale, base=weight)
-        return torch.func.functional_call(base, {"weight": changed}, args, kwargs)
+        if has_hooks(base):
+            return inside_hooks(base, self._changed, args, kwargs)
+        return self._changed(*args, **kwargs)
 
-    def _beside(self, scale, core, factors, dropout, input):
-        """A linear layer whose weight is packed or elsewhere: its own forward, and the change beside it."""
+    def _changed(self, *args, **kwargs):
+        """What the base layer computes with base + change for a weight, but for its hooks."""
+        base = self.base_layer
+        compute = self._composed if self._fast is None else self._by_kernel
+        if "Linear" in type(self).__name__ and is_packed(own(base, "weight")):
+            compute = self._beside
+        elif is_hooked_by_accelerate(base):
+            return inside_accelerate(base, compute, args, kwargs)
+        elif self._fast is not None and "forward" in base.__dict__:  # replaced after the adapter came
+            compute = self._beside if isinstance(self, TuckerLinear) or isinstance(base, CONVS) else self._composed
+        return compute(*args, **kwargs)
+
+    def _by_kernel(self, *args, **kwargs):
+        return self._fast(self.base_layer, *combined(self._terms()), *args, **kwargs)
+
+    def _composed(self, *args, **kwargs):
+        base = self.base_layer
+        scale, core, factors, _ = combined(self._terms())
+        weight = own(base, "weight")
+        changed = tucker_compose(core, factors, scale=scale, base=weight)
+        place = base._parameters if "weight" in base._parameters else base.__dict__
+        place["weight"] = changed
+        try:
+            return base.__dict__.get("_old_forward", base.forward)(*args, **kwargs)
+        finally:
+            place["weight"] = weight
+
+    def _beside(self, input):
+        """The layer's own forward, where its weight is packed or comes within, and the change beside it."""
+        scale, core, factors, dropout = combined(self._terms())
+        y = self.base_layer.forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return y + self._change(input, scale, core, factors, dropout).to(y.dtype)
+
+    def _change(self, input, scale, core, factors, dropout):
+        if isinstance(self, TuckerConv):
+            delta = tucker_compose(core, factors, scale=scale).to(input.dtype)
+            return self.base_layer._conv_forward(F.dropout(input, dropout, self.training), delta, None)
         u, v = factors
         if is_conv1d_of_transformers(self.base_layer):
             (v, u), core = factors, core.mT
-        y = self.base_layer(input)
-        with torch.autocast(input.device.type, enabled=False):
-            return y + tucker_linear(input, None, None, core, u, v.mT, scale=scale, dropout=dropout,
-                                     training=self.training).to(y.dtype)
+        return tucker_linear(input, None, None, core, u, v.mT, scale=scale, dropout=dropout, training=self.training)
+
+    def set_adapter(self, *args, **kwargs) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._unchecked = several_processes()
+
+    def _check_averaged(self) -> None:
+        """Once after a switch, in the next forward of DistributedDataParallel."""
+        unseen = unseen_by_ddp(self.tucker_parts.parameters())
+        if unseen:
+            raise ValueError(f"tucker: {', '.join(self.active_adapters)}: chosen after DistributedDataParallel took "
+                             "the parameters, so that gradients would not be averaged: choose before, or wrap again")
+        self._unchecked = unseen is None
 
     @property
     def weight(self) -> Tensor:
-        base, terms = self.base_layer._parameters["weight"], self._terms()
-        if not terms:
+        base, terms = own(self.base_layer, "weight"), self._terms()
+        if not terms or is_sharded(base):  # fully_shard's storage between two forwards
             return base
         try:
             scale, core, factors, _ = combined(terms)
@@ -142,6 +194,14 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not names:
             return
         before = self._original[0] if self._original else self.base_layer._parameters["weight"]
+        settle("tucker", self.base_layer)
+        now = self.base_layer._parameters["weight"]
+        if is_sharded(now):
+            raise ValueError("tucker: a weight under fully_shard can't be merged: it would be forgotten at the next "
+                             "forward; save the adapter, and merge it into a plain model")
+        if now.is_meta:
+            raise ValueError("tucker: the weight is on the meta device, without values or offloaded, and can't take a "
+                             "change; model.merge_adapter() brings offloaded ones")
         if is_packed(before):
             raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
         scale, core, factors, _ = combined(self._terms([*self.merged_adapters, *names]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted
+from .placed import check_at_hand, put, settle
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,6 +37,7 @@ def known_layers(function: str, model: nn.Module) -> dict[str, Adapted]:
     found = layers(model)
     if not found:
         raise ValueError(f"{function}: the model has no adapter; `adapt` puts one on")
+    settle(function, model)
     return found
 
 
@@ -153,10 +155,12 @@ def live_name(model: nn.Module) -> str:
 @torch.no_grad()
 def put_live(model: nn.Module, name: str) -> None:
     """Put the saved modules of adapter `name` in place, and those of before where it has none."""
-    for module in saved_modules(model).values():
-        target = name if name in module.tucker_saved else ""
-        if target == module.tucker_live:
-            continue
+    targets = {n: (m, name if name in m.tucker_saved else "") for n, m in saved_modules(model).items()}
+    targets = {n: (m, target) for n, (m, target) in targets.items() if target != m.tucker_live}
+    for n, (module, target) in targets.items():
+        for tensors in (module.state_dict(), module.tucker_saved[target]):
+            check_at_hand("saved modules", ((f"{n}.{k}", t) for k, t in tensors.items() if isinstance(t, Tensor)))
+    for module, target in targets.values():
         module.tucker_saved[module.tucker_live] = tensors_of(module)
         fill(module, module.tucker_saved[target])
         module.__dict__["tucker_live"] = target
@@ -164,6 +168,9 @@ def put_live(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            tensor.copy_(tensors[key])
+    places = {key: t for key, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    if any(t.is_meta for t in places.values()):
+        module.load_state_dict({key: tensors[key].to(t.dtype) for key, t in places.items()}, strict=False, assign=True)
+        return
+    for key, place in places.items():
+        put(place, tensors[key])
