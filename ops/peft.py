@@ -54,6 +54,7 @@ from .adapters.config import WORDS  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters.placed import offload_hook  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
 from .common import HALF  # noqa: E402
 
@@ -239,9 +240,11 @@ class TuckerModel(tuners_utils.BaseTuner):
         if why is not None:
             raise ValueError(f"tucker: {why}")
         layer = layer_kind(target)(target, adapter_name, config, current_key)
+        self._replace_module(parent, target_name, layer, target)
+        if offload_hook(target) is not None:  # peft has sent the factors after the weight, to the meta device
+            layer.update_layer(adapter_name, config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is chosen
-        self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

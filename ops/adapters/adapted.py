@@ -20,7 +20,7 @@ from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .config import init_factors
-from .placed import is_sharded, moved_by_accelerate, unseen_by_ddp
+from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -318,9 +318,11 @@ class Adapted:
 def _effective(name: str) -> property:
     def read(self):
         base = own(self, name)
-        if not torch.compiler.is_compiling() and moved_by_accelerate():
+        if base is None:
+            raise AttributeError(f"{type(self).__name__!r} has no {name!r}")
+        if not torch.compiler.is_compiling() and read_by_a_mover():
             return base
-        terms = self.tucker_terms(name) if base is not None and not self.tucker_inside else []
+        terms = self.tucker_terms(name) if not self.tucker_inside else []
         if not terms:
             return base
         if is_sharded(base) and all(is_sharded(t.core) for _, t in terms):
@@ -333,10 +335,13 @@ def _effective(name: str) -> property:
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
-    def write(self, value):  # in a replica of DataParallel, which has no parameters
+    def write(self, value):  # of DataParallel's replicas and FullyShardedDataParallel, which have no parameters here
         self.__dict__[name] = value
 
-    return property(read, write, doc=f"The base `{name}` plus the change of the active adapters.")
+    def delete(self):
+        del self.__dict__[name]
+
+    return property(read, write, delete, doc=f"The base `{name}` plus the change of the active adapters.")
 
 
 @functools.cache

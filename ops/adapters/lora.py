@@ -23,6 +23,7 @@ from ..tucker.tucker import tucker_compose
 from .adapted import CONVS, is_conv1d_of_transformers
 from .config import TuckerConfig
 from .files import FORMAT, VERSION, load_adapter
+from .placed import check_at_hand, refuse_fully_sharded, settle
 from .state import adapter_names, layers, refuse_merged, saved_tensors, unwrapped
 from .targets import has_kind, weights_of
 
@@ -265,7 +266,10 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "def
     """
     from safetensors.torch import save_file
 
+    settle("export_lora", model)
+    refuse_fully_sharded("export_lora", model, "save the adapter, load it into a plain model, and export that")
     found, saved = _parts(model, name)
+    check_at_hand("export_lora", ((key, p) for key, (_, _, part) in found.items() for p in part.parameters()))
     tensors, ranks, alphas = {}, {}, {}
     for key, (module, scale, part) in found.items():
         a, b = _from_tucker(key, module, part)

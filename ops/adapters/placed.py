@@ -12,6 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+# These read an attribute to move the parameter that they take it for.
+MOVERS = ("accelerate.utils.modeling", "torch.distributed.fsdp._flat_param")
+
+
+def read_by_a_mover() -> bool:
+    """Is the property that asks read by one of them?"""
+    return sys._getframe(2).f_globals.get("__name__") in MOVERS
+
 
 def is_sharded(t) -> bool:
     return type(t).__name__ == "DTensor"
@@ -23,7 +31,8 @@ def settle(function: str, model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_initialized():
         return
-    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+    flat = any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+    if flat or any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
         raise ValueError(f"{function}: FullyShardedDataParallel has flattened the parameters; use "
                          "torch.distributed.fsdp.fully_shard, or call it before the model is wrapped")
     model.state_dict()  # reshards, also what belongs to a module above this one
@@ -52,11 +61,6 @@ def offload_hook(module: nn.Module):
     hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))
     return next((h for h in hooks if getattr(h, "offload", False) and h.weights_map is not None), None)
-
-
-def moved_by_accelerate() -> bool:
-    """Is a property read by accelerate's function that moves a parameter, and would move what it reads?"""
-    return "accelerate" in sys.modules and sys._getframe(2).f_code.co_name == "set_module_tensor_to_device"
 
 
 def home(module: nn.Module, parameter: Tensor) -> torch.device:

@@ -6,6 +6,7 @@ from torch import nn
 
 from .adapted import CONVS, PROJECTIONS, TRANSPOSED, Adapted, is_conv1d_of_transformers, is_packed
 from .config import WORDS, TuckerConfig, close_names, is_bare, matches
+from .placed import is_sharded
 
 
 def _is_linear(module) -> bool:
@@ -67,9 +68,9 @@ def refusal(name, module, owners) -> str | None:
         weight, sharers = module._parameters[key], owners[_place(module._parameters[key])]
         if len(sharers) > 1:
             return f"the weight of {name!r} is tied: {', '.join(map(repr, sharers))} share it"
-        if type(weight.data).__name__ == "DTensor":
+        if is_sharded(weight) and not isinstance(module, Adapted):
             return f"the weight of {name!r} is sharded: adapt the model before fully_shard"
-        if is_packed(weight) and not isinstance(module, nn.Linear):
+        if is_packed(weight) and not is_sharded(weight) and not isinstance(module, nn.Linear):
             return f"the weight of {name!r} is packed ({type(weight).__name__}), which only works for Linear"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"{name!r} renormalises its weight (max_norm={module.max_norm}) whenever it is read"
