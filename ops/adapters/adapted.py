@@ -194,11 +194,11 @@ def is_conv1d_of_transformers(module) -> bool:
 @contextlib.contextmanager
 def packed_as_it_is(layer):
     """The layer's own methods see its packed weight; everyone else base + change."""
-    layer.tucker_inside = True
+    before, layer.tucker_inside = layer.tucker_inside, True
     try:
         yield
     finally:
-        layer.tucker_inside = False
+        layer.tucker_inside = before
 
 
 def unpacked(weight) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted
-from .placed import check_at_hand, put, settle
+from .placed import check_at_hand, offload_hook, put, settle
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -158,8 +158,11 @@ def put_live(model: nn.Module, name: str) -> None:
     targets = {n: (m, name if name in m.tucker_saved else "") for n, m in saved_modules(model).items()}
     targets = {n: (m, target) for n, (m, target) in targets.items() if target != m.tucker_live}
     for n, (module, target) in targets.items():
-        for tensors in (module.state_dict(), module.tucker_saved[target]):
-            check_at_hand("saved modules", ((f"{n}.{k}", t) for k, t in tensors.items() if isinstance(t, Tensor)))
+        now, then = ({f"{n}.{k}": t for k, t in tensors.items() if isinstance(t, Tensor)}
+                     for tensors in (module.state_dict(), module.tucker_saved[target]))
+        if any(map(offload_hook, module.modules())):
+            check_at_hand("saved modules", now.items())
+        check_at_hand("saved modules", ((k, t) for k, t in then.items() if not now[k].is_meta))
     for module, target in targets.values():
         module.tucker_saved[module.tucker_live] = tensors_of(module)
         fill(module, module.tucker_saved[target])
