@@ -1,5 +1,5 @@
-"""Adapted layers whose parameters are elsewhere: offloaded by accelerate, in DataParallel's replicas, on the meta device,
-in float8; and what copies and pickles of them hold."""
+"""Adapted layers whose parameters are elsewhere: offloaded by accelerate, in DataParallel's replicas, on the meta
+device, in float8; and what copies and pickles of them hold."""
 import copy
 import functools
 import pickle
