@@ -54,7 +54,7 @@ from .adapters.config import WORDS  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
-from .adapters.placed import offload_hook  # noqa: E402
+from .adapters.placed import offload_hook, refuse_blocks  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
 from .common import HALF  # noqa: E402
 
@@ -206,6 +206,7 @@ class TuckerModel(tuners_utils.BaseTuner):
 
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
+        refuse_blocks("tucker", model)
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
         places = {}

@@ -25,7 +25,7 @@ from ..grassmann.groups import param_groups
 from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
 from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
 from .merge import others
-from .placed import home, is_sharded, refuse_fully_sharded, settle, several_processes, values_of
+from .placed import home, is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes, values_of
 from .state import (
     active_adapters,
     adapter_names,
@@ -88,6 +88,7 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     given, model = model, unwrapped(model)
     settle("adapt", model)
     refuse_fully_sharded("adapt", model, "adapt the model before fully_shard")
+    refuse_blocks("adapt", model)
     check_new_name("adapt", name)
     if name in adapter_names(model):
         raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")

@@ -17,7 +17,7 @@ from ..files import write_whole
 from .adapt import attach, delete_adapter, new_factors, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
-from .placed import home, offload_hook, put, refuse_fully_sharded, settle, whole, writes
+from .placed import home, offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
 from .state import (
     adapter_names,
     check_known,
@@ -124,6 +124,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     saved = [model.get_submodule(key) for key in about["saved"]]
     if not _filled(model, name, made, saved):
         refuse_fully_sharded("load_adapter", model, "load before fully_shard, or into an adapter of the same ranks")
+        refuse_blocks("load_adapter", model)
         if name in adapter_names(model):
             delete_adapter(model, name)
         attach(model, name, made, saved, about["config"])

@@ -63,6 +63,15 @@ def offload_hook(module: nn.Module):
     return next((h for h in hooks if getattr(h, "offload", False) and h.weights_map is not None), None)
 
 
+def refuse_blocks(function: str, model: nn.Module) -> None:
+    """Raises if accelerate brings a block's parameters as one, by a list that has no place for factors."""
+    for name, module in model.named_modules():
+        hook = offload_hook(module)
+        if hook is not None and hook.place_submodules:
+            raise ValueError(f"{function}: {name or 'the model'!r} is offloaded as a block (preload_module_classes): "
+                             "put adapters on before that")
+
+
 def home(module: nn.Module, parameter: Tensor) -> torch.device:
     """The device that a layer computes on with this parameter of its own."""
     hook = offload_hook(module) if parameter.is_meta else None

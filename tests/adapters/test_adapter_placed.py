@@ -102,6 +102,18 @@ def test_offloaded_saved_modules_are_refused(tmp_path):
     assert torch.equal(ts.load_adapter(net()[0], tmp_path / "b")(x), trained(x))
 
 
+def test_blocks_that_are_offloaded_as_one(tmp_path):
+    accelerate = optional("accelerate")
+    ts.save_adapter(ts.adapt(boxed("linear")[0], ts.TuckerConfig(rank=2)), tmp_path / "a")
+    model, inputs, _ = boxed("linear")
+    want = model(*inputs)
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=["Box"])
+    for call in (lambda: ts.adapt(model, ts.TuckerConfig(rank=2)), lambda: ts.load_adapter(model, tmp_path / "a")):
+        with pytest.raises(ValueError, match="'the model' is offloaded as a block"):
+            call()
+        assert torch.equal(model(*inputs), want)
+
+
 def test_svd_of_an_offloaded_weight(tmp_path):
     model, x = net()
     want = ts.adapt(copy.deepcopy(model), ts.TuckerConfig(rank=2, target_modules="fc", init="svd"))
