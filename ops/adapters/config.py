@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import check_word, told
+
 WORDS = ("all-linear", "all-conv")
 SCALINGS = ("constant", "lora", "rslora")
 INITS = ("lecun", "kaiming", "svd")
@@ -77,21 +79,22 @@ class TuckerConfig:
         self.rank_pattern = {k: _rank(f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items()}
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
         for key, alpha in alphas.items():
-            if alpha is not None and (not isinstance(alpha, numbers.Real) or not math.isfinite(alpha)):
+            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
                 raise ValueError(f"TuckerConfig: {key} must be a finite number, got {alpha!r}")
         self.alpha = None if self.alpha is None else float(self.alpha)
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
         for key in ("target_modules", "exclude_modules", "save_modules"):
             value = getattr(self, key)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            if not isinstance(value, (Iterable, type(None))) or isinstance(value, bytes):
+                raise TypeError(f"TuckerConfig: {key} must be a name or several, got {told(value)}")
+            value = (value,) if isinstance(value, str) else tuple(() if value is None else value)
             setattr(self, key, value)
             check_patterns("TuckerConfig", key, value)
         if not self.target_modules:
             raise ValueError("TuckerConfig: target_modules is empty")
         for key, known in (("init", INITS), ("scaling", SCALINGS)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"TuckerConfig: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            check_word("TuckerConfig", key, getattr(self, key), known)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"TuckerConfig: dropout must be in [0, 1), got {self.dropout!r}")
         self.dropout = float(self.dropout)
 
@@ -118,6 +121,10 @@ class TuckerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _rank(key, rank):
