@@ -34,7 +34,8 @@ def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | Non
 
 def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None) -> tuple[int, ...] | None:
     """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims, which are returned."""
-    dims = as_dims(name, dims)
+    if dims is not None and type(dims) is not tuple:
+        dims = as_dims(name, dims)
     if weight.dim() != (3 if dims is None else 2):
         want = "(C, k, n), or 2-D with dims" if dims is None else "(sum of dims, n) with dims"
         raise ValueError(f"{name}: weight must be {want}, got shape {tuple(weight.shape)}")
@@ -44,6 +45,8 @@ def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None) -> tuple[i
             raise ValueError(f"{name}: weight must have 0 < k <= n, got k={weight.shape[1]}, n={n}")
         return dims
     for c, k in enumerate(dims):
+        if type(k) is not int and not torch.compiler.is_compiling():
+            return check_dims(name, weight, as_dims(name, dims))
         if not 0 < k <= n:
             raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n} of weight")
     if sum(dims) != weight.shape[0]:
@@ -53,15 +56,13 @@ def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None) -> tuple[i
 
 def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
     """Subspace dimensions as a tuple of ints, from any integers in a row; raises in `name`'s voice."""
-    if dims is None or type(dims) is tuple and all(type(k) is int for k in dims):
-        return dims
-    if torch.compiler.is_compiling():  # ints may be symbols there
-        return tuple(dims)
+    if dims is None:
+        return None
     try:
         found = tuple(dims)
         if isinstance(dims, (str, bytes, dict, set)) or any(isinstance(k, bool) for k in found):
             raise TypeError
-        return tuple(map(operator.index, found))
+        return found if torch.compiler.is_compiling() else tuple(int(operator.index(k)) for k in found)  # may be symbols
     except TypeError:
         raise TypeError(f"{name}: dims must be a sequence of ints, a subspace dimension each, got {told(dims)}"
                         ) from None
