@@ -148,7 +148,7 @@ def _labels(name, labels_true, labels_pred):
 
 
 def _integers(name, what, labels) -> np.ndarray:
-    rule = f"{name}: {what}: labels must be n > 0 integers in a row"
+    rule, given = f"{name}: {what}: labels must be n > 0 integers in a row", labels
     if isinstance(labels, Tensor):
         _check_numbers(name, what, labels)
         labels = labels.detach().cpu().numpy()
@@ -157,7 +157,7 @@ def _integers(name, what, labels) -> np.ndarray:
     except (TypeError, ValueError):  # rows of different lengths
         raise ValueError(f"{rule}, got {told(labels)}") from None
     if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{rule}, got {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"{rule}, got {told(given)}, {labels.dtype} of shape {labels.shape}")
     return labels
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def average_frames(frames: Sequence[Tensor] | Tensor, weights: Sequence[float] |
     eigenproblem of m k x m k a class.
     """
     name = "average_frames"
-    if not isinstance(frames, Iterable) or isinstance(frames, Tensor) and frames.dim() == 0:
+    if not isinstance(frames, Iterable) or isinstance(frames, (str, set, Mapping)) or (
+            isinstance(frames, Tensor) and frames.dim() == 0):
         raise TypeError(f"{name}: frames must be a sequence of tensors or one of all, got {told(frames)}")
     stacks = list(frames)
     if not stacks:
@@ -132,11 +133,13 @@ class FrameAverage:
     def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
         check_dense("FrameAverage", "averaged", averaged)
         check_dense("FrameAverage", "current", current)
-        if averaged.shape != current.shape or averaged.is_meta != current.is_meta:
+        alike = [(t.shape, t.is_meta, t.is_floating_point()) for t in (averaged, current)]
+        if alike[0] != alike[1]:
             raise ValueError(f"FrameAverage: averaged and current must be alike, got {told(averaged)} on "
                              f"{averaged.device} and {told(current)} on {current.device}")
         if not averaged.is_floating_point():
             return current  # a buffer that counts
+        check_floating("FrameAverage", "averaged", averaged)
         if self.decay is None:
             share = 1 / (whole("FrameAverage", "num_averaged", num_averaged) + 1)
         else:

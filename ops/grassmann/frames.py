@@ -62,7 +62,8 @@ def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
         found = tuple(dims)
         if isinstance(dims, (str, bytes, dict, set)) or any(isinstance(k, bool) for k in found):
             raise TypeError
-        return found if torch.compiler.is_compiling() else tuple(int(operator.index(k)) for k in found)  # may be symbols
+        symbols = torch.compiler.is_compiling()  # ints may be
+        return found if symbols else tuple(int(operator.index(k)) for k in found)
     except TypeError:
         raise TypeError(f"{name}: dims must be a sequence of ints, a subspace dimension each, got {told(dims)}"
                         ) from None

@@ -62,7 +62,8 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
     for w, g, *m in zip(weights, grads, *([buffers] if buffers else [])):
         dims = _check_tensors(w, g, m, weights[0], dims)
     if not torch.compiler.is_compiling() and len({id(t) for t in (*weights, *buffers)}) < len(weights) + len(buffers):
-        raise ValueError(f"{_NAME}: weight and momentum_buffer must all be different tensors, as all are written to")
+        raise ValueError(f"{_NAME}: weight and momentum_buffer must all be different tensors, as all are written to, "
+                         "got one twice")
     if momentum != 0 and not buffers:
         raise ValueError(f"{_NAME}: momentum={momentum} needs a momentum_buffer")
     step = _step_length(lr, weights, dims)
@@ -86,11 +87,12 @@ def _as_lists(weight, grad, buffer):
     if isinstance(weight, Tensor):
         weight, grad, buffer = [weight], [grad], None if buffer is None else [buffer]
     elif isinstance(grad, Tensor) or isinstance(buffer, Tensor):
-        raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences")
+        raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences, got "
+                        f"{told(weight)}, {told(grad)} and {told(buffer)}")
     for what, given in (("weight", weight), ("grad", grad), ("momentum_buffer", buffer)):
         if given is None and what == "momentum_buffer":
             continue
-        if not isinstance(given, Iterable) or isinstance(given, (set, Mapping)):
+        if not isinstance(given, Iterable) or isinstance(given, (str, set, Mapping)):
             raise TypeError(f"{_NAME}: {what} must be a tensor or a sequence of tensors, got {told(given)}")
     weight, grad, buffer = list(weight), list(grad), list(buffer or ())
     if len(grad) != len(weight) or len(buffer) not in (0, len(weight)):
