@@ -1,15 +1,14 @@
 """Every public call with good arguments, and what kind of thing each argument is (bad_values.py)."""
 
-import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import bad_input as table
 import bad_values as bad
 import torch
+from bad_input import Call, call, method
 from helpers import normal
 from torch import nn
 
@@ -20,36 +19,8 @@ from torch_subspace.grassmann.head import PointwiseGrassmannLinear
 INF = math.inf
 
 
-@dataclasses.dataclass
-class Call:
-    """`make` gives a function and good arguments; a message is to have one of `voices`, and the argument's name.
-
-    fine: "argument: value, value; ..." that are taken as well.
-    """
-
-    make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
-    kinds: dict[str, Callable[[Any], dict[str, Any]]]
-    voices: tuple[str, ...]
-    fine: set[tuple[str, str]]
-
-
 CALLS: dict[str, Call] = {}
-
-
-def add(key, make, voices=None, fine="", **kinds):
-    """`key` is a public name, perhaps with words after a space: another call of the same."""
-    parts = [part.split(":") for part in fine.split(";") if part]
-    fine = {(argument.strip(), value.strip()) for argument, values in parts for value in values.split(",")}
-    CALLS[key] = Call(make, kinds, (key.split()[0].split(".")[-1], *(voices or ())), fine)
-
-
-def call(function, **arguments):
-    """For `make`: the arguments are made anew each time where they are functions without a name."""
-    return lambda: (function, {k: v() if getattr(v, "__name__", "") == "<lambda>" else v for k, v in arguments.items()})
-
-
-def method(make, name, **arguments):
-    return lambda: (getattr(make(), name), call(None, **arguments)()[1])
+add = functools.partial(table.add, CALLS)
 
 
 def x(*shape):
@@ -289,11 +260,11 @@ for function in (ts.adapter_names, ts.active_adapters, ts.adapter_summary, ts.me
         fine="model: a plain one" if none_is_fine else "")
 add("unmerge", call(ts.unmerge, model=lambda: ts.merge(adapted())),
     model=lambda good: bad.module(good) | {"not merged": adapted()})
-add("set_adapter", call(ts.set_adapter, model=lambda: adapted(), which="default"), ("adapter is named",),
+add("set_adapter", call(ts.set_adapter, model=lambda: adapted(), which="default"), ("no adapter",),
     model=bad.module, which=lambda good: {k: v for k, v in bad.name(good).items() if k != "None"} | {
         "an int key": {3: 1.0}, **{f"holds {v!r}": {"default": v} for v in (math.nan, "1", None, [1], True)}})
-add("delete_adapter", call(ts.delete_adapter, model=lambda: adapted(), name="default"), model=bad.module,
-    name=bad.name)
+add("delete_adapter", call(ts.delete_adapter, model=lambda: adapted(), name="default"), ("no adapter",),
+    model=bad.module, name=bad.name)
 add("adapter_parameters", call(ts.adapter_parameters, model=lambda: adapted(), lr=0.1, lr_multipliers={"0.core": 2.0}),
     model=bad.module, lr=bad.optional(RATE),
     lr_multipliers=bad.by_pattern("a", math.nan, -1, None), fine="lr_multipliers: None")
@@ -307,7 +278,7 @@ def folder():
 
 
 FILE = lambda: Path(folder().name) / "a.safetensors"  # noqa: E731
-OSERROR = ("Is a directory", "Not a directory", "No such file", "no file")  # with the path
+OSERROR = ("Is a directory", "Not a directory", "No such file", "no file", "no adapter")  # and which
 add("save_adapter", call(ts.save_adapter, model=lambda: adapted(), path=FILE, name="default"), OSERROR,
     model=bad.module, path=bad.path, name=bad.name)
 add("load_adapter", call(ts.load_adapter, model=lambda: plain(), path=FILE, name="default"), OSERROR,

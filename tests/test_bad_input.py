@@ -1,19 +1,17 @@
 """Wrong arguments of every public call: an error that says whose, which and what, and nothing is changed."""
 
 import inspect
-import warnings
 
 import bad_calls
 import numpy as np
 import pytest
 import torch
 from bad_calls import CALLS
+from bad_input import faults
 from torch import nn
 
 import torch_subspace as ts
 from torch_subspace import grassmann, metrics
-
-ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, OSError)
 
 
 def public():
@@ -46,90 +44,9 @@ def test_every_argument_of_every_public_call_is_tried():
     assert not forgotten, "give these a line in bad_calls.py"
 
 
-def is_plain(t):
-    return t.layout is torch.strided and not t.is_nested and t.is_cpu and not t.is_quantized
-
-
-def picture(thing):
-    """What must not change."""
-    if isinstance(thing, torch.Tensor):
-        return thing.detach().clone() if is_plain(thing) else None
-    if isinstance(thing, nn.Module):
-        return ([(n, type(m), m.training) for n, m in thing.named_modules()], picture(thing.state_dict()),
-                [p.requires_grad for p in thing.parameters()])
-    if isinstance(thing, torch.optim.Optimizer):
-        return [{k: len(v) if k == "params" else v for k, v in group.items()} for group in thing.param_groups]
-    if isinstance(thing, dict):
-        return {k: picture(v) for k, v in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return [picture(t) for t in thing]
-    return None
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def tells(value, message):
-    """Does the message say what was passed?"""
-    words = [repr(value)[:40], type(value).__name__]
-    if value is None:
-        words += ["needs a", "dims"]
-    if isinstance(value, torch.Tensor):
-        words += [str(t) for t in (value.dtype, value.layout, value.device)]
-        words += ["nested"] if value.is_nested else ["no features", *map(str, value.shape)]
-        words += [] if value.is_nested else [str(tuple(shape)) for shape in (value.shape, value.shape[:-1])]
-        words += [str(value.min().item())] if value.dtype == torch.int64 and is_plain(value) and value.numel() else []
-        words += ["scalar", "tensor"] if not value.is_nested and value.dim() < 2 else []
-    elif isinstance(value, (list, tuple, set, dict)):
-        words += [str(len(value)), "empty", "[]", "twice"]
-        held = [*value, *value.values()] if isinstance(value, dict) else value
-        return any(word in message for word in words) or any(tells(v, message) for v in held)
-    elif isinstance(value, nn.Module):
-        words += ["no adapter", "aren't merged"]
-    elif isinstance(value, np.ndarray):
-        words += [str(value.dtype)]
-    return any(word in message for word in words) or (isinstance(value, int) and "shape ()" in message)
-
-
-def wrong(key, argument, label):
-    """What is wrong with what is said of a wrong value; None when nothing is."""
-    call = CALLS[key]
-    function, good = call.make()
-    value = call.kinds[argument](good[argument])[label]
-    held = [getattr(function, "__self__", None), {k: v for k, v in good.items() if k != argument}]
-    before = picture(held)
-    try:
-        function(**good | {argument: value})
-    except Exception as error:
-        if (argument, label) in call.fine:
-            return f"refused: {error}"
-        message = str(error)
-        faults = ["type"] if not isinstance(error, ERRORS) or isinstance(error, UnboundLocalError) else []
-        faults += [] if any(voice in message for voice in call.voices) else ["voice"]
-        faults += [] if argument in message or any(v in message for v in call.voices[1:]) else ["argument"]
-        faults += [] if tells(value, message) else ["value"]
-        faults += [] if same(before, picture(held)) else ["changed something"]
-        return f"{', '.join(faults)}: {type(error).__name__}: {message[:200]}" if faults else None
-    return None if (argument, label) in call.fine else "not refused"
-
-
 @pytest.mark.parametrize("key", CALLS)
 def test_wrong_arguments_are_named(key):
-    call = CALLS[key]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about nested, quantised, sparse and complex tensors
-        function, good = call.make()
-        function(**good)
-        found = {(argument, label): wrong(key, argument, label) for argument, kind in call.kinds.items()
-                 for label in kind(good[argument])}
-    assert not {what: fault for what, fault in found.items() if fault}
+    assert not faults(CALLS[key])
 
 
 HEAD = ts.GrassmannLinear(6, 3, (2, 1, 1))

@@ -85,9 +85,7 @@ class TuckerConfig:
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
         for key in ("target_modules", "exclude_modules", "save_modules"):
             value = getattr(self, key)
-            if not isinstance(value, (Iterable, type(None))) or isinstance(value, bytes):
-                raise TypeError(f"TuckerConfig: {key} must be a name or several, got {told(value)}")
-            value = (value,) if isinstance(value, str) else tuple(() if value is None else value)
+            value = names_of("TuckerConfig", key, value)
             setattr(self, key, value)
             check_patterns("TuckerConfig", key, value)
         if not self.target_modules:
@@ -142,6 +140,17 @@ def _rank(key, rank):
 
 def _first(patterns: Mapping, name: str, otherwise):
     return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)
+
+
+def names_of(function: str, key: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """A name or several, or None, as a tuple; raises in `function`'s voice."""
+    if not isinstance(value, (Iterable, type(None))) or isinstance(value, bytes):
+        raise TypeError(f"{function}: {key} must be a name or several, got {told(value)}")
+    names = (value,) if isinstance(value, str) else tuple(() if value is None else value)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: {key} must hold strings, got {told(name)}")
+    return names
 
 
 def check_patterns(function: str, key: str, patterns: Iterable[str]) -> None:

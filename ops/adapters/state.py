@@ -66,7 +66,7 @@ def active_adapters(model: nn.Module) -> dict[str, float]:
 
 def check_known(function: str, model: nn.Module, name) -> None:
     if name not in adapter_names(model):
-        raise ValueError(f"{function}: no adapter is named {name!r}; there are {adapter_names(model)}")
+        raise ValueError(f"{function}: no adapter {name!r}; there are {adapter_names(model)}")
 
 
 def check_new_name(function: str, name) -> None:
