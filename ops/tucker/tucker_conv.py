@@ -159,8 +159,8 @@ def _check(x, weight, bias, core, factors, scale, groups, transposed, form, drop
             require(t.dtype == x.dtype, TypeError, f"x and {what} must share a dtype, got {x.dtype} and {t.dtype}")
     n = weight.dim()
     require(3 <= n <= 5, ValueError, f"weight must have 3 to 5 dimensions, got shape {tuple(weight.shape)}")
-    require(x.dim() in (n, n - 1), ValueError, f"x must have {n} dimensions for this weight, or {n - 1} without a "
-                                               f"batch, got shape {tuple(x.shape)}")
+    require(x.dim() in (n, n - 1), ValueError, f"x must have {n} dimensions, or {n - 1} without a batch, as weight "
+                                               f"has, got shape {tuple(x.shape)}")
     check_flag(_NAME, "transposed", transposed)
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"{_NAME}: groups must be a positive int, got {groups!r}")
@@ -168,8 +168,8 @@ def _check(x, weight, bias, core, factors, scale, groups, transposed, form, drop
     inputs = weight.shape[0] if transposed else weight.shape[1] * groups
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     require(x.shape[1 - n] == inputs, ValueError, f"x has {x.shape[1 - n]} channels but weight takes {inputs}")
-    require(bias is None or bias.shape == (outputs,), ValueError, f"bias must be ({outputs},) for this weight, "
-            f"got shape {None if bias is None else tuple(bias.shape)}")
+    require(bias is None or bias.shape == (outputs,), ValueError, f"bias must be ({outputs},), got shape "
+            f"{None if bias is None else tuple(bias.shape)} beside weight {tuple(weight.shape)}")
     require(core.dim() == n and len(factors) == n, ValueError, f"core must have {n} dimensions and a factor for each, "
             f"got core {tuple(core.shape)} and {len(factors)} factors")
     for i, f in enumerate(factors):

@@ -31,7 +31,7 @@ add("TuckerConfig", call(
     alpha_pattern={"0": 1.0}, modules_to_save=["2"], bias="none"),
     ("TuckerConfig: rank",), r=bad.ranks, kernel_rank=bad.ranks, alpha=bad.optional(bad.number(INF)), scaling=bad.word,
     dropout=SHARE, init=bad.word, bias=bad.word,
-    layers_to_transform=bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1]),
+    layers_to_transform=bad.optional(bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1])),
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),
     fine="layers_to_transform: a number, a dict; rank_pattern: None; alpha_pattern: None")
