@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+import operator
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +47,97 @@ def transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def finite(number: float) -> bool:
-    """math.isfinite, also of the symbolic numbers of torch.compile(dynamic=True)."""
-    return -math.inf < number < math.inf
+# What numbers may be: from, to, in words.
+_LARGEST, _SMALLEST = sys.float_info.max, math.ulp(0.0)
+FINITE = (-_LARGEST, _LARGEST, "a finite number")
+POSITIVE = (_SMALLEST, _LARGEST, "positive and finite")
+NOT_NEGATIVE = (0, _LARGEST, "finite and >= 0")
+UP_TO_1 = (0, 1, "in [0, 1]")
+BELOW_1 = (0, math.nextafter(1, 0), "in [0, 1)")
+
+
+def told(value: object) -> str:
+    """What a message says of a value of the wrong kind."""
+    if isinstance(value, Tensor):
+        kind = f"{value.layout}".removeprefix("torch.") + " " if value.layout is not torch.strided else ""
+        return f"a {kind}tensor of {value.dtype}" if value.is_nested else (
+            f"a {kind}tensor of {value.dtype} and shape {tuple(value.shape)}")
+    words = " ".join(repr(value).split())
+    words = words if len(words) <= 60 else words[:57] + "..."
+    kind = type(value).__name__
+    return words if value is None or isinstance(value, type) or words.startswith(kind) else f"{kind} {words}"
+
+
+def check_number(name: str, what: str, value: object, interval: tuple[float, float, str] = FINITE) -> None:
+    """Raises in `name`'s voice unless `what` is a real number in the interval; a bool or a tensor is none."""
+    low, high, rule = interval
+    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
+        rule = rule if "number" in rule else f"a number, {rule}"
+        error = ValueError if isinstance(value, Tensor) else TypeError  # a number, but not one of Python's
+        raise error(f"{name}: {what} must be {rule}, got {told(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: {what} must be {rule}, got {value}")
+
+
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
+
+
+def whole(name: str, what: str, value: Any, least: int = 0) -> int:
+    """The value as an int; raises in `name`'s voice unless it is one of at least `least`. A bool or a float is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {what} must be an int, got {told(value)}") from None
+    if not least <= number < 1 << 63:
+        rule = f"must be >= {least}" if number < least else "is too large"
+        raise ValueError(f"{name}: {what} {rule}, got {number}")
+    return number
+
+
+def check_flag(name: str, what: str, value: object) -> None:
+    """Raises in `name`'s voice unless `what` is true or false, as a bool (numpy's too), 0 or 1: "False" is neither."""
+    if value is True or value is False or isinstance(value, int):
+        return
+    if str(getattr(value, "dtype", None)) != "bool" or getattr(value, "ndim", 1) > 0:
+        raise TypeError(f"{name}: {what} must be a bool, got {told(value)}")
+
+
+def check_word(name: str, what: str, value: object, words: Iterable[str]) -> None:
+    """Raises in `name`'s voice unless `what` is one of the words."""
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name}: {what} must be one of {', '.join(words)}, got {value!r}")
+
+
+def check_module(name: str, model: object) -> None:
+    """Raises in `name`'s voice unless the model is a module."""
+    if not isinstance(model, torch.nn.Module):
+        hint = ", a class: make one of it" if isinstance(model, type) else ""
+        raise TypeError(f"{name}: model must be an nn.Module, got {told(model)}{hint}")
+
+
+def check_generator(name: str, generator: object) -> None:
+    """Raises in `name`'s voice unless it is None or a generator of torch."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator or None, got {told(generator)}")
+
+
+def check_dense(name: str, what: str, t: object) -> None:
+    """Raises in `name`'s voice unless `what` is a tensor with an entry in every place."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {what} must be a tensor, got {told(t)}")
+    if t.layout is not _STRIDED or t.is_nested:
+        raise TypeError(f"{name}: {what} must be dense, got {'a nested tensor' if t.is_nested else t.layout}")
+
+
+_STRIDED = torch.strided
 
 
 def check_floating(name: str, what: str, t: object) -> None:
-    """Raises in `name`'s voice unless `what` is a tensor of a dtype that the kernels read."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: {what} must be a tensor, got {type(t).__name__}")
+    """Raises in `name`'s voice unless `what` is a dense tensor of a dtype that the kernels read."""
+    if not isinstance(t, Tensor) or t.layout is not _STRIDED or t.is_nested:
+        check_dense(name, what, t)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
 

@@ -9,6 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .common import told
+
+
+def check_path(name: str, path: object) -> None:
+    """Raises in `name`'s voice unless it is a path, as str or PathLike."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: path must be a str or a PathLike, got {told(path)}")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ValueError(f"{name}: path must name a file, got {path!r}")
+
 
 def write_whole(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that appears whole or not at all."""

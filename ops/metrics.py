@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .common import check_dense, told, whole
+
 __all__ = [
     "clustering_accuracy",
     "clustering_scores",
@@ -41,7 +43,7 @@ def match_clusters(labels_true: Array, labels_pred: Array) -> npt.NDArray[np.int
     """
     from scipy.optimize import linear_sum_assignment
 
-    true, pred = _labels(labels_true, labels_pred)
+    true, pred = _labels("match_clusters", labels_true, labels_pred)
     classes, truth = np.unique(true, return_inverse=True)
     clusters, found = np.unique(pred, return_inverse=True)
     table = np.zeros((len(clusters), len(classes)), dtype=np.int64)
@@ -63,7 +65,7 @@ def clustering_accuracy(labels_true: Array, labels_pred: Array) -> float:
         >>> clustering_accuracy([0, 0, 1, 1], [7, 7, 7, 3])
         0.75
     """
-    true, pred = _labels(labels_true, labels_pred)
+    true, pred = _labels("clustering_accuracy", labels_true, labels_pred)
     return float((match_clusters(true, pred) == true).mean())
 
 
@@ -79,7 +81,7 @@ def clustering_scores(labels_true: Array, labels_pred: Array) -> dict[str, float
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    true, pred = _labels(labels_true, labels_pred)
+    true, pred = _labels("clustering_scores", labels_true, labels_pred)
     return {
         "acc": clustering_accuracy(true, pred),
         "nmi": float(normalized_mutual_info_score(true, pred)),
@@ -125,7 +127,7 @@ def principal_angles(z: Array, labels: Array, dim: int) -> Tensor:
         tensor([90., 90.], dtype=torch.float64)
     """
     z = _matrix("principal_angles", z)
-    labels = _array(labels)
+    labels, dim = _integers("principal_angles", "labels", labels), whole("principal_angles", "dim", dim)
     if labels.shape != (len(z),):
         raise ValueError(f"principal_angles: labels must be {(len(z),)}, got {labels.shape}")
     parts = [z[torch.as_tensor(labels == k)] for k in np.unique(labels)]
@@ -137,22 +139,42 @@ def principal_angles(z: Array, labels: Array, dim: int) -> Tensor:
     return cosines.clamp(max=1).acos().rad2deg()
 
 
-def _labels(*labels):
-    labels = [_array(x) for x in labels]
-    for x in labels:
-        if x.ndim != 1 or len(x) == 0 or not np.issubdtype(x.dtype, np.integer):
-            raise ValueError(f"labels must be n > 0 integers in a row, got {x.dtype} of shape {x.shape}")
-    if len(labels[0]) != len(labels[1]):
-        raise ValueError(f"labels must be as many as classes, got {len(labels[1])} and {len(labels[0])}")
+def _labels(name, labels_true, labels_pred):
+    true, pred = _integers(name, "labels_true", labels_true), _integers(name, "labels_pred", labels_pred)
+    if len(true) != len(pred):
+        raise ValueError(f"{name}: labels must be as many in labels_pred as in labels_true, got {len(pred)} and "
+                         f"{len(true)}")
+    return true, pred
+
+
+def _integers(name, what, labels) -> np.ndarray:
+    rule, given = f"{name}: {what}: labels must be n > 0 integers in a row", labels
+    if isinstance(labels, Tensor):
+        _check_numbers(name, what, labels)
+        labels = labels.detach().cpu().numpy()
+    try:
+        labels = np.asarray(labels)
+    except (TypeError, ValueError):  # rows of different lengths
+        raise ValueError(f"{rule}, got {told(labels)}") from None
+    if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{rule}, got {told(given)}, {labels.dtype} of shape {labels.shape}")
     return labels
 
 
-def _array(labels) -> np.ndarray:
-    return labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-
-
 def _matrix(name, z) -> Tensor:
-    z = torch.as_tensor(z).detach().cpu().double()
+    try:
+        z = torch.as_tensor(z)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: z must be features n x d, got {told(z)}") from None
+    _check_numbers(name, "z", z)
+    z = z.detach().cpu().double()
     if z.dim() != 2 or 0 in z.shape or not z.isfinite().all():
-        raise ValueError(f"{name}: features must be finite, n x d and not empty, got shape {tuple(z.shape)}")
+        raise ValueError(f"{name}: z: features must be finite, n x d and not empty, got shape {tuple(z.shape)}")
     return z
+
+
+def _check_numbers(name, what, t) -> None:
+    """A tensor that there are real numbers in."""
+    check_dense(name, what, t)
+    if t.is_meta or t.is_complex() or t.is_quantized:
+        raise TypeError(f"{name}: {what} must hold real numbers, got {told(t)} on {t.device}")

@@ -20,7 +20,7 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,7 @@ from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
 from .adapters.placed import offload_hook, refuse_blocks  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
-from .common import HALF  # noqa: E402
+from .common import HALF, whole  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
@@ -146,7 +146,16 @@ class TuckerConfig(peft.PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.TUCKER
-        if self.bias != "none":
+        for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, key)
+            adapter_config.names_of("TuckerConfig", key, value)
+            if isinstance(value, str):  # several are no regular expressions
+                adapter_config.check_patterns("TuckerConfig", key, [value])
+        several = self.layers_to_transform
+        if several is not None:
+            for i in several if isinstance(several, Iterable) else [several]:
+                whole("TuckerConfig", "layers_to_transform", i)
+        if not isinstance(self.bias, str) or self.bias != "none":
             raise ValueError(f'TuckerConfig: bias must be "none", got {self.bias!r}: biases are not adapted')
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
@@ -160,10 +169,14 @@ class TuckerConfig(peft.PeftConfig):
             if not isinstance(getattr(self, key) or {}, Mapping):
                 raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
             setattr(self, key, dict(getattr(self, key) or {}))
-        for r in (self.r, *self.rank_pattern.values()):
-            self._core(r, self.alpha)
-        for alpha in self.alpha_pattern.values():
-            self._core(self.r, alpha)
+            adapter_config.check_patterns("TuckerConfig", key, getattr(self, key))
+        self._core(self.r, self.alpha)
+        for key, r, alpha in [*((f"rank_pattern[{k!r}]", r, self.alpha) for k, r in self.rank_pattern.items()),
+                              *((f"alpha_pattern[{k!r}]", self.r, a) for k, a in self.alpha_pattern.items())]:
+            try:
+                self._core(r, alpha)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error} as {key}") from None
 
     def _core(self, r, alpha) -> adapter_config.TuckerConfig:
         """These ranks and this alpha as the config of `torch_subspace.adapt`, which checks them."""

@@ -11,8 +11,6 @@ adapted.py has what happens to a layer, targets.py which layers, state.py what i
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common import HALF, wide_dtype
+from ..common import HALF, NOT_NEGATIVE, check_module, check_number, told, wide_dtype
 from ..grassmann.groups import param_groups
 from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
 from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
@@ -78,11 +76,10 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
         >>> [name for name, p in model.named_parameters() if p.requires_grad and "2." in name]
         ['2.weight', '2.bias']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
+    check_module("adapt", model)
     config = TuckerConfig() if config is None else config
     if not isinstance(config, TuckerConfig):
-        raise TypeError(f"adapt: config must be a TuckerConfig, got {type(config).__name__}")
+        raise TypeError(f"adapt: config must be a TuckerConfig or None, got {told(config)}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError("adapt: adapt the model before DistributedDataParallel takes its parameters")
     given, model = model, unwrapped(model)
@@ -189,11 +186,10 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
     refuse_merged("set_adapter", model)
     chosen = {} if which is None else {which: 1.0} if isinstance(which, str) else which
     if not isinstance(chosen, Mapping):
-        raise TypeError(f"set_adapter: expected a name or {{name: weight}}, got {type(which).__name__}")
+        raise TypeError(f"set_adapter: which must be a name, {{name: weight}} or None, got {told(which)}")
     for name, weight in chosen.items():
         check_known("set_adapter", model, name)
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise ValueError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
+        check_number("set_adapter", f"which: the weight of {name!r}", weight)
     saved = saved_modules(model).values()
     put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
     for layer in layers(model).values():
@@ -298,8 +294,14 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
         [0.001, 0.01]
     """
     found = known_layers("adapter_parameters", model)
+    if lr is not None:
+        check_number("adapter_parameters", "lr", lr, NOT_NEGATIVE)
+    if lr_multipliers is not None and not isinstance(lr_multipliers, Mapping):
+        raise TypeError(f"adapter_parameters: lr_multipliers must be {{name: multiplier}}, got {told(lr_multipliers)}")
     multipliers, used, groups = dict(lr_multipliers or {}), set(), {}
     check_patterns("adapter_parameters", "lr_multipliers", multipliers)
+    for pattern, value in multipliers.items():
+        check_number("adapter_parameters", f"lr_multipliers[{pattern!r}]", value, NOT_NEGATIVE)
     if multipliers and lr is None:
         raise ValueError("adapter_parameters: lr_multipliers need lr")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import check_word, told
+
 WORDS = ("all-linear", "all-conv")
 SCALINGS = ("constant", "lora", "rslora")
 INITS = ("lecun", "kaiming", "svd")
@@ -77,21 +79,20 @@ class TuckerConfig:
         self.rank_pattern = {k: _rank(f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items()}
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
         for key, alpha in alphas.items():
-            if alpha is not None and (not isinstance(alpha, numbers.Real) or not math.isfinite(alpha)):
+            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
                 raise ValueError(f"TuckerConfig: {key} must be a finite number, got {alpha!r}")
         self.alpha = None if self.alpha is None else float(self.alpha)
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
         for key in ("target_modules", "exclude_modules", "save_modules"):
             value = getattr(self, key)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = names_of("TuckerConfig", key, value)
             setattr(self, key, value)
             check_patterns("TuckerConfig", key, value)
         if not self.target_modules:
             raise ValueError("TuckerConfig: target_modules is empty")
         for key, known in (("init", INITS), ("scaling", SCALINGS)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"TuckerConfig: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            check_word("TuckerConfig", key, getattr(self, key), known)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"TuckerConfig: dropout must be in [0, 1), got {self.dropout!r}")
         self.dropout = float(self.dropout)
 
@@ -120,6 +121,10 @@ class TuckerConfig:
         return dataclasses.asdict(self)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _rank(key, rank):
     """The rank as an int or a tuple of ints, once it is sure that it is one."""
     several = isinstance(rank, (list, tuple))
@@ -135,6 +140,17 @@ def _rank(key, rank):
 
 def _first(patterns: Mapping, name: str, otherwise):
     return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)
+
+
+def names_of(function: str, key: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """A name or several, or None, as a tuple; raises in `function`'s voice."""
+    if not isinstance(value, (Iterable, type(None))) or isinstance(value, bytes):
+        raise TypeError(f"{function}: {key} must be a name or several, got {told(value)}")
+    names = (value,) if isinstance(value, str) else tuple(() if value is None else value)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: {key} must hold strings, got {told(name)}")
+    return names
 
 
 def check_patterns(function: str, key: str, patterns: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ import os
 import torch
 from torch import Tensor, nn
 
-from ..files import write_whole
+from ..common import check_module
+from ..files import check_path, write_whole
 from .adapt import attach, delete_adapter, new_factors, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
@@ -56,6 +57,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     """
     found = known_layers("save_adapter", model)
     check_known("save_adapter", model, name)
+    check_path("save_adapter", path)
     tensors, described, places = {}, {}, {}
     for key, layer in found.items():
         for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
@@ -98,8 +100,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
         >>> ts.adapter_names(ts.load_adapter(plain, path))    # nothing but the file is needed
         ['default']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
+    check_module("load_adapter", model)
+    check_path("load_adapter", path)
     given, model = model, unwrapped(model)
     check_new_name("load_adapter", name)
     settle("load_adapter", model)

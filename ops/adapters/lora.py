@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import check_flag, check_module, told
+from ..files import check_path
 from ..tucker.tucker import tucker_compose
 from .adapted import CONVS, is_conv1d_of_transformers
 from .config import TuckerConfig
@@ -66,6 +68,10 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
         >>> torch.allclose(model(x), lora(x), atol=1e-5)
         True
     """
+    check_module("import_lora", model)
+    check_flag("import_lora", "standalone", standalone)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"import_lora: name must be that of an adapter, got {name!r}")
     tensors, config = _read(source)
     pairs, rest = _pairs(tensors)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else unwrapped(model)
@@ -84,8 +90,10 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
 
 def _read(source) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(source, (str, os.PathLike)):
-        tensors, config = source
-        config = config if isinstance(config, Mapping) else config.to_dict()
+        both = source if isinstance(source, (tuple, list)) and len(source) == 2 else (None, None)
+        tensors, config = both[0], both[1].to_dict() if hasattr(both[1], "to_dict") else both[1]
+        if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
+            raise TypeError(f"import_lora: source must be a folder or (state_dict, config), got {told(source)}")
         tensors, config = dict(tensors), dict(config)
     else:
         from safetensors import SafetensorError
@@ -94,7 +102,7 @@ def _read(source) -> tuple[dict[str, Tensor], dict]:
         folder = Path(source)
         for file in (WEIGHTS, CONFIG):
             if not (folder / file).is_file():
-                raise FileNotFoundError(f"import_lora: {os.fspath(source)!r} has no {file}")
+                raise FileNotFoundError(f"import_lora: source {os.fspath(source)!r} has no {file}")
         try:
             tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
         except (SafetensorError, json.JSONDecodeError) as error:
@@ -102,7 +110,7 @@ def _read(source) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"import_lora: {what!r} is truncated or no adapter of peft: {error}") from error
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if kind != "LORA":
-        raise ValueError(f"import_lora: need a LoRA checkpoint, got peft_type {kind}")
+        raise ValueError(f"import_lora: source must be a LoRA checkpoint, got peft_type {kind}")
     if config.get("init_lora_weights") not in PLAIN_INITS:
         how = config["init_lora_weights"]
         raise ValueError(f"import_lora: init_lora_weights={how!r} has changed the base weights; save the adapter with "
@@ -266,6 +274,10 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "def
     """
     from safetensors.torch import save_file
 
+    check_module("export_lora", model)
+    check_path("export_lora", path)
+    if not isinstance(name, str):
+        raise ValueError(f"export_lora: name must be that of an adapter, got {name!r}")
     settle("export_lora", model)
     refuse_fully_sharded("export_lora", model, "save the adapter, load it into a plain model, and export that")
     found, saved = _parts(model, name)

@@ -116,7 +116,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     found = known_layers("unmerge", model).values()
     found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
     if not found:
-        raise ValueError("unmerge: the adapters aren't merged")
+        raise ValueError("unmerge: the model's adapters aren't merged")
     _restore(found)
     for layer in found:
         layer.tucker_merged = None

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..common import check_module
 from .adapted import Adapted
 from .placed import check_at_hand, offload_hook, put, settle
 
@@ -32,8 +33,7 @@ def layers(model: nn.Module) -> dict[str, Adapted]:
 
 def known_layers(function: str, model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers; raises in `function`'s voice when there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    check_module(function, model)
     found = layers(model)
     if not found:
         raise ValueError(f"{function}: the model has no adapter; `adapt` puts one on")
@@ -50,6 +50,7 @@ def adapter_names(model: nn.Module) -> list[str]:
         >>> ts.adapter_names(model)
         ['default', 'other']
     """
+    check_module("adapter_names", model)
     return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.tucker))
 
 
@@ -61,6 +62,7 @@ def active_adapters(model: nn.Module) -> dict[str, float]:
         >>> ts.active_adapters(model)
         {'default': 1.0}
     """
+    check_module("active_adapters", model)
     return next((dict(layer.tucker_active) for layer in layers(model).values()), {})
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..common import check_floating
+from ..common import BELOW_1, WIDE, check_dense, check_floating, check_number, check_word, told, whole
 from .frames import check_dims, dims_at
 from .groups import class_blocks
 
@@ -43,23 +43,33 @@ def average_frames(frames: Sequence[Tensor] | Tensor, weights: Sequence[float] |
     eigenproblem of m k x m k a class.
     """
     name = "average_frames"
+    if not isinstance(frames, Iterable) or isinstance(frames, (str, set, Mapping)) or (
+            isinstance(frames, Tensor) and frames.dim() == 0):
+        raise TypeError(f"{name}: frames must be a sequence of tensors or one of all, got {told(frames)}")
     stacks = list(frames)
     if not stacks:
         raise ValueError(f"{name}: frames are empty, need at least one stack")
     for i, t in enumerate(stacks):
         check_floating(name, f"frames[{i}]", t)
-        if t.dtype.itemsize < 4 or t.dtype != stacks[0].dtype:
+        if t.dtype not in WIDE or t.dtype != stacks[0].dtype:
             raise TypeError(f"{name}: frames must share float32 or float64, got {stacks[0].dtype} and {t.dtype}")
         if t.shape != stacks[0].shape or t.device != stacks[0].device:
             raise ValueError(f"{name}: frames[{i}] is {tuple(t.shape)} on {t.device}, frames[0] "
                              f"{tuple(stacks[0].shape)} on {stacks[0].device}")
-    check_dims(name, stacks[0], dims)
-    if of not in OF:
-        raise ValueError(f"{name}: of must be one of {', '.join(OF)}, got {of!r}")
-    share = torch.ones(len(stacks)) if weights is None else torch.as_tensor(weights)
+    dims = check_dims(name, stacks[0], dims)
+    if stacks[0].is_meta:
+        raise ValueError(f"{name}: frames must hold numbers, got tensors on the meta device")
+    check_word(name, "of", of, OF)
+    rule = f"{name}: weights must be {len(stacks)} numbers of at least 0, not all 0"
+    try:
+        share = torch.ones(len(stacks)) if weights is None else torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{rule}, got {told(weights)}") from None
+    if share.layout is not torch.strided or share.is_nested or share.is_meta or share.is_complex():
+        raise TypeError(f"{rule}, got {told(weights)}")
     share = share.to(stacks[0].device, torch.float64)
     if share.shape != (len(stacks),) or not (share >= 0).all() or not 0 < share.sum() < torch.inf:
-        raise ValueError(f"{name}: weights must be {len(stacks)} numbers of at least 0, not all 0, got {weights!r}")
+        raise ValueError(f"{rule}, got {weights!r}")
     mean = _of_subspaces if of == "subspaces" else _of_bases
     with torch.no_grad(), torch.autocast(stacks[0].device.type, enabled=False):
         blocks = [class_blocks(t, dims) for t in stacks]
@@ -115,16 +125,25 @@ class FrameAverage:
     """
 
     def __init__(self, decay: float | None = None, *, of: str = "bases") -> None:
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"FrameAverage: decay must be None or in [0, 1), got {decay!r}")
-        if of not in OF:
-            raise ValueError(f"FrameAverage: of must be one of {', '.join(OF)}, got {of!r}")
+        if decay is not None:
+            check_number("FrameAverage", "decay", decay, BELOW_1)
+        check_word("FrameAverage", "of", of, OF)
         self.decay, self.of = decay, of
 
     def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        check_dense("FrameAverage", "averaged", averaged)
+        check_dense("FrameAverage", "current", current)
+        alike = [(t.shape, t.is_meta, t.is_floating_point()) for t in (averaged, current)]
+        if alike[0] != alike[1]:
+            raise ValueError(f"FrameAverage: averaged and current must be alike, got {told(averaged)} on "
+                             f"{averaged.device} and {told(current)} on {current.device}")
         if not averaged.is_floating_point():
             return current  # a buffer that counts
-        share = 1 - self.decay if self.decay is not None else 1 / (int(num_averaged) + 1)
+        check_floating("FrameAverage", "averaged", averaged)
+        if self.decay is None:
+            share = 1 / (whole("FrameAverage", "num_averaged", num_averaged) + 1)
+        else:
+            share = 1 - self.decay
         found = dims_at(averaged)
         if found is None:
             return averaged.lerp(current.to(averaged.dtype), share)

@@ -13,8 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import autocast, second_derivative, transformed, wide_dtype
-from .frames import check_frames, check_gamma, starts
+from ..common import (
+    UP_TO_1,
+    autocast,
+    check_dense,
+    check_flag,
+    check_floating,
+    check_number,
+    check_word,
+    second_derivative,
+    transformed,
+    whole,
+    wide_dtype,
+)
+from .frames import check_frames, starts
 from .logits import eager_logits, fake_gradients, subspace_logits
 
 _op = torch.ops.torch_subspace
@@ -57,14 +69,15 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         >>> loss.backward()
     """
     x, weight = autocast(x, weight)
-    check_frames(_NAME, x, weight, dims)
-    check_gamma(_NAME, gamma)
+    dims = check_frames(_NAME, x, weight, dims)
+    check_number(_NAME, "gamma", gamma)
+    check_flag(_NAME, "normalize", normalize)
     classes = weight.shape[0] if dims is None else len(dims)
+    if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
+        ignore_index = whole(_NAME, "ignore_index", ignore_index, -(1 << 63))
     labels = _check_target(x, target, classes, ignore_index)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{_NAME}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'{_NAME}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    check_number(_NAME, "label_smoothing", label_smoothing, UP_TO_1)
+    check_word(_NAME, "reduction", reduction, ("mean", "sum", "none"))
     if class_weight is not None:
         _check_class_weight(class_weight, classes, x.device)
 
@@ -98,31 +111,30 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
 
 def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) -> bool:
     """True for labels, False for probabilities."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{_NAME}: target must be a tensor, got {type(target).__name__}")
+    check_dense(_NAME, "target", target)
     if target.device != x.device:
         raise ValueError(f"{_NAME}: x and target must be on one device, got {x.device} and {target.device}")
     if classes == 0:
-        raise ValueError(f"{_NAME}: need at least one class, got C=0")
+        raise ValueError(f"{_NAME}: weight needs at least one class, got C=0")
     if target.is_floating_point():
+        check_floating(_NAME, "target", target)
         if target.shape != (*x.shape[:-1], classes):
-            raise ValueError(f"{_NAME}: probabilities must be {(*x.shape[:-1], classes)}, got {tuple(target.shape)}")
+            raise ValueError(f"{_NAME}: target: probabilities must be {(*x.shape[:-1], classes)} for this x, "
+                             f"got {tuple(target.shape)}")
         return False
     if target.dtype != torch.int64:
-        raise TypeError(f"{_NAME}: labels must be int64, got {target.dtype}")
+        raise TypeError(f"{_NAME}: target: labels must be int64, or probabilities floating, got {target.dtype}")
     if target.shape != x.shape[:-1]:
-        raise ValueError(f"{_NAME}: labels must be {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+        raise ValueError(f"{_NAME}: target: labels must be {tuple(x.shape[:-1])} for this x, got {tuple(target.shape)}")
     if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and target.numel():
         wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
         if wrong.any():
-            raise ValueError(f"{_NAME}: labels must be in [0, {classes}), got {target[wrong][0].item()}")
+            raise ValueError(f"{_NAME}: target: labels must be in [0, {classes}), got {target[wrong][0].item()}")
     return True
 
 
 def _check_class_weight(class_weight: Tensor, classes: int, device: torch.device) -> None:
-    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point():
-        raise TypeError(f"{_NAME}: class_weight must be a floating tensor, got "
-                        f"{getattr(class_weight, 'dtype', type(class_weight).__name__)}")
+    check_floating(_NAME, "class_weight", class_weight)
     if class_weight.shape != (classes,) or class_weight.device != device:
         raise ValueError(f"{_NAME}: class_weight must be ({classes},) on {device}, "
                          f"got {tuple(class_weight.shape)} on {class_weight.device}")

@@ -3,48 +3,70 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common import check_floating, finite
+from ..common import check_floating, told
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
 
 
-def check_frames(name: str, x: Tensor, weight: Tensor, dims: Sequence[int] | None) -> None:
-    """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice."""
-    for what, t in (("x", x), ("weight", weight)):
-        check_floating(name, what, t)
+def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice. Returns the dims."""
+    check_floating(name, "x", x)
+    check_floating(name, "weight", weight)
     if x.dtype != weight.dtype:
         raise TypeError(f"{name}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"{name}: x and weight must be on one device, got {x.device} and {weight.device}")
     if x.dim() < 1:
         raise ValueError(f"{name}: x must be (..., n), got a scalar")
-    check_dims(name, weight, dims)
+    dims = check_dims(name, weight, dims)
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"{name}: x has {x.shape[-1]} features but weight has {weight.shape[-1]}")
+    return dims
 
 
-def check_dims(name: str, weight: Tensor, dims: Sequence[int] | None) -> None:
-    """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims."""
+def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None) -> tuple[int, ...] | None:
+    """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims, which are returned."""
+    if dims is not None and type(dims) is not tuple:
+        dims = as_dims(name, dims)
     if weight.dim() != (3 if dims is None else 2):
-        want = "(C, k, n)" if dims is None else "(sum of dims, n) with dims"
+        want = "(C, k, n), or 2-D with dims" if dims is None else "(sum of dims, n) with dims"
         raise ValueError(f"{name}: weight must be {want}, got shape {tuple(weight.shape)}")
     n = weight.shape[-1]
     if dims is None:
         if weight.shape[0] > 0 and not 0 < weight.shape[1] <= n:
-            raise ValueError(f"{name}: need 0 < k <= n, got k={weight.shape[1]}, n={n}")
-        return
+            raise ValueError(f"{name}: weight must have 0 < k <= n, got k={weight.shape[1]}, n={n}")
+        return dims
     for c, k in enumerate(dims):
+        if type(k) is not int and not torch.compiler.is_compiling():
+            return check_dims(name, weight, as_dims(name, dims))
         if not 0 < k <= n:
-            raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n}")
+            raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n} of weight")
     if sum(dims) != weight.shape[0]:
         raise ValueError(f"{name}: dims sum to {sum(dims)} but weight has {weight.shape[0]} rows")
+    return dims
+
+
+def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Subspace dimensions as a tuple of ints, from any integers in a row; raises in `name`'s voice."""
+    if dims is None:
+        return None
+    try:
+        found = tuple(dims)
+        if isinstance(dims, (str, bytes, dict, set)) or any(isinstance(k, bool) for k in found):
+            raise TypeError
+        symbols = torch.compiler.is_compiling()  # ints may be
+        return found if symbols else tuple(int(operator.index(k)) for k in found)
+    except TypeError:
+        raise TypeError(f"{name}: dims must be a sequence of ints, a subspace dimension each, got {told(dims)}"
+                        ) from None
 
 
 def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:
@@ -64,11 +86,6 @@ def _first_rows(dims: Sequence[int]) -> list[int]:
 @functools.lru_cache(maxsize=64)  # a copy to the GPU would stall the stream at every call
 def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(_first_rows(dims), dtype=torch.int64, device=device)
-
-
-def check_gamma(name: str, gamma: float) -> None:
-    if isinstance(gamma, Tensor) or not finite(gamma):
-        raise ValueError(f"{name}: gamma must be a finite number, got {gamma!r}")
 
 
 # Which tensors are frames, by identity, with their dims and the version at which they were last taken for orthonormal.

@@ -4,15 +4,23 @@ A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, o
 """
 
 import fnmatch
-import math
-import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common import WIDE
+from ..common import (
+    BELOW_1,
+    FINITE,
+    NOT_NEGATIVE,
+    WIDE,
+    check_flag,
+    check_module,
+    check_number,
+    check_word,
+    told,
+)
 from .frames import RETRACTIONS, TRANSPORTS, is_known, known_dims
 
 
@@ -51,16 +59,16 @@ def param_groups(
     """
     from .layers import GrassmannLinear  # here, since layers may use what is above
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"param_groups: model must be an nn.Module, got {type(model).__name__}")
+    check_module("param_groups", model)
     for what, value in (("frame_lr_factor", frame_lr_factor), ("weight_decay", weight_decay), ("lr", lr)):
-        if value is None and what != "frame_lr_factor":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
-            raise TypeError(f"param_groups: {what} must be a number, got {type(value).__name__}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"param_groups: {what} must be finite and >= 0, got {value}")
+        if value is not None or what == "frame_lr_factor":
+            check_rate("param_groups", what, value)
+    if not isinstance(no_decay, Iterable) or isinstance(no_decay, bytes):
+        raise TypeError(f"param_groups: no_decay must be a pattern or several, got {told(no_decay)}")
     no_decay = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
+    for pattern in no_decay:
+        if not isinstance(pattern, str):
+            raise TypeError(f"param_groups: no_decay must hold strings, got {told(pattern)}")
     frames = {}  # dims -> weights
     for name, module in model.named_modules():
         if isinstance(module, GrassmannLinear):
@@ -108,31 +116,63 @@ def parts_of(group):
         yield part if dims is None else part | {"dims": dims}
 
 
-def check_group(group):
-    """Raises unless the group is Euclidean or can be stepped on the Grassmannian."""
-    if group.get("manifold", "euclidean") not in ("euclidean", "grassmann"):
-        raise ValueError(f'manifold must be "grassmann" or "euclidean", got {group["manifold"]!r}')
-    for key, words in (("retraction", RETRACTIONS), ("transport", TRANSPORTS)):
-        if group[key] not in words:
-            raise ValueError(f"{key} must be one of {', '.join(words)}, got {group[key]!r}")
+def check_rate(name, what, value, interval=NOT_NEGATIVE):
+    """A number, or a tensor with one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name}: {what} must be a number or a tensor of one, got {told(value)}")
+        if value.device.type != "cpu":
+            return  # a look would wait for the device
+        value = value.item()
+    check_number(name, what, value, interval)
+
+
+RATES = {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": NOT_NEGATIVE,
+         "lr_factor": NOT_NEGATIVE, "dampening": FINITE}
+WORDS = {"manifold": ("euclidean", "grassmann"), "retraction": RETRACTIONS, "transport": TRANSPORTS}
+FLAGS = ("nesterov", "maximize", "amsgrad", "differentiable", "capturable")
+
+
+def check_values(name, options):
+    """What a group says, or an optimiser's arguments; raises in `name`'s voice."""
+    if not isinstance(options["params"], Iterable):
+        raise TypeError(f"{name}: params must be tensors or dicts, got {told(options['params'])}")
+    for key, value in options.items():
+        if key in RATES:
+            check_rate(name, key, value, RATES[key])
+        elif key in FLAGS or key in ("foreach", "fused") and value is not None:
+            check_flag(name, key, value)
+        elif key in WORDS:
+            check_word(name, key, value, WORDS[key])
+    betas = options.get("betas", (0.9, 0.9))
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"{name}: betas must be two numbers, got {told(betas)}")
+    for i, beta in enumerate(betas):
+        check_rate(name, f"betas[{i}]", beta, BELOW_1)
+
+
+def check_group(name, group):
+    """Raises in `name`'s voice unless the group is Euclidean or can be stepped on the Grassmannian."""
     if not is_frames(group):
         return
     if group["transport"] == "parallel" and group["retraction"] != "geodesic":
-        raise ValueError(f'transport="parallel" follows geodesics, got retraction={group["retraction"]!r}')
+        raise ValueError(f'{name}: transport="parallel" follows geodesics, got retraction={group["retraction"]!r}')
     if group.get("differentiable"):
-        raise ValueError("frames are stepped in place: differentiable=True is for Euclidean groups only")
+        raise ValueError(f"{name}: frames are stepped in place: differentiable=True is for Euclidean groups only")
     dims = group.get("dims")
     for p in group["params"]:
         shape = tuple(p.shape)
         if p.dtype not in WIDE:
             raise TypeError(
-                f"frames must be float32 or float64, got {p.dtype}: half precision cannot hold an orthonormal frame; "
+                f"{name}: frames in params must be float32 or float64, got {p.dtype}: half precision cannot hold an "
+                "orthonormal frame; "
                 "keep float32 master weights and run the model under torch.autocast"
             )
         if dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
-            raise ValueError(f"frames without dims must be (C, k, n) with 0 < k <= n, got {shape}")
+            raise ValueError(f"{name}: frames in params without dims must be (C, k, n) with 0 < k <= n, got {shape}")
         if dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
-            raise ValueError(f"frames with dims {tuple(dims)} must be (sum of dims, n) with 0 < dims <= n, got {shape}")
+            raise ValueError(f"{name}: frames in params with dims {dims} must be (sum of dims, n) with 0 < dims <= n, "
+                             f"got {shape}")
 
 
 def scalar(lr):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..common import HALF
-from .layers import GrassmannLinear
+from ..common import HALF, check_dense, check_module, told, whole
+from . import watch
+from .layers import GrassmannLinear, logits_of_layer
 
 __all__ = ["PointwiseGrassmannLinear", "swap_head"]
 
@@ -27,16 +28,34 @@ SECOND = (
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def _channels_last(what: str, t: Tensor) -> Tensor:
+    check_dense("PointwiseGrassmannLinear", what, t)
+    if t.dim() < 2:
+        raise ValueError(f"PointwiseGrassmannLinear: {what} must be (B, channels, *spatial), got {tuple(t.shape)}")
+    return t.movedim(1, -1)
+
+
+def logits_of_pointwise_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool,
+                              dims: tuple[int, ...] | None) -> Tensor:
+    """What the layer computes, one call in the graphs of torch.fx."""
+    return logits_of_layer(_channels_last("x", x), weight, gamma, normalize, dims).movedim(-1, 1)
+
+
+torch.fx.wrap("logits_of_pointwise_layer")
+
+
 class PointwiseGrassmannLinear(GrassmannLinear):
     """`GrassmannLinear` in the place of a 1x1 convolution: maps (B, n, *spatial) to logits (B, C, *spatial)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        watch.look(self)
+        return logits_of_pointwise_layer(x, self.weight, self.gamma, self.normalize, self.dims)
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
         """As `GrassmannLinear.loss`, with x (B, n, *spatial) and target (B, *spatial) or soft (B, C, *spatial)."""
-        target = target.movedim(1, -1) if target.is_floating_point() else target
-        return super().loss(x.movedim(1, -1), target, **options)
+        check_dense("PointwiseGrassmannLinear", "target", target)
+        target = _channels_last("target", target) if target.is_floating_point() else target
+        return super().loss(_channels_last("x", x), target, **options)
 
 
 def swap_head(
@@ -84,16 +103,19 @@ def swap_head(
         >>> ts.swap_head(model, subspace_dim=2)[2]
         GrassmannLinear(in_features=8, num_classes=3, subspace_dim=2, gamma=25, normalize=True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"swap_head: model must be an nn.Module, got {type(model).__name__}")
+    check_module("swap_head", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("swap_head: swap the head before DistributedDataParallel takes the parameters")
     if _is_linear(model):
         raise ValueError("swap_head: the model is itself the classifier; use GrassmannLinear.from_linear")
+    if num_classes is not None:
+        num_classes = whole("swap_head", "num_classes", num_classes, 1)
     if isinstance(init, str) and init not in ("linear", "random"):
         raise ValueError(f'swap_head: init must be "linear", "random" or (x, y), got {init!r}')
     if not isinstance(init, str) and (not isinstance(init, (tuple, list)) or len(init) != 2):
-        raise TypeError(f'swap_head: init must be "linear", "random" or (x, y), got {type(init).__name__}')
+        raise TypeError(f'swap_head: init must be "linear", "random" or (x, y), got {told(init)}')
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"swap_head: name must be a module's dotted name or None, got {told(name)}")
     names = _find(model) if name is None else [name]
     if not names:
         why = "it has num_classes=0" if vars(model).get("num_classes") == 0 else _candidates(model)
@@ -117,8 +139,9 @@ def _refuse_signed(model, count: int) -> None:
         raise ValueError(f"swap_head: the model's config says problem_type={kind!r}, and subspace logits are lengths, "
                          "never negative: a sigmoid of one is at least 1/2. They are for one label of several")
     if count == 1:
-        raise ValueError("swap_head: one class has one logit, a length, never negative: a sigmoid of it is at least "
-                         "1/2, and a value to regress may be anything. Take num_classes=2 and cross-entropy")
+        raise ValueError("swap_head: num_classes must be 2 or more, got 1: one class has one logit, a length, never "
+                         "negative: a sigmoid of it is at least 1/2, and a value to regress may be anything. Take "
+                         "num_classes=2 and cross-entropy")
 
 
 def _num_classes(layer) -> int:

@@ -5,15 +5,24 @@ onto their span. The frames are parameters on the Grassmannian: train them with 
 whose `param_groups` finds the layer by its type.
 """
 
-import math
-import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common import HALF
+from ..common import (
+    FLOATS,
+    HALF,
+    POSITIVE,
+    check_dense,
+    check_flag,
+    check_floating,
+    check_generator,
+    check_number,
+    told,
+    whole,
+)
 from . import watch
 from .cross_entropy import subspace_cross_entropy
 from .frames import is_known, know
@@ -58,14 +67,16 @@ def principal_directions(x: Tensor, k: int) -> Tensor:
 
 def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
     """The checked dimensions of ragged classes, None for a single int."""
-    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {subspace_dim!r}"
+    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {told(subspace_dim)}"
+    ragged = isinstance(subspace_dim, Iterable) and getattr(subspace_dim, "ndim", 1) > 0
+    if isinstance(subspace_dim, (str, bytes, Mapping, set)):
+        raise TypeError(rule)
     try:
-        dims, ragged = [operator.index(subspace_dim)], False
+        dims = [whole("", "", k, -(1 << 63)) for k in (subspace_dim if ragged else [subspace_dim])]
     except TypeError:
-        try:
-            dims, ragged = [operator.index(k) for k in subspace_dim], True
-        except TypeError:
-            raise TypeError(rule) from None
+        raise TypeError(rule) from None
+    except ValueError:
+        raise ValueError(rule) from None
     if ragged and len(dims) != num_classes:
         raise ValueError(f"{rule} ({len(dims)} of them)")
     for k in dims:
@@ -76,12 +87,26 @@ def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, .
 
 def weight_for(x: Tensor, weight: Tensor) -> Tensor:
     """Frames of float32 meet a batch of halves as under autocast."""
-    return weight.to(x.dtype) if x.dtype in HALF and weight.dtype == torch.float32 else weight
+    halves = isinstance(x, Tensor) and x.dtype in HALF and weight.dtype == torch.float32
+    return weight.to(x.dtype) if halves else weight
 
 
 def logits_of_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool, dims: tuple[int, ...] | None) -> Tensor:
     """What a layer computes, one call in the graphs of torch.fx."""
     return subspace_logits(x, weight_for(x, weight), gamma=gamma, normalize=normalize, dims=dims)
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise TypeError(f"{name}: dtype must be floating-point: {', '.join(map(str, FLOATS))}; got {told(dtype)}")
+
+
+def check_device(name: str, device: torch.device | str | int | None) -> None:
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(f"{name}: device must be one of torch's, got {told(device)}") from error
 
 
 torch.fx.wrap("logits_of_layer")
@@ -131,23 +156,17 @@ class GrassmannLinear(nn.Module):
         self, in_features: int, num_classes: int, subspace_dim=8, *, gamma=25.0, normalize=True, device=None, dtype=None
     ):
         super().__init__()
-        for key, size in (("in_features", in_features), ("num_classes", num_classes)):
-            try:
-                size = operator.index(size)
-            except TypeError:
-                raise TypeError(f"GrassmannLinear: {key} must be an int, got {size!r}") from None
-            if size < 0:
-                raise ValueError(f"GrassmannLinear: {key} must be >= 0, got {size}")
-            setattr(self, key, size)
+        self.in_features = whole("GrassmannLinear", "in_features", in_features)
+        self.num_classes = whole("GrassmannLinear", "num_classes", num_classes)
         self.out_features = self.num_classes
         self.dims = class_dims(subspace_dim, self.num_classes, self.in_features)
-        self.subspace_dim = operator.index(subspace_dim) if self.dims is None else self.dims
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"GrassmannLinear: gamma must be positive and finite, got {gamma}")
+        self.subspace_dim = int(subspace_dim) if self.dims is None else self.dims
+        check_number("GrassmannLinear", "gamma", gamma, POSITIVE)
+        check_flag("GrassmannLinear", "normalize", normalize)
+        check_dtype("GrassmannLinear", dtype)
+        check_device("GrassmannLinear", device)
         self.gamma = float(gamma)
         self.normalize = bool(normalize)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"GrassmannLinear: dtype must be floating-point, got {dtype}")
         shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
         self.weight = nn.Parameter(torch.empty(*shape, self.in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None)  # those who look for a linear layer's find that there is none
@@ -179,6 +198,7 @@ class GrassmannLinear(nn.Module):
 
         `dtype` is what it is reckoned in, by default float64.
         """
+        check_dtype("frame_error", dtype)
         dtype = dtype or self._wide
         error = self.weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
@@ -227,7 +247,9 @@ class GrassmannLinear(nn.Module):
         """
         weight = getattr(linear, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-            raise TypeError(f"from_linear: need a layer with a floating-point (C, n) weight, got {linear!r}")
+            raise TypeError("from_linear: linear must be a layer with a floating-point (C, n) weight, got "
+                            f"{told(linear)}")
+        check_generator("from_linear", generator)
         dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         num_classes, n = weight.shape
         layer = cls(n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, device=weight.device, dtype=dtype)
@@ -240,14 +262,18 @@ class GrassmannLinear(nn.Module):
         `vectors` is (C, n), one vector a class, or (C, j, n), of which the first k are taken. A zero vector counts as
         not given. Raises ValueError, before anything is changed, on another shape or a non-finite entry.
         """
+        check_floating("init_from_vectors", "vectors", vectors)
+        check_generator("init_from_vectors", generator)
+        if vectors.is_meta and not self.weight.is_meta:
+            raise ValueError("init_from_vectors: vectors must hold numbers, got a tensor on the meta device")
         vectors = vectors.detach()
         if vectors.ndim == 2:
             vectors = vectors[:, None]
         if vectors.ndim != 3 or (vectors.shape[0], vectors.shape[2]) != (self.num_classes, self.in_features):
             rule = f"({self.num_classes}, {self.in_features}) or ({self.num_classes}, j, {self.in_features})"
-            raise ValueError(f"init_from_vectors: need {rule}, got {tuple(vectors.shape)}")
+            raise ValueError(f"init_from_vectors: vectors must be {rule}, got {tuple(vectors.shape)}")
         if not vectors.is_meta and not vectors.isfinite().all():
-            raise ValueError("init_from_vectors: a vector has a non-finite entry")
+            raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
         def frames(classes, a):
             v = vectors[classes.to(vectors.device), : a.shape[1]].to(a)
@@ -275,9 +301,15 @@ class GrassmannLinear(nn.Module):
         Raises TypeError on a wrong dtype, ValueError on a wrong shape, label or non-finite feature, before anything is
         changed.
         """
+        name = "init_from_features"
+        check_dense(name, "x", x)
+        check_dense(name, "y", y)
+        check_generator(name, generator)
         x, y = x.detach(), y.detach()
-        if not x.is_floating_point() or y.dtype != torch.int64:
+        if x.dtype not in FLOATS or y.dtype != torch.int64:
             raise TypeError(f"init_from_features: need floating-point x and int64 y, got {x.dtype} and {y.dtype}")
+        if x.is_meta or y.is_meta:
+            raise ValueError(f"init_from_features: x and y must hold numbers, got them on {x.device} and {y.device}")
         if x.ndim != 2 or x.shape[1] != self.in_features or y.shape != x.shape[:1]:
             shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"init_from_features: need x (N, {self.in_features}) and y (N,), got {shapes}")
@@ -309,11 +341,16 @@ class GrassmannLinear(nn.Module):
 
         Raises ValueError when no or several keys match, RuntimeError (as torch does) when the sizes differ.
         """
-        state = checkpoint.get("state_dict", checkpoint)
+        state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_gcr: checkpoint must be a dict of tensors, or have one as 'state_dict', got "
+                            f"{told(checkpoint)}")
         found = [k for k in state if f".{k}".endswith(".head.fc.weight")]
         found = found or [k for k in state if f".{k}".endswith(".fc.weight")]
         if len(found) != 1:
-            raise ValueError(f"load_gcr: need one key ending in 'head.fc.weight' or 'fc.weight', got {found}")
+            raise ValueError("load_gcr: checkpoint must have one key ending in 'head.fc.weight' or 'fc.weight', got "
+                             f"{found}")
+        check_floating("load_gcr", f"{found[0]!r} of checkpoint", state[found[0]])
         self.load_state_dict({"fc.weight": state[found[0]]})
         return self
 
@@ -374,6 +411,8 @@ class GrassmannLinear(nn.Module):
         if key not in state_dict and gcr_key in state_dict:
             state_dict[key] = state_dict.pop(gcr_key)
         weight = state_dict.get(key)
+        if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
+            error_msgs.append(f"{key}: frames must be floating-point, got {weight.dtype}")
         if self.dims is None and isinstance(weight, Tensor) and weight.ndim == 2:
             if weight.shape == (self.num_classes * self.subspace_dim, self.in_features):
                 frames = state_dict[key] = weight.reshape(self.weight.shape)

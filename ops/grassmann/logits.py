@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import autocast, second_derivative, transformed, wide_dtype
-from .frames import check_frames, check_gamma, starts
+from ..common import autocast, check_flag, check_number, second_derivative, transformed, wide_dtype
+from .frames import check_frames, starts
 
 _op = torch.ops.torch_subspace
 
@@ -41,7 +41,7 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     dtype, as for a linear layer.
 
     Raises:
-        TypeError: x or weight is not floating point, or their dtypes differ.
+        TypeError: x or weight is no dense floating tensor, their dtypes differ, or another argument is of a wrong kind.
         ValueError: shapes, devices, ``dims`` or ``gamma`` do not fit.
 
     Source: arXiv 2308.01547, section 3.
@@ -52,8 +52,9 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
         tensor([1., 0.])
     """
     x, weight = autocast(x, weight)
-    check_frames("subspace_logits", x, weight, dims)
-    check_gamma("subspace_logits", gamma)
+    dims = check_frames("subspace_logits", x, weight, dims)
+    check_number("subspace_logits", "gamma", gamma)
+    check_flag("subspace_logits", "normalize", normalize)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     if transformed():
         logits = eager_logits(flat, weight, starts(dims, weight.device), gamma, normalize)

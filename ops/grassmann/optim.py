@@ -8,6 +8,7 @@ Subspace classification and its optimiser: arXiv 2308.01547. Geodesics: Edelman,
 Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 2019.
 """
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..common import told
+from .frames import as_dims
 from .groups import (
     adam_rates,
     check_group,
+    check_values,
     enter_frames,
     horizontal_gradient,
     is_frames,
@@ -51,19 +55,35 @@ class _WholeModel:
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # torch's constructors build the defaults and add the groups in one go: ours join them here.
         self.defaults.update(self.__dict__.pop("_frame_defaults", {}))
-        if isinstance(param_group, dict) and is_frames(param_group):
+        name = type(self).__name__
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
+        check_values(name, param_group)
+        if "dims" in param_group:
+            param_group = param_group | {"dims": as_dims(name, param_group["dims"])}
+        if is_frames(param_group):
             param_group.setdefault("weight_decay", 0.0)
             if "lr" not in param_group and param_group.get("lr_factor", 1.0) != 1.0:
                 param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
         super().add_param_group(param_group)
         try:
+            check_values(name, self.param_groups[-1])
             enter_frames(self.param_groups[-1])
             for part in parts_of(self.param_groups[-1]):
-                check_group(part)
+                check_group(name, part)
             self._check_rule(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_kinds(self, **options):
+        """Of the constructor's arguments. What is out of range torch refuses in its own words, or the group does."""
+        if isinstance(options["lr"], Tensor):
+            del options["lr"]
+        with contextlib.suppress(ValueError):
+            check_values(type(self).__name__, options)
 
     def _check_rule(self, group):
         """What the optimiser itself asks of a group."""
@@ -106,6 +126,8 @@ class _WholeModel:
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"{type(self).__name__}: closure must be a function or None, got {told(closure)}")
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -122,7 +144,7 @@ class _WholeModel:
         frames = [p for p in group["params"] if p.grad is not None]
         for p in frames:
             if p.grad.is_sparse:
-                raise RuntimeError("frames need dense gradients, got a sparse one")
+                raise RuntimeError(f"{type(self).__name__}: frames need dense gradients, got a sparse one")
         return frames
 
     def _grads(self, frames):
@@ -224,6 +246,10 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
         fused: bool | None = None,
     ) -> None:
         self._frame_defaults = {"retraction": retraction, "transport": transport}
+        self._check_kinds(
+            params=params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+            maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
+        )
         super().__init__(
             params,
             lr,
@@ -303,6 +329,10 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._frame_defaults = {"retraction": retraction, "transport": transport}
+        self._check_kinds(
+            params=params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
+        )
         super().__init__(
             params,
             lr,
@@ -319,7 +349,8 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
 
     def _check_rule(self, group):
         if is_frames(group) and group["weight_decay"] != 0:
-            raise ValueError("weight decay shrinks, and a subspace has no length: a frame group needs weight_decay=0")
+            raise ValueError(f"{type(self).__name__}: weight decay shrinks, and a subspace has no length: a frame "
+                             f"group needs weight_decay=0, got {group['weight_decay']}")
 
     def _step_frames(self, group, frames):
         beta1, beta2 = map(float, group["betas"])

@@ -10,13 +10,12 @@ arXiv 2308.01547 for their use in classifiers; cpu/grassmann/rsgd.c for the two 
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..common import WIDE, finite
+from ..common import NOT_NEGATIVE, WIDE, check_dense, check_flag, check_number, check_word, told
 from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts, stepped
 
 _op = torch.ops.torch_subspace
@@ -57,11 +56,14 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
         (0, True)
     """
     weights, grads, buffers = _as_lists(weight, grad, momentum_buffer)
-    _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport)
+    _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport)
     if not weights:
         return torch.zeros((), dtype=torch.int64)
-    for w, g, m in zip(weights, grads, buffers or [None] * len(weights)):
-        _check_tensors(w, g, m, weights[0], dims)
+    for w, g, *m in zip(weights, grads, *([buffers] if buffers else [])):
+        dims = _check_tensors(w, g, m, weights[0], dims)
+    if not torch.compiler.is_compiling() and len({id(t) for t in (*weights, *buffers)}) < len(weights) + len(buffers):
+        raise ValueError(f"{_NAME}: weight and momentum_buffer must all be different tensors, as all are written to, "
+                         "got one twice")
     if momentum != 0 and not buffers:
         raise ValueError(f"{_NAME}: momentum={momentum} needs a momentum_buffer")
     step = _step_length(lr, weights, dims)
@@ -85,40 +87,43 @@ def _as_lists(weight, grad, buffer):
     if isinstance(weight, Tensor):
         weight, grad, buffer = [weight], [grad], None if buffer is None else [buffer]
     elif isinstance(grad, Tensor) or isinstance(buffer, Tensor):
-        raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences")
+        raise TypeError(f"{_NAME}: weight, grad and momentum_buffer must all be tensors or all be sequences, got "
+                        f"{told(weight)}, {told(grad)} and {told(buffer)}")
+    for what, given in (("weight", weight), ("grad", grad), ("momentum_buffer", buffer)):
+        if given is None and what == "momentum_buffer":
+            continue
+        if not isinstance(given, Iterable) or isinstance(given, (str, set, Mapping)):
+            raise TypeError(f"{_NAME}: {what} must be a tensor or a sequence of tensors, got {told(given)}")
     weight, grad, buffer = list(weight), list(grad), list(buffer or ())
     if len(grad) != len(weight) or len(buffer) not in (0, len(weight)):
-        raise ValueError(f"{_NAME}: got {len(weight)} weights, {len(grad)} gradients, {len(buffer)} momentum buffers")
+        raise ValueError(f"{_NAME}: weight, grad and momentum_buffer must be as many, got {len(weight)} weights, "
+                         f"{len(grad)} gradients, {len(buffer)} momentum buffers")
     return weight, grad, buffer
 
 
-def _check_values(lr, momentum, dampening, weight_decay, nesterov, retraction, transport) -> None:
+def _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport) -> None:
     for what, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
-            raise ValueError(f"{_NAME}: {what} must be finite and >= 0, got {value}")
-    if not finite(dampening):
-        raise ValueError(f"{_NAME}: dampening must be finite, got {dampening}")
+        if isinstance(value, Tensor) and (value.numel() == 1 or what == "lr") and not value.is_complex():
+            continue
+        check_number(_NAME, what, value, NOT_NEGATIVE)
+    check_number(_NAME, "dampening", dampening)
+    check_flag(_NAME, "nesterov", nesterov)
+    check_flag(_NAME, "maximize", maximize)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(f"{_NAME}: nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}")
-    if retraction not in RETRACTIONS:
-        raise ValueError(f"{_NAME}: retraction must be one of {', '.join(RETRACTIONS)}; got {retraction!r}")
-    if transport not in TRANSPORTS:
-        raise ValueError(f'{_NAME}: transport must be "project" or "parallel", got {transport!r}')
+    check_word(_NAME, "retraction", retraction, RETRACTIONS)
+    check_word(_NAME, "transport", transport, TRANSPORTS)
     if transport == "parallel" and retraction != "geodesic":
         raise ValueError(f'{_NAME}: transport="parallel" follows geodesics, got retraction={retraction!r}')
 
 
-def _check_tensors(w: Tensor, g: Tensor, m: Tensor | None, first: Tensor, dims: Sequence[int] | None) -> None:
-    for what, t in (("weight", w), ("grad", g), ("momentum_buffer", m)):
-        if t is None and what == "momentum_buffer":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{_NAME}: {what} must be a tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{_NAME}: {what} must be dense, got {t.layout}")
+def _check_tensors(w: Tensor, g: Tensor, m: list[Tensor], first: Tensor,
+                   dims: Sequence[int] | None) -> tuple[int, ...] | None:
+    for what, t in (("weight", w), ("grad", g), *(("momentum_buffer", t) for t in m)):
+        check_dense(_NAME, what, t)
         if t.dtype != first.dtype or t.dtype not in WIDE:
             hint = " (keep float32 frames beside a half-precision model)" if t.dtype.itemsize == 2 else ""
-            raise TypeError(f"{_NAME}: frames, gradients and momentum must share float32 or float64, "
+            raise TypeError(f"{_NAME}: weight (frames), gradients and momentum must share float32 or float64, "
                             f"got {what} of {t.dtype}{hint}")
         if t.device != first.device:
             raise ValueError(f"{_NAME}: {what} is on {t.device}, the first weight on {first.device}")
@@ -126,7 +131,7 @@ def _check_tensors(w: Tensor, g: Tensor, m: Tensor | None, first: Tensor, dims: 
             raise ValueError(f"{_NAME}: {what} has shape {tuple(t.shape)}, its weight {tuple(w.shape)}")
         if what != "grad" and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
             raise ValueError(f"{_NAME}: {what} of strides {t.stride()} has elements that share memory")
-    check_dims(_NAME, w, dims)
+    return check_dims(_NAME, w, dims)
 
 
 def _step_length(lr: float | Tensor, weights: list[Tensor], dims: Sequence[int] | None) -> Tensor:

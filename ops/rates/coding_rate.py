@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common import FLOATS, check_floating, second_derivative, transformed
+from ..common import FLOATS, check_dense, check_floating, check_number, second_derivative, transformed
 
 _op = torch.ops.torch_subspace
-
-
+_EPS = (math.ulp(0.0), 1e300, "a number above 0")
 
 def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5) -> Tensor:
     """Coding rate R of all points, or with a membership the rate Rc of the classes, each coded on its own.
@@ -98,12 +97,10 @@ def check(name: str, z: Tensor, membership: Tensor | None, eps: float) -> None:
     check_floating(name, "z", z)
     if z.dim() < 2 or z.shape[-2] == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name}: z must be (..., n, d) with n > 0 and d > 0, got {tuple(z.shape)}")
-    if isinstance(eps, Tensor) or not 0 < eps <= 1e300:
-        raise ValueError(f"{name}: eps must be a number above 0, got {eps!r}")
+    check_number(name, "eps", eps, _EPS)
     if membership is None:
         return
-    if not isinstance(membership, Tensor):
-        raise TypeError(f"{name}: membership must be a tensor, got {type(membership).__name__}")
+    check_dense(name, "membership", membership)
     if membership.device != z.device:
         raise ValueError(f"{name}: z and membership must be on one device, got {z.device} and {membership.device}")
     views, n = tuple(z.shape[:-2]), z.shape[-2]
@@ -117,11 +114,11 @@ def check(name: str, z: Tensor, membership: Tensor | None, eps: float) -> None:
     if membership.dtype != torch.int64:
         raise TypeError(f"{name}: membership must be int64 labels or floating, got {membership.dtype}")
     if tuple(membership.shape) not in ((n,), (*views, n)):
-        raise ValueError(f"{name}: labels must be {(n,)}{f' or {(*views, n)}' if views else ''}, "
+        raise ValueError(f"{name}: membership: labels must be {(n,)}{f' or {(*views, n)}' if views else ''}, "
                          f"got {tuple(membership.shape)}")
     looks = membership.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
     if looks and membership.numel() and (least := int(membership.min())) < 0:
-        raise ValueError(f"{name}: labels must be 0 or more, got {least}")
+        raise ValueError(f"{name}: membership: labels must be 0 or more, got {least}")
 
 
 def _widened(z: Tensor) -> Tensor:

@@ -11,26 +11,23 @@ float64; MLC's Γ couples all pairs of points, so there the features are gathere
 """
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..common import NOT_NEGATIVE, POSITIVE, check_floating, check_number, check_word, told
 from ..transport.sinkhorn import sinkhorn
 from .coding_rate import check, coding_rate, rate_reduction
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _check(name, eps, reduction, **positive):
+def _check(name, eps, reduction, process_group, **positive):
     for what, value in {"eps": eps, **positive}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: {what} must be a number, got {type(value).__name__}")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: {what} must be positive and finite, got {value}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_number(name, what, value, POSITIVE)
+    check_word(name, "reduction", reduction, REDUCTIONS)
+    if process_group is not None and not isinstance(process_group, getattr(dist, "ProcessGroup", ())):
+        raise TypeError(f"{name}: process_group must be one of torch.distributed, or None, got {told(process_group)}")
 
 
 def _reduced(loss, reduction):
@@ -63,7 +60,7 @@ class CodingRateLoss(nn.Module):
     def __init__(self, eps: float = 0.5, *, reduction: str = "mean",
                  process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        _check(type(self).__name__, eps, reduction)
+        _check(type(self).__name__, eps, reduction, process_group)
         self.eps, self.reduction, self.process_group = eps, reduction, process_group
 
     def forward(self, z: Tensor) -> Tensor:
@@ -131,20 +128,23 @@ class MLCLoss(nn.Module):
     def __init__(self, eps: float = 0.5, eta: float = 0.1, reg: float = 0.05, *, reduction: str = "mean",
                  mode: str = "implicit", process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        _check("MLCLoss", eps, reduction, eta=eta)
-        if reg:
-            _check("MLCLoss", eps, reduction, reg=reg)
-        if mode not in ("implicit", "cpp"):
-            raise ValueError(f'MLCLoss: mode must be "implicit" or "cpp", got {mode!r}')
+        _check("MLCLoss", eps, reduction, process_group, eta=eta)
+        check_number("MLCLoss", "reg", reg, NOT_NEGATIVE)
+        check_word("MLCLoss", "mode", mode, ("implicit", "cpp"))
         self.eps, self.eta, self.reg, self.mode = eps, eta, reg, mode
         self.reduction, self.process_group = reduction, process_group
 
     def membership(self, c: Tensor) -> Tensor:
         """Γ (..., n, n) of cluster features (..., n, h)."""
+        check_floating("MLCLoss", "c", c)
+        if c.dim() < 2 or 0 in c.shape[-2:]:
+            raise ValueError(f"MLCLoss: c must be (..., n, h) with n > 0 and h > 0, got {tuple(c.shape)}")
         c = nn.functional.normalize(c if c.dtype == torch.float64 else c.float(), dim=-1)
         return sinkhorn((c @ c.mT).abs(), eta=self.eta, symmetric=True, mode=self.mode)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        check("MLCLoss", z, None, self.eps)
+        check_floating("MLCLoss", "c", c)
         if z.shape[:-1] != c.shape[:-1]:
             raise ValueError(f"MLCLoss: z and c must be of the same points, got {tuple(z.shape)} and {tuple(c.shape)}")
         if self.process_group is not None:

@@ -8,15 +8,19 @@ system by conjugate gradients, nothing kept but the plan. See cpu/transport/sink
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import torch
 from torch import Tensor
 
-from ..common import WIDE, check_floating, transformed
+from ..common import WIDE, check_floating, check_number, transformed
 
 _op = torch.ops.torch_subspace
 _MODES = {"implicit": 0, "cpp": 5}  # half steps; 0: to the tolerance
+_ETA = (math.ulp(0.0), sys.float_info.max, "a positive finite number")
+_TOL = (0, math.inf, "a number of at least 0")
+_SWEEPS = (0, (1 << 63) - 1, "an int of at least 0")
 _GENERAL, _SYMMETRIC, _LOOK = range(3)  # subspace_symmetry
 
 
@@ -113,15 +117,14 @@ def _check(scores, eta, tol, max_iter, symmetric, mode) -> None:
     check_floating("sinkhorn", "scores", scores)
     if scores.dim() < 2 or 0 in scores.shape[-2:]:
         raise ValueError(f"sinkhorn: scores must be (..., m, n) with rows and columns, got {tuple(scores.shape)}")
-    if isinstance(eta, Tensor) or not 0 < eta < math.inf:
-        raise ValueError(f"sinkhorn: eta must be a positive finite number, got {eta!r}")
-    if isinstance(tol, Tensor) or not tol >= 0:
-        raise ValueError(f"sinkhorn: tol must be a number of at least 0, got {tol!r}")
-    if int(max_iter) != max_iter or max_iter < 0:
+    check_number("sinkhorn", "eta", eta, _ETA)
+    check_number("sinkhorn", "tol", tol, _TOL)
+    check_number("sinkhorn", "max_iter", max_iter, _SWEEPS)
+    if int(max_iter) != max_iter:
         raise ValueError(f"sinkhorn: max_iter must be an int of at least 0, got {max_iter!r}")
-    if symmetric not in (None, True, False):
+    if symmetric is not None and not (isinstance(symmetric, int) and symmetric in (True, False)):
         raise ValueError(f"sinkhorn: symmetric must be None, True or False, got {symmetric!r}")
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise ValueError(f'sinkhorn: mode must be "implicit" or "cpp", got {mode!r}')
 
 
@@ -131,6 +134,7 @@ def _marginal(name: str, given: Tensor | None, scores: Tensor, size: int, eager:
     if not isinstance(given, Tensor) or not given.is_floating_point():
         raise TypeError(f"sinkhorn: {name} must be a floating tensor, got "
                         f"{getattr(given, 'dtype', type(given).__name__)}")
+    check_floating("sinkhorn", name, given)
     if given.device != scores.device:
         raise ValueError(f"sinkhorn: scores and {name} must be on one device, got {scores.device} and {given.device}")
     batch = tuple(scores.shape[:-2])

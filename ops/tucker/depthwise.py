@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import FLOATS, transformed, wide_dtype
+from ..common import check_floating, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 
@@ -37,7 +37,6 @@ def depthwise_weight_gradient(x: Tensor, dy: Tensor, kernel: Sequence[int], stri
         TypeError: x or dy is not floating point, or their dtypes differ.
         ValueError: shapes or devices do not fit each other or the convolution.
     """
-    kernel, stride, padding, dilation = (tuple(int(i) for i in t) for t in (kernel, stride, padding, dilation))
     _check(x, dy, kernel, stride, padding, dilation)
     if transformed():
         return _CONV_WEIGHT[x.dim() - 3](x, (dy.shape[1], 1, *kernel), dy, stride, padding, dilation, x.shape[1])
@@ -47,10 +46,7 @@ def depthwise_weight_gradient(x: Tensor, dy: Tensor, kernel: Sequence[int], stri
 def _check(x: Tensor, dy: Tensor, kernel, stride, padding, dilation) -> None:
     name = "depthwise_weight_gradient"
     for what, t in (("x", x), ("dy", dy)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {what} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+        check_floating(name, what, t)
     if x.dtype != dy.dtype:
         raise TypeError(f"{name}: x and dy must share a dtype, got {x.dtype} and {dy.dtype}")
     if x.device != dy.device:
@@ -60,7 +56,8 @@ def _check(x: Tensor, dy: Tensor, kernel, stride, padding, dilation) -> None:
                          f"got {tuple(x.shape)} and {tuple(dy.shape)}")
     for what, value, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0),
                                ("dilation", dilation, 1)):
-        if len(value) != x.dim() - 2 or min(value) < least:
+        if not isinstance(value, Sequence) or len(value) != x.dim() - 2 or not all(
+                isinstance(v, int) and v >= least for v in value):
             raise ValueError(f"{name}: {what} must be {x.dim() - 2} ints of at least {least}, got {value}")
     b, c, outputs = x.shape[0], x.shape[1], dy.shape[1]
     if dy.shape[0] != b or (outputs % c != 0 or outputs == 0 if c else outputs != 0):

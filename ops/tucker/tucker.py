@@ -7,13 +7,12 @@ once; see cpu/tucker/tucker.c.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..common import check_floating, transformed, wide_dtype
+from ..common import check_floating, check_number, told, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_compose"
@@ -49,7 +48,7 @@ def tucker_compose(core: Tensor, factors: Sequence[Tensor | None], *, scale: flo
         >>> torch.allclose(ts.tucker_compose(core, [u, v], scale=0.5), 0.5 * u @ core @ v.T, atol=1e-5)
         True
     """
-    factors = list(factors)
+    factors = as_factors(_NAME, factors)
     shape, wide = _check(core, factors, scale, base)
     if out is not None:
         return _into(core, factors, scale, base, out, shape, wide)
@@ -60,6 +59,12 @@ def tucker_compose(core: Tensor, factors: Sequence[Tensor | None], *, scale: flo
     core_, factors = _widen(core, factors, wide)
     result = _op.tucker_compose(core_, factors, [] if base is None else [base], float(scale))
     return result if base is not None or core.dtype == wide else result.to(core.dtype)
+
+
+def as_factors(name: str, factors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    if not isinstance(factors, Iterable) or isinstance(factors, (Tensor, str, set, Mapping)):
+        raise TypeError(f"{name}: factors must be a sequence of tensors or None, got {told(factors)}")
+    return list(factors)
 
 
 def _into(core, factors, scale, base, out, shape, wide):
@@ -97,16 +102,13 @@ def _overlaps(out: Tensor, given: list[Tensor], base: Tensor | None) -> bool:
 def _check(core: Tensor, factors: list[Tensor | None], scale: float,
            base: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
     """The shape of the result and the dtype to compute in."""
-    if not isinstance(core, Tensor):
-        raise TypeError(f"{_NAME}: core must be a tensor, got {type(core).__name__}")
     _check_tensor("core", core, core)
     sizes = core.shape
     if not 2 <= len(sizes) <= 6:
         raise ValueError(f"{_NAME}: core must have 2 to 6 dimensions, got shape {tuple(sizes)}")
     if len(factors) != len(sizes):
         raise ValueError(f"{_NAME}: a core of {len(sizes)} dimensions needs as many factors, got {len(factors)}")
-    if isinstance(scale, Tensor) or not abs(scale) < math.inf:
-        raise ValueError(f"{_NAME}: scale must be a finite number, got {scale!r}")
+    check_number(_NAME, "scale", scale)
     double, shape = core.dtype == torch.float64, []
     for i, (f, r) in enumerate(zip(factors, sizes)):
         if f is None:
@@ -130,8 +132,6 @@ def _check(core: Tensor, factors: list[Tensor | None], scale: float,
 
 def _check_tensor(what: str, t: Tensor, core: Tensor) -> None:
     check_floating(_NAME, what, t)
-    if t.layout != torch.strided:
-        raise TypeError(f"{_NAME}: {what} must be dense, got {t.layout}")
     if t.device != core.device:
         raise ValueError(f"{_NAME}: {what} is on {t.device}, core on {core.device}")
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import FLOATS, HALF, WIDE, autocast, transformed, wide_dtype
-from .tucker import tucker_compose
+from ..common import FLOATS, HALF, WIDE, autocast, check_dense, check_flag, check_word, transformed, wide_dtype
+from .tucker import as_factors, tucker_compose
 from .tucker_conv_forms import Chain, Composed, in_format, is_last, plain
-from .tucker_linear import check_number, draw_seed
+from .tucker_linear import check_options, draw_seed
 
 _NAME = "tucker_conv"
 
@@ -72,7 +72,7 @@ def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, fa
         True
     """
     x, weight, bias = autocast(x, weight, bias)
-    factors = _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout)
+    factors = _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout, training)
     dims = weight.dim() - 2
     stride, dilation, output_padding = (_tuple(name, value, dims, least) for name, value, least in (
         ("stride", stride, 1), ("dilation", dilation, 1), ("output_padding", output_padding, 0)))
@@ -140,18 +140,18 @@ def _chain_wanted(form, x, weight, core, factors, how, dropout):
 # ---------------------------------------------------------------------------------------------------- input
 
 
-def _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout):
+def _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout, training):
     def require(condition, error, words):
         if not condition:
             raise error(f"{_NAME}: {words}")
 
-    factors = list(factors)
+    factors = as_factors(_NAME, factors)
     named = [("x", x), ("weight", weight), ("bias", bias), ("core", core)]
     named += [(f"factors[{i}]", f) for i, f in enumerate(factors)]
     for what, t in named:
         if t is None and what not in ("x", "weight", "core"):
             continue
-        require(isinstance(t, Tensor), TypeError, f"{what} must be a tensor, got {type(t).__name__}")
+        check_dense(_NAME, what, t)
         allowed = FLOATS if what in ("x", "weight", "bias") else WIDE
         require(t.dtype in allowed, TypeError, f"{what} must be {' or '.join(map(str, allowed))}, got {t.dtype}")
         require(t.device == x.device, ValueError, f"{what} must be on x's device {x.device}, got {t.device}")
@@ -159,31 +159,33 @@ def _check(x, weight, bias, core, factors, scale, groups, transposed, form, drop
             require(t.dtype == x.dtype, TypeError, f"x and {what} must share a dtype, got {x.dtype} and {t.dtype}")
     n = weight.dim()
     require(3 <= n <= 5, ValueError, f"weight must have 3 to 5 dimensions, got shape {tuple(weight.shape)}")
-    require(x.dim() in (n, n - 1), ValueError, f"x must have {n} dimensions, or {n - 1} without a batch, got shape "
-                                               f"{tuple(x.shape)}")
-    require(isinstance(groups, int) and groups > 0, ValueError, f"groups must be a positive int, got {groups!r}")
+    require(x.dim() in (n, n - 1), ValueError, f"x must have {n} dimensions, or {n - 1} without a batch, as weight "
+                                               f"has, got shape {tuple(x.shape)}")
+    check_flag(_NAME, "transposed", transposed)
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"{_NAME}: groups must be a positive int, got {groups!r}")
     require(weight.shape[0] % groups == 0, ValueError, f"weight's {weight.shape[0]} rows are not {groups} groups")
     inputs = weight.shape[0] if transposed else weight.shape[1] * groups
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     require(x.shape[1 - n] == inputs, ValueError, f"x has {x.shape[1 - n]} channels but weight takes {inputs}")
     require(bias is None or bias.shape == (outputs,), ValueError, f"bias must be ({outputs},), got shape "
-                                                                  f"{None if bias is None else tuple(bias.shape)}")
+            f"{None if bias is None else tuple(bias.shape)} beside weight {tuple(weight.shape)}")
     require(core.dim() == n and len(factors) == n, ValueError, f"core must have {n} dimensions and a factor for each, "
-            f"got {core.dim()} and {len(factors)} factors")
+            f"got core {tuple(core.shape)} and {len(factors)} factors")
     for i, f in enumerate(factors):
         r, d = core.shape[i], weight.shape[i]
         require(r > 0, ValueError, f"core must not be empty, got shape {tuple(core.shape)}")
-        require(r == d if f is None else f.shape == (d, r), ValueError, f"factors[{i}] must be ({d}, {r})"
-                f", or None where the rank is the size, got {None if f is None else tuple(f.shape)}")
-    require(form in FORMS, ValueError, f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        require(r == d if f is None else f.shape == (d, r), ValueError, f"factors[{i}] must be ({d}, {r}) for this "
+                f"weight, or None where the rank is the size, got {None if f is None else tuple(f.shape)}")
+    check_word(_NAME, "form", form, FORMS)
     require(form != "chain" or groups == 1, ValueError, f"the chain takes no groups, got groups={groups}")
-    check_number(_NAME, scale, dropout)
+    check_options(_NAME, scale, dropout, training)
     return factors
 
 
 def _tuple(name, value, dims, least):
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+    values = (value,) * dims if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) != dims or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
         raise ValueError(f"{_NAME}: {name} must be an int of at least {least}, or {dims} of them, got {value!r}")
     return values
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import FLOATS, autocast, transformed, wide_dtype
+from ..common import BELOW_1, autocast, check_flag, check_floating, check_number, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_linear"
@@ -56,7 +56,7 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
         True
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias, core, u, v, scale, dropout)
+    _check(x, weight, bias, core, u, v, scale, dropout, training)
     core, u, v = (t.to(wide_dtype(x.dtype)) for t in (core, u, v))
     dropout = float(dropout) if training else 0.0
     if transformed():
@@ -87,22 +87,18 @@ def dropout_mask(seed: Tensor, dropout: float, shape, dtype: torch.dtype) -> Ten
     return (kept.to(torch.float64) / (1 - dropout)).to(dtype).view(shape)
 
 
-def check_number(name: str, scale: float, dropout: float) -> None:
-    if isinstance(scale, Tensor) or not abs(scale) < math.inf:
-        raise ValueError(f"{name}: scale must be a finite number, got {scale!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
+def check_options(name: str, scale: float, dropout: float, training: bool) -> None:
+    check_number(name, "scale", scale)
+    check_number(name, "dropout", dropout, BELOW_1)
+    check_flag(name, "training", training)
 
 
-def _check(x, weight, bias, core, u, v, scale, dropout) -> None:
+def _check(x, weight, bias, core, u, v, scale, dropout, training) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "core": core, "u": u, "v": v}
     for what, t in given.items():
         if t is None and what in ("weight", "bias"):
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{_NAME}: {what} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{_NAME}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+        check_floating(_NAME, what, t)
         if t.device != x.device:
             raise ValueError(f"{_NAME}: {what} is on {t.device}, x on {x.device}")
         if what in ("weight", "bias") and t.dtype != x.dtype:
@@ -122,7 +118,7 @@ def _check(x, weight, bias, core, u, v, scale, dropout) -> None:
                              f"{tuple(u.shape)}, got {tuple(t.shape)}")
     if n == 0:
         raise ValueError(f"{_NAME}: x has no features")
-    check_number(_NAME, scale, dropout)
+    check_options(_NAME, scale, dropout, training)
 
 
 def _rows(t):

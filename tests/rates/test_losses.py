@@ -123,7 +123,7 @@ class TestBadInput:
     def test_mlc(self):
         with pytest.raises(ValueError, match="eta must be positive"):
             ts.MLCLoss(eta=0)
-        with pytest.raises(ValueError, match="reg must be positive"):
+        with pytest.raises(ValueError, match="reg must be finite and >= 0"):
             ts.MLCLoss(reg=-1)
         with pytest.raises(ValueError, match="mode must be"):
             ts.MLCLoss(mode="exact")

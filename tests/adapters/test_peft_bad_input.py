@@ -1,0 +1,49 @@
+"""Wrong arguments of peft's method: an error that says whose, which and what, and nothing is changed."""
+
+import functools
+import math
+from pathlib import Path
+
+import bad_input
+import bad_values as bad
+import pytest
+from bad_calls import INF, SHARE, adapted, folder, plain
+from bad_input import Call, call, faults
+from helpers import optional
+
+peft = optional("peft")
+from torch_subspace.peft import TuckerConfig, export_lora, import_lora  # noqa: E402
+
+CALLS: dict[str, Call] = {}
+add = functools.partial(bad_input.add, CALLS)
+
+
+@functools.cache
+def checkpoint():
+    path = Path(folder().name) / "lora"
+    peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(path)
+    return path
+
+
+add("TuckerConfig", call(
+    TuckerConfig, r=2, kernel_rank=2, alpha=1.0, scaling="lora", dropout=0.1, init="lecun", target_modules=["0"],
+    exclude_modules=["1"], layers_to_transform=[0], layers_pattern=["layers"], rank_pattern={"0": 2},
+    alpha_pattern={"0": 1.0}, modules_to_save=["2"], bias="none"),
+    ("TuckerConfig: rank",), r=bad.ranks, kernel_rank=bad.ranks, alpha=bad.optional(bad.number(INF)), scaling=bad.word,
+    dropout=SHARE, init=bad.word, bias=bad.word,
+    layers_to_transform=bad.optional(bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1])),
+    rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),
+    fine="layers_to_transform: a number, a dict; rank_pattern: None; alpha_pattern: None")
+add("import_lora", call(import_lora, model=lambda: plain(), source=lambda: checkpoint(), name="new", standalone=True),
+    ("load_adapter",), model=bad.module, name=bad.name, standalone=bad.flag, source=bad.those(
+        list=[1], folder=str(Path(__file__).parent), empty="", one=({},), nones=(None, None), lists=([1], [2]),
+        half=(None, {"peft_type": "LORA"})))
+add("export_lora", call(export_lora, model=lambda: adapted(), path=lambda: Path(folder().name) / "out", name="default"),
+    ("no adapter",), model=bad.module, name=bad.name, path=lambda good: {
+        key: value for key, value in bad.path(good).items() if key not in ("a folder", "in no folder")})
+
+
+@pytest.mark.parametrize("key", CALLS)
+def test_wrong_arguments_are_named(key):
+    assert not faults(CALLS[key])
