@@ -46,8 +46,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     Args:
         n_clusters: clusters to find.
-        encoder: module from batches to features (n, ...), flattened; a copy is trained, except where its parameters
-            don't require gradients. None: a perceptron with layers `hidden`.
+        encoder: module from batches to features (n, ...), flattened; a copy in float32 is trained, except where its
+            parameters don't require gradients. None: a perceptron with layers `hidden`.
         hidden: widths of that perceptron's layers.
         dim: of the learned features; a cluster can be up to about dim / n_clusters dimensional.
         eps: the coding rate's ε², the finer the smaller.
@@ -62,12 +62,14 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         neighbors: half of the views are of one of so many points that are nearest to the point, or to views of it; 0
             for views of the point alone. The search takes n² distances, for a few views.
         init_epochs, epochs: passes over the data in the first and the second phase.
-        batch_size: points in a batch at most. Γ is batch_size x batch_size; it needs several points of each cluster.
+        batch_size: points in a batch at most (three, where it is 2 and one would be alone). Γ is batch_size x
+            batch_size; it needs several points of each cluster.
         lr, weight_decay: of AdamW; the rate falls to zero by a cosine in each phase.
         readout_size: points at most in the Γ that the clusters are read from, drawn at random. The others join the
             cluster they belong to most by Γ, as new points do.
         device: where to compute.
-        random_state: seed, numpy RandomState or None; an int makes fit repeatable. Global generators stay as they are.
+        random_state: seed, numpy RandomState or None; an int makes fit repeatable. Global generators stay as they are;
+            an encoder and an `augment` that draw from torch's do so one fit at a time, where several run in threads.
         verbose: show a progress bar (tqdm).
         callbacks: callables (estimator, record), called with each epoch's entry of `history_`; True ends the phase.
 
@@ -78,8 +80,12 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         n_features_in_, feature_names_in_: as in scikit-learn.
 
     Raises (from fit):
-        ValueError: a parameter that is out of range, X with NaN or too few points, an encoder that doesn't fit X.
+        ValueError: a parameter of a wrong type (then it is a TypeError, too) or out of range, X with NaN or too few
+            points, an encoder that doesn't fit X.
         RuntimeError: a loss that is not finite.
+
+    Fewer distinct points than clusters give as many clusters, and a ConvergenceWarning. Autocast, default dtypes and
+    devices, no_grad and inference_mode around a call change nothing.
 
     Source: arXiv 2301.01805; the invariance term after arXiv 2304.03977.
 
@@ -156,10 +162,11 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             self.history_ = []
             bar.set_description("neighbors")
             view = viewer(points, self.augment, self.image_shape, self.neighbors, random)
-            rate, clusters = rate_loss(float(self.eps), self.invariance[0]), cluster_loss(self._mlc(), self.invariance[1])
-            self._train("rate", points, view, rate, self.init_epochs, random, bar)
+            loss = rate_loss(float(self.eps), self.invariance[0])
+            self._train("rate", points, view, loss, self.init_epochs, random, bar)
             self.network_.copy_head()
-            self._train("clusters", points, view, clusters, self.epochs, random, bar)
+            loss = cluster_loss(self._mlc(), self.invariance[1])
+            self._train("clusters", points, view, loss, self.epochs, random, bar)
             self.network_.eval()
             bar.set_description("clusters")
             _, c = self._embed(points)

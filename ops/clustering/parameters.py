@@ -48,7 +48,8 @@ def check_parameters(estimator) -> None:
     need(callbacks is None or _listed(callbacks) and all(map(callable, callbacks)), "callbacks",
          "a sequence of callables or None")
     seed = values["random_state"]
-    need(seed is None or seed is np.random or isinstance(seed, np.random.RandomState) or _whole(seed) and 0 <= seed < 2**32, "random_state",
+    seeded = seed is None or seed is np.random or isinstance(seed, np.random.RandomState)
+    need(seeded or _whole(seed) and 0 <= seed < 2**32, "random_state",
          "a whole number from 0 to 2**32 - 1, a numpy RandomState or None")
     _check_device(values["device"], need)
 

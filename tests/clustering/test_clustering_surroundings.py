@@ -117,7 +117,7 @@ def test_predict_is_centred_too():
 @pytest.mark.parametrize("distinct", [1, 2])
 def test_fewer_distinct_points_than_clusters(distinct):
     points = np.repeat(np.eye(3)[:distinct], 6, 0)
-    with pytest.warns(ConvergenceWarning, match=f"the distinct points, {distinct}, and so the clusters, are fewer than"):
+    with pytest.warns(ConvergenceWarning, match=f"the distinct points, {distinct}, and so the clusters, are fewer"):
         _, predicted, labels = found(points)
     assert same([predicted], [labels])
     assert len({*zip(labels, np.arange(6 * distinct) // 6, strict=True)}) == len({*labels}) == distinct
@@ -156,9 +156,9 @@ def test_sparse_input():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("device", "gpu"), ("device", 1.5), ("device", "meta"), ("callbacks", print), ("callbacks", [3]), ("verbose", "yes"),
-    ("random_state", "seed"), ("random_state", -1), ("hidden", "ab"), ("invariance", "ab"), ("augment", [1]),
-    ("image_shape", "ab"), ("n_clusters", None), ("eps", "0.2"), ("lr", torch.tensor(1e-3)),
+    ("device", "gpu"), ("device", 1.5), ("device", "meta"), ("callbacks", print), ("callbacks", [3]),
+    ("verbose", "yes"), ("random_state", "seed"), ("random_state", -1), ("hidden", "ab"), ("invariance", "ab"),
+    ("augment", [1]), ("image_shape", "ab"), ("n_clusters", None), ("eps", "0.2"), ("lr", torch.tensor(1e-3)),
 ])
 def test_parameters_of_wrong_types_are_named(name, value):
     with pytest.raises(ValueError, match=f"ManifoldClustering: {name} must be") as caught:
