@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -35,6 +36,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
                  for t in tensors)
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """No autocast on x's device, for products whose digits matter."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def transformed() -> bool:

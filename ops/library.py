@@ -70,7 +70,38 @@ def _load_cuda():
         return None, str(error)
 
 
+_raised: list[BaseException] = []
+
+
+def _signals():
+    """Runs the handlers of pending signals whenever it is resumed; 1: one of them raised.
+
+    A generator, because Python runs them as soon as the kernel has called back, before the first line of a function:
+    here that is inside the `try`.
+    """
+    answer = 0
+    while True:
+        try:
+            yield answer
+            answer = 0
+        except GeneratorExit:
+            return
+        except BaseException as error:
+            _raised[:] = [error]
+            answer = 1
+
+
+def raise_signal(error: RuntimeError) -> None:
+    """Raise what a signal's handler raised, such as KeyboardInterrupt, if it was that which ended a kernel."""
+    if _raised and "interrupted" in str(error):
+        raise _raised.pop() from None
+
+
 _cpu = _load_cpu()
+_signal_handlers = _signals()
+next(_signal_handlers)
+_run_signals = ctypes.CFUNCTYPE(ctypes.c_int)(_signal_handlers.__next__)  # as long as the library lives
+_cpu.torch_subspace_cpu_signals(_run_signals)
 _cuda, _cuda_missing = _load_cuda()
 
 

@@ -1,8 +1,14 @@
 /* shim.c - tensors, lists and errors, once for every op. See shim.h for the pattern. */
+#define _GNU_SOURCE /* syscall */
 #include "shim.h"
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef SUBSPACE_DEVICE_CUDA
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#endif
 
 call begin(const char *op)
 {
@@ -194,6 +200,25 @@ static void torch_pool(int64_t count, int64_t grain, void (*fn)(int64_t, int64_t
     if (count > 0) torch_parallel_for(0, count, grain, fn, arg); /* fn never throws: nothing to report */
 }
 
+/* Runs what signals have asked for, as the main thread alone may, and says whether the op is to end. */
+static int (*run_signals)(void);
+
+__attribute__((visibility("default"))) void torch_subspace_cpu_signals(int (*run_them)(void))
+{
+    run_signals = run_them;
+}
+
+static int interrupted(void)
+{
+    static int64_t asked; /* tenths of a second */
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    const int64_t now = (int64_t)t.tv_sec * 10 + t.tv_nsec / 100000000;
+    if (now == __atomic_load_n(&asked, __ATOMIC_RELAXED) || syscall(SYS_gettid) != getpid()) return 0;
+    __atomic_store_n(&asked, now, __ATOMIC_RELAXED);
+    return run_signals();
+}
+
 bool on_device_of(call *c, const tensor *t)
 {
     uint32_t threads = 1;
@@ -201,6 +226,7 @@ bool on_device_of(call *c, const tensor *t)
     if (!TORCH(torch_get_num_threads(&threads))) return false;
     c->ctx.threads = threads;
     c->ctx.parallel_for = torch_pool;
+    c->ctx.interrupted = run_signals ? interrupted : NULL;
     return true;
 }
 #endif

@@ -10,7 +10,8 @@
  * above by OpenBLAS and two triangular solves. Here groups are dealt to the threads.
  *
  * float32 loses the digits of the small eigenvalues to the large ones of X, so a group whose I + X is conditioned worse
- * than CAREFUL starts over in double, by the same functions; its kept factor is marked by a 0 in front.
+ * than CAREFUL starts over in double, by the same functions; its kept factor is marked by a 0 in front. Where double
+ * loses them as well, U is made of the points themselves (qr_update.h), and where that is too short, too, it is said.
  *
  * The threads share the groups; of a group that is more than a thread's share, they share the panels and tiles instead.
  * Either way every number is computed in the same order: results do not depend on the number of threads.
@@ -207,10 +208,11 @@ static subspace_status sum_groups(const rate_run *run)
         double sum = 0;
         for (int64_t g = 0; g < groups(run); g++) {
             const double half = group(run, v, g, &job) ? run->half[v * groups(run) + g] : 0;
-            CHECK(run->ctx, !isnan(half), SUBSPACE_NUMERICAL,
-                  "coding_rate: view %lld, group %lld: the factorisation failed; z holds values that are not finite or "
-                  "beyond float64's range",
-                  (long long)v, (long long)g);
+            CHECK(
+                run->ctx, !isnan(half), SUBSPACE_NUMERICAL,
+                "coding_rate: view %lld, group %lld: the factorisation failed; z holds values that are not finite or "
+                "beyond float64's range, or points so long, of low rank, that float64 rounds their rate away: scale z",
+                (long long)v, (long long)g);
             sum += half;
         }
         if (run->backward) continue;

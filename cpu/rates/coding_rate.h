@@ -1,6 +1,7 @@
 /* coding_rate.h - what coding_rate.c and rate_group.h have in common: the sizes, one call's run, one group's job.
  * Included by rate_group.h, without T and, for factor.h, once per precision. */
 #include "factor.h"
+#include "qr_update.h"
 #ifndef SUBSPACE_CODING_RATE_H
 #define SUBSPACE_CODING_RATE_H
 

@@ -12,8 +12,9 @@
  * Where features have collapsed, or eps is small, A_k^-1 z_i is much shorter than z_i and its product cancels: with C_k
  * = A_k - I, tr(C_k A_k^-1) / tr C_k is by how much, and a large diagonal entry of A_k^-1 says that there is something
  * to cancel. A tiny rate is lost in I + C_k. Both are known from the factors; then the view is run again, with care:
- * class by class in float64 with triangular solves, on widened copies, and so in the backward. The workspace has room
- * for that, but the fast way does not touch it, and untouched pages are no memory.
+ * class by class in float64 with triangular solves, on widened copies, and so in the backward. Long points of low rank
+ * are lost in float64's A_k, too; its factor is then made of the points (qr_update.h). The workspace has room for all
+ * that, but the fast way does not touch it, and untouched pages are no memory.
  */
 #include "cpu.h"
 
@@ -52,7 +53,8 @@ static void plan(soft_run *r, const subspace_ctx *ctx, const subspace_coding_rat
     if (!careful && !a->inverse && (r->split || backward)) r->own_inverse = carve(base, bytes, r->chunk * p, item);
     if (!r->split && !r->kept) r->square = carve(base, bytes, r->chunk * d * d, item);
 
-    int64_t space = (r->square ? 0 : d * d) + (careful ? d * d : elimination_scratch(d)); /* factor */
+    int64_t space = careful ? MAX(d, QR_ROWS + 1) * d : elimination_scratch(d); /* factor */
+    if (!r->square) space += d * d;
     space = MAX(space, r->depth * (r->split ? r->width : MIN(PANEL, d)));
     if (backward && r->split) space = MAX(space, r->rows * r->width);
     if (backward && !r->split) space = MAX(space, (careful ? 0 : d * d) + r->rows * (d + 1));
@@ -198,7 +200,8 @@ static bool FN(backward_view)(subspace_ctx *ctx, soft_run *r)
         for (int64_t k = k0; k < k0 + r->kc; k++) {
             const double h = r->kept ? get(a->dtype, a->stats, (2 * r->v) * a->k + k) : r->h[k];
             const double trace = r->kept ? get(a->dtype, a->stats, (2 * r->v + 1) * a->k + k) : r->trace[k];
-            r->shift[k] = drate * (h - ((double)r->d - trace) / 2) / (double)r->n;
+            const double left = (double)r->d - trace;
+            r->shift[k] = left == 0 ? 0 : drate * (h - left / 2) / (double)r->n;
         }
         ctx->parallel_for(r->slots, 1, r->split ? FN(gradients_split) : FN(gradients_each), r);
     }
@@ -242,7 +245,7 @@ static subspace_status broken(subspace_ctx *ctx, const soft_run *r)
     for (int64_t k = r->k0; k < r->k0 + r->kc; k++)
         CHECK(ctx, fabs(r->h[k]) < INFINITY, SUBSPACE_NUMERICAL,
               "coding_rate_soft: the matrix of view %lld, class %lld is not positive definite in float64: "
-              "d/eps |z|^2 is too large",
+              "d/eps |z|^2 is too large; scale z",
               (long long)r->v, (long long)k);
     return SUBSPACE_OK;
 }

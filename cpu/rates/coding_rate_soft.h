@@ -20,6 +20,7 @@ enum {
  * and a loss of d/eps is normal: a class that is hardly more than one point, as all are when MLC begins. */
 static const double MOST_LOSS_F32 = 1000, MOST_LOSS_F64 = 1e5, LEAST_RATE_F32 = 0.1, LEAST_MASS_F32 = 1e-20;
 static const double OUTLIER = 10; /* a row that much longer than what tr C_k tells of counts as well */
+static const double TINY = 1e-8;  /* tr C_k up to which h_k = tr C_k / 2, and h_k - (d - tr A_k^-1)/2 = 0 */
 static const double CAREFUL = -1; /* in place of tr A_k^-1: the kept inverses are no use */
 
 typedef struct soft_run {

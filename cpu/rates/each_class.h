@@ -5,12 +5,14 @@
  *
  * The same flops as the face-splitting product, with the features for long sides instead of the classes. In a careful
  * run A_k = U'U is kept instead of A_k^-1: V = Z U^-1, q_ik = |v_i|^2, Y = V U^-T. Where A_k^-1 z is much shorter
- * than z, products with an inverse cancel; triangular solves do not.
+ * than z, products with an inverse cancel; triangular solves do not. Where A_k itself has lost I, U is made of the
+ * points (qr_update.h).
  *
  * Included by coding_rate_soft.c, without T and once per precision.
  */
 #include "coding_rate_soft.h"
 #include "gauss_jordan.h"
+#include "qr_update.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 static T FN(dot)(int64_t n, const T *a, const T *b)
@@ -43,6 +45,36 @@ static void FN(grams_each)(int64_t begin, int64_t end, void *arg)
     }
 }
 
+#if !IS_F32
+/* U in place of A, with 1/2 logdet A; NaN where float64 has not the digits for it */
+static double FN(half_of)(int64_t d, T *a, double trace)
+{
+    double half = 0, least = INFINITY;
+    if (!cholesky_f64(d, a, d)) return NAN;
+    for (int64_t i = 0; i < d; i++) half += log(a[i * d + i]), least = MIN(least, a[i * d + i] * a[i * d + i]);
+    return trace <= LOST * least ? half : NAN;
+}
+
+/* The same from the points, without A. */
+static double FN(half_of_points)(const soft_run *r, int64_t k, double scale, T *u, T *space)
+{
+    const int64_t d = r->d;
+    const T *z = r->z, *w = (const T *)r->w + k;
+    T *spare = space + QR_ROWS * d;
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t j = i; j < d; j++) u[i * d + j] = i == j;
+    for (int64_t i0 = 0; i0 < r->n; i0 += QR_ROWS) {
+        const int64_t rows = MIN(QR_ROWS, r->n - i0);
+        for (int64_t i = 0; i < rows; i++) {
+            const T root = sqrt(scale * w[(i0 + i) * r->ldw]);
+            for (int64_t j = 0; j < d; j++) space[i * d + j] = root * z[(i0 + i) * d + j];
+        }
+        qr_update(d, rows, u, d, space, d, spare);
+    }
+    return qr_half(d, u, d, spare);
+}
+#endif
+
 /* G_k becomes A_k, and then A_k^-1 in r->inverse or, in a careful run, U in its place; h_k, and tr A_k^-1. */
 static void FN(factor)(int64_t begin, int64_t end, void *arg)
 {
@@ -71,9 +103,10 @@ static void FN(factor)(int64_t begin, int64_t end, void *arg)
             }
 #if !IS_F32
             if (r->careful) {
-                *h = cholesky_f64(d, a, d) ? 0 : NAN;
-                for (int64_t i = 0; i < d; i++) *h += log(a[i * d + i]);
-                if (!r->dw || !(*h < INFINITY)) continue;
+                *h = FN(half_of)(d, a, sum);
+                if (isnan(*h)) *h = FN(half_of_points)(r, k, (double)scale, a, space);
+                if (sum < TINY) *h = sum / 2; /* trace: d */
+                if (!r->dw || !(*h < INFINITY) || sum < TINY) continue;
                 memcpy(space, a, (size_t)(d * d) * sizeof(T)); /* tr A^-1 = |U^-1|^2 */
                 invert_f64(d, space, d);
                 *trace = 0;
@@ -89,6 +122,7 @@ static void FN(factor)(int64_t begin, int64_t end, void *arg)
                 for (int64_t j = 0; packed && j < d - i; j++) packed[at + j] = -a[i * d + i + j];
             }
             if (sum > 0) *loss = largest * MAX(sum / ((double)d - *trace), r->spread / OUTLIER);
+            if (sum < TINY) *h = sum / 2, *trace = (double)d;
         }
 }
 

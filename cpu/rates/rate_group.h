@@ -195,18 +195,45 @@ static double FN(norm)(int64_t s, const T *x, int64_t ld)
     return sqrt(sum);
 }
 
+#if !IS_F32
+/* U, and what `rate` returns, without X. */
+static double FN(rate_of_points)(const rate_job *job)
+{
+    const int64_t s = job->s, ld = ROUND(s, FN(LANES)), d = job->run->a->d;
+    const T root = sqrt(job->alpha);
+    T *u = job->x, *p = job->panel, *spare = p + QR_ROWS * ld;
+    for (int64_t i = 0; i < s; i++)
+        for (int64_t j = i; j < s; j++) u[i * ld + j] = i == j;
+    for (int64_t at = 0; at < job->len; at += QR_ROWS) {
+        const int64_t w = MIN(QR_ROWS, job->len - at);
+        if (!job->points) FN(load)(job, at, w, p, ld);
+        for (int64_t i = 0; job->points && i < s; i++) {
+            FN(widen)(job->run->a->dtype, job->z, row_of(job, i) * d + at, w, spare);
+            for (int64_t l = 0; l < w; l++) p[l * ld + i] = spare[l];
+        }
+        for (int64_t l = 0; l < w; l++)
+            for (int64_t i = 0; i < s; i++) p[l * ld + i] *= root;
+        qr_update(s, w, u, ld, p, ld, spare);
+    }
+    return qr_half(s, u, ld, spare);
+}
+#endif
+
 /* U of the group in the job's x, rows of ROUND(s, LANES); 1/2 log det(I + X), or NaN: not in this precision. */
 static double FN(rate)(const rate_job *job)
 {
     const int64_t s = job->s, ld = ROUND(s, FN(LANES));
     const T *u = job->x;
     FN(gram)(job, job->x, ld);
-    const double norm = IS_F32 ? FN(norm)(s, u, ld) : 0;
-    const double half = FN(factor)(job->run->ctx, s, job->x, ld);
+    const double norm = FN(norm)(s, u, ld), half = FN(factor)(job->run->ctx, s, job->x, ld);
     double least = INFINITY; /* an upper bound of the least eigenvalue of I + X, and mostly near it */
-    for (int64_t i = 0; i < s && IS_F32; i++) least = MIN(least, (double)u[i * ld + i] * (double)u[i * ld + i]);
-    if (IS_F32 && !(norm <= CAREFUL * least)) return NAN; /* also where norm is NaN */
-    return isfinite(half) ? half : NAN;
+    for (int64_t i = 0; i < s; i++) least = MIN(least, (double)u[i * ld + i] * (double)u[i * ld + i]);
+    if (isfinite(half) && norm <= (IS_F32 ? CAREFUL : LOST) * least) return half; /* neither is NaN */
+#if IS_F32
+    return NAN;
+#else
+    return FN(rate_of_points)(job);
+#endif
 }
 
 /* U as the backward will find it, [s, s] without gaps and zeros below; or zeros: it is to start over in double. */

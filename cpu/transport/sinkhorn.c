@@ -61,6 +61,7 @@ typedef struct batch {
     size_t bytes; /* of a worker's memory */
     char *memory;
     failure *failed; /* [workers] */
+    bool stop;
 } batch;
 
 #define THIS_FILE "transport/sinkhorn.c"
@@ -165,6 +166,7 @@ static subspace_status FN(iterate_symmetric)(sinkhorn_run *run, int64_t v, doubl
     double norm;
     run->matrix = run->plan, run->in = f;
     for (*sweeps = 0;; ++*sweeps) {
+        if (*sweeps % run->patience == 0) TRY(go_on(run));
         each(run, FN(triangle));
         *error = FN(error)(run, run->row, f, &norm);
         for (int64_t i = 0; *sweeps == 0 && i < run->n; i++) TRY(FN(empty_column)(run, v, i, !(run->total[i] > 0)));
@@ -181,6 +183,7 @@ static subspace_status FN(iterate)(sinkhorn_run *run, int64_t v, int64_t left, d
     relaxation w = {.sixteenths = 16};
     for (;; left--) {
         double norm, logs = 0;
+        if (*sweeps % run->patience == 0) TRY(go_on(run));
         run->power = left > 0 ? w.sixteenths : 0; /* 0: only look */
         each(run, FN(sweep));
         TRY(FN(empty_row)(run, v));
@@ -245,7 +248,7 @@ static void FN(lay_out)(sinkhorn_run *run, bool backward, char *base, size_t *at
 /* The plans of some workers, each in its own piece of the workspace. */
 static void FN(work)(int64_t begin, int64_t end, void *arg)
 {
-    const batch *b = arg;
+    batch *b = arg;
     const subspace_sinkhorn_args *a = b->run.a;
     const size_t plan = (size_t)(a->m * a->n) * sizeof(T), row = (size_t)a->m * sizeof(T),
                  col = (size_t)a->n * sizeof(T);
@@ -255,7 +258,7 @@ static void FN(work)(int64_t begin, int64_t end, void *arg)
         failure *failed = &b->failed[worker];
         int64_t first, last;
         size_t at = 0;
-        run.ctx = &ctx;
+        run.ctx = &ctx, run.stop = &b->stop;
         FN(lay_out)(&run, b->backward, b->memory + worker * (int64_t)b->bytes, &at);
         for (int64_t i = 0; i < MAX(a->m, a->n); i++) ((T *)run.ones)[i] = 1;
         share(a->v, worker, b->workers, &first, &last);
@@ -296,6 +299,7 @@ static size_t plan_batch(batch *b, subspace_ctx *ctx, const subspace_sinkhorn_ar
     const bool apart = a->v > 1 && (entries < SMALL || a->v >= 4 * ctx->threads);
     *b = (batch){.ctx = ctx, .backward = backward, .workers = apart ? MIN(ctx->threads, a->v) : 1};
     b->run = (sinkhorn_run){.a = a, .m = a->m, .n = a->n, .scale = MIN(1 / a->eta, 1e30)};
+    b->run.patience = 1 + (int64_t)(SMALL / entries);
     b->run.slots = apart || entries < SMALL ? 1 : MIN(ctx->threads, CEIL_DIV(a->m, TILE_ROWS));
     b->run.symmetric = backward && a->symmetric == SUBSPACE_SYMMETRIC;
     b->bytes = a->dtype == SUBSPACE_F64 ? LEVEL(bytes_f64)(&b->run, backward) : LEVEL(bytes_f32)(&b->run, backward);

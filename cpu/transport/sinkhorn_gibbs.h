@@ -227,6 +227,7 @@ static subspace_status FN(log_sweeps)(sinkhorn_run *run, int64_t v)
     const T *col = run->col;
     for (int64_t sweep = 0; sweep < 64; sweep++) {
         double logs = 0;
+        TRY(go_on(run));
         each(run, FN(log_rows));
         TRY(FN(empty_row)(run, v));
         for (int64_t s = 0; s < run->slots; s++) logs = MAX(logs, run->slot[s].logs);

@@ -49,7 +49,17 @@ typedef struct sinkhorn_run {
     void *part;                   /* [slots, n] T, twice in the backward */
     double *total;                /* [slots, n], twice in the backward */
     sinkhorn_slot *slot;          /* [slots] */
+    bool *stop;                   /* all plans */
+    int64_t patience;             /* sweeps from one look at that to the next */
 } sinkhorn_run;
+
+/* Between sweeps: is the caller tired of it? */
+static subspace_status go_on(const sinkhorn_run *run)
+{
+    if (run->ctx->interrupted && run->ctx->interrupted()) __atomic_store_n(run->stop, true, __ATOMIC_RELAXED);
+    CHECK(run->ctx, !__atomic_load_n(run->stop, __ATOMIC_RELAXED), SUBSPACE_INTERRUPTED, "sinkhorn: interrupted");
+    return SUBSPACE_OK;
+}
 
 /* fn for every slot. */
 static void each(sinkhorn_run *run, void (*fn)(int64_t, int64_t, void *))

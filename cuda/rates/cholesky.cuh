@@ -7,7 +7,7 @@
  *
  * A list on the device says which matrices there are: how many, and how large, need not be known to the host.
  *
- * Included by rate_groups.cuh and coding_rate_soft.cuh.
+ * Included by qr_update.cuh.
  */
 #ifndef SUBSPACE_CHOLESKY_CUH
 #define SUBSPACE_CHOLESKY_CUH
@@ -174,7 +174,7 @@ template <typename C> static __device__ inline void judge(const squares &b, cons
                 trace += (double)x[i * s + j] * (double)x[i * s + j];
     half = block_sum(half), least = -block_max(-least), square_sum = block_sum(square_sum), sum = block_sum(sum);
     trace = block_sum(trace), largest = block_max(largest);
-    const bool good = isfinite(half) && least > 0 && (sizeof(C) == 8 || sqrt(square_sum) <= b.worst * least);
+    const bool good = isfinite(half) && least > 0 && sqrt(square_sum) <= b.worst * least;
     if (threadIdx.x == 0) *to = verdict{half, trace, largest, sum, good};
 }
 

@@ -12,7 +12,8 @@
  *
  * float32 loses the digits of the small eigenvalues to the large ones of X. A group whose I + X is conditioned worse
  * than CAREFUL is listed again, and done again in float64 by the same kernels: without such a group they find an empty
- * list. Where that fails, too, the rate and the gradient are NaN.
+ * list. Where float64 loses them as well, the factor is made of the points themselves (qr_update.cuh); where that is
+ * too short, too, the rate and the gradient are NaN.
  *
  * The factor that is kept is the inverse, [s, s] for each group, in z's type; zeros for a group that needs care.
  *
@@ -102,6 +103,32 @@ template <typename C> __global__ void __launch_bounds__(RATE_THREADS) fold(const
                 x[row * s + col] = alpha * sum;
             }
         }
+    }
+}
+
+/* The factors that float64 has lost, from the points; a block for a view */
+template <typename T>
+__global__ void __launch_bounds__(ROW_THREADS) factor_points(const rate_run run, int careful, int wanted)
+{
+    const subspace_coding_rate_args &a = run.a;
+    const rate_list &l = careful ? run.careful : run.fast;
+    double *const panel = run.panels + (int64_t)blockIdx.x * QR_ROWS * run.side;
+    for (int64_t view = blockIdx.x; view < a.v; view += gridDim.x) {
+        const square *small = l.small + view * run.groups;
+        verdict *const of = run.of + view * run.groups;
+        const int64_t count = l.count[2 * view];
+        int bad = 0;
+        for (int64_t i = threadIdx.x; i < count; i += blockDim.x) bad |= !of[small[i].slot].good;
+        if (__syncthreads_count(bad) == 0) continue;
+        for (int64_t i = 0; i < count; i++) {
+            const rate_group g = l.each[view * (run.groups + 1) + i];
+            const rate_shape shape = shape_of(g.m, a.d);
+            if (of[small[i].slot].good) continue;
+            __syncthreads();
+            eliminate_points(points_of<T>(run, view, g), shape.points, (double)a.d / ((double)g.m * a.eps), shape.s,
+                             shape.len, wanted, (double *)l.x + small[i].at, panel, &of[small[i].slot]);
+        }
+        __syncthreads();
     }
 }
 
@@ -211,6 +238,7 @@ static void plan(rate_run *run, const subspace_coding_rate_args *a, bool backwar
     run->y = carve(base, bytes, v * run->rows * RATE_TILE, sizeof(double));
     run->rest = (double *)carve(base, bytes, v * run->rows, sizeof(double));
     run->traces = (double *)carve(base, bytes, v * run->rows * 2, sizeof(double));
+    run->panels = (double *)carve(base, bytes, point_blocks(run) * QR_ROWS * run->side, sizeof(double));
     run->meeting = (unsigned *)carve(base, bytes, 2, sizeof(unsigned));
     run->fast.x = a->factor ? a->factor : run->slots;
     run->fast.unit = a->factor || f64 ? 1 : 2;
@@ -281,8 +309,10 @@ static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const devi
     b.most = b.slots = run->groups, b.most_large = run->most_large;
     b.wanted = run->backward || (a->factor && !careful) ? INVERSE : LOGDET;
     b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.traces = run->traces, b.meeting = run->meeting;
-    b.worst = sizeof(C) == 4 ? CAREFUL : (double)INFINITY, b.failed = sizeof(C) == 4 ? 0 : (double)NAN;
-    return eliminate_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side);
+    b.worst = sizeof(C) == 4 ? CAREFUL : LOST, b.failed = 0;
+    TRY(eliminate_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side));
+    if (sizeof(C) == 8) LAUNCH(ctx, factor_points<T>, point_blocks(run), ROW_THREADS, 0, *run, careful, b.wanted);
+    return SUBSPACE_OK;
 }
 
 static subspace_status list(subspace_ctx *ctx, const rate_run *run, bool careful)

@@ -11,8 +11,9 @@
  *
  * As cpu/rates/coding_rate_soft.c, but decided on the device: a view that float32 (or the inverse) is too short for is
  * done again with care, class by class in float64 and with the root R = U^-1 of A^-1 = R R': v = R' z, q = |v|^2, A^-1
- * z = R v cancel no more than triangular solves do. One cooperative launch, whose blocks leave at once where all was
- * well. A view with a negative or non-finite weight or feature has the rate NaN.
+ * z = R v cancel no more than triangular solves do; of the points themselves, where float64 loses A, too. One
+ * cooperative launch, whose blocks leave at once where all was well. A view with a negative or non-finite weight or
+ * feature has the rate NaN.
  */
 #include "coding_rate_soft.cuh"
 #include "linalg.cuh"
@@ -177,7 +178,8 @@ template <typename T> __global__ void __launch_bounds__(ROW_THREADS) finish_rate
         const verdict of = run.of[c];
         sum += of.good ? run.t[c] * of.half : (double)NAN;
         if (stats)
-            stats[2 * v * a.k + c] = (T)of.half, stats[(2 * v + 1) * a.k + c] = (T)(is == CARE ? CAREFUL : of.trace);
+            stats[2 * v * a.k + c] = (T)of.half,
+                                stats[(2 * v + 1) * a.k + c] = (T)(is == CARE ? CAREFUL : trace_of(of, a.d));
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) ((T *)a.rate)[v] = is == BAD ? (T)NAN : (T)(sum / (double)a.n);
@@ -195,8 +197,8 @@ __global__ void __launch_bounds__(ROW_THREADS) finish_dw(const soft_run run, int
         const int64_t c = k0 + at % kc;
         T *const dw = (T *)a.dweights + (v * a.n + at / kc) * a.k + c;
         const double half = stats ? (double)stats[c] : run.of[c].half,
-                     left = d - (stats ? (double)stats[a.k + c] : run.of[c].trace);
-        *dw = (T)(drate * (d / (2 * a.eps) * (double)*dw + half - left / 2));
+                     trace = stats ? (double)stats[a.k + c] : trace_of(run.of[c], a.d);
+        *dw = (T)(drate * (d / (2 * a.eps) * (double)*dw + shift_of(half, trace, a.d)));
     }
 }
 
@@ -296,6 +298,7 @@ static void plan(soft_run *r, const subspace_coding_rate_soft_args *a, bool back
     r->y64 = (double *)carve(base, &careful, r->again * r->pad * RATE_TILE, sizeof(double));
     r->rest64 = (double *)carve(base, &careful, r->again * r->pad, sizeof(double));
     r->traces64 = (double *)carve(base, &careful, r->again * r->pad * 2, sizeof(double));
+    r->panel = (double *)carve(base, &careful, r->again * QR_ROWS * d, sizeof(double));
     if (r->backward) r->v64 = (double *)carve(base, &careful, r->again * n * d, sizeof(double));
     if (r->backward && a->dz) r->dz64 = (double *)carve(base, &careful, n * d, sizeof(double));
     *bytes = MAX(fast, careful);

@@ -3,14 +3,15 @@
  *
  *     V = Z R,  q_i = |v_i|^2,  dZ += diag(w_k) V R'
  *
- * which cancels no more than triangular solves do. All of that is one cooperative launch, whose blocks leave at once
+ * which cancels no more than triangular solves do. Where A itself has lost I, its factor is made of the points
+ * (qr_update.cuh). All of that is one cooperative launch, whose blocks leave at once
  * where there is nothing to do. As many classes at a time as there is memory for; 4 n k d^2 flops in float64.
  *
  * Included by coding_rate_soft.cu.
  */
 #ifndef SUBSPACE_CODING_RATE_SOFT_CUH
 #define SUBSPACE_CODING_RATE_SOFT_CUH
-#include "cholesky.cuh"
+#include "qr_update.cuh"
 
 enum { COLUMNS = 32, ROW_LANES = 16, WARPS = ROW_THREADS / WARP };
 enum { WELL, CARE, BAD }; /* a view */
@@ -23,6 +24,7 @@ static const int64_t AGAIN = 1 << 23;   /* float64 entries of the classes done w
 /* As in cpu/rates/coding_rate_soft.c, which says why. */
 static const double MOST_LOSS_F32 = 1000, MOST_LOSS_F64 = 1e5, LEAST_RATE_F32 = 0.1, LEAST_MASS_F32 = 1e-20;
 static const double OUTLIER = 10;
+static const double TINY = 1e-8;
 static const double CAREFUL = -1; /* in place of tr A_k^-1: the kept inverses are no use */
 
 /* The pairs (a, b), a <= b, of whole rows a0 .. a1-1 of the packed upper half: `width` of them from `at` on. */
@@ -51,7 +53,8 @@ typedef struct soft_run {
     void *square_x, *y;    /* [squares, d, d], [squares pad, 64] or NULL */
     double *rest, *traces; /* [squares pad], [squares pad, 2] */
     double *x64, *y64, *rest64, *traces64, *v64,
-        *dz64; /* in place of the six before: [again, ...], [again, n, d], [n, d] */
+        *dz64;     /* in place of the six before: [again, ...], [again, n, d], [n, d] */
+    double *panel; /* [again, QR_ROWS, d] */
 } soft_run;
 
 /* ----------------------------------------------------------------------------- what a view is like */
@@ -178,6 +181,35 @@ static __device__ void careful_grams(const soft_run &run, int64_t v, int64_t k0,
     }
 }
 
+/* The factors that float64 has lost, from the points; a block for a class */
+template <typename T>
+static __device__ void careful_points(const soft_run &run, int64_t v, int64_t k0, int64_t kc, int wanted)
+{
+    const subspace_coding_rate_soft_args &a = run.a;
+    rows<T> z = rows_of((const T *)a.z + v * a.n * a.d, (const int64_t *)NULL, a.n, a.n, a.d);
+    EACH_ITEM(item, kc)
+    {
+        const square q = run.careful[k0 + item];
+        if (q.side == 0 || run.of[q.slot].good) continue;
+        __syncthreads();
+        z.weight = (const T *)a.weights + v * a.n * a.k + k0 + item, z.weight_ld = a.k;
+        eliminate_points(z, false, q.scale, a.d, a.n, wanted, run.x64 + q.at, run.panel + item * QR_ROWS * a.d,
+                         &run.of[q.slot]);
+    }
+}
+
+/* tr A_k^-1; d where it differs by next to nothing, and dw_ik has nothing for all i */
+static __device__ inline double trace_of(const verdict &of, int64_t d)
+{
+    return of.sum < TINY ? (double)d : of.trace;
+}
+
+static __device__ inline double shift_of(double half, double trace, int64_t d)
+{
+    const double left = (double)d - trace;
+    return left == 0 ? 0 : half - left / 2;
+}
+
 /* V = Z R */
 template <typename T>
 static __device__ void careful_products(const soft_run &run, int64_t v, int64_t k0, int64_t kc, double *shared)
@@ -217,7 +249,7 @@ static __device__ void careful_gradients(const soft_run &run, int64_t v, int64_t
         double sum = 0;
         for (int64_t j = threadIdx.x % WARP; !empty && j < d; j += WARP) sum += row[j] * row[j];
         sum = warp_sum(sum);
-        const double shift = run.of[c].half - ((double)d - run.of[c].trace) / 2;
+        const double shift = shift_of(run.of[c].half, trace_of(run.of[c], d), d);
         if (threadIdx.x % WARP == 0)
             ((T *)a.dweights)[v * n * a.k + i / kc * a.k + c] = empty ? (T)0 : (T)(drate * (shift + scale / 2 * sum));
     }
@@ -251,7 +283,7 @@ template <typename T> __global__ void __launch_bounds__(RATE_THREADS) careful_vi
     squares b = {};
     if (run.state->is != CARE) return;
     b.lists = 1, b.most_large = b.slots = run.again, b.wanted = run.backward ? ROOT : LOGDET;
-    b.x = run.x64, b.of = run.of, b.worst = INFINITY, b.failed = NAN;
+    b.x = run.x64, b.of = run.of, b.worst = LOST, b.failed = 0;
     b.y = run.y64, b.rest = run.rest64, b.traces = run.traces64, b.meeting = run.meeting;
     for (int64_t k0 = 0; k0 < run.a.k; k0 += run.again) {
         const int64_t kc = MIN(run.again, run.a.k - k0);
@@ -260,6 +292,8 @@ template <typename T> __global__ void __launch_bounds__(RATE_THREADS) careful_vi
         grid_sync(run.meeting);
         eliminate_together(b, CEIL_DIV(run.a.d, RATE_TILE), left, right,
                            elimination_space_at(right + RATE_TILE * RATE_PAD, RATE_TILE / PANEL));
+        grid_sync(run.meeting);
+        careful_points<T>(run, v, k0, kc, b.wanted);
         grid_sync(run.meeting);
         if (!run.backward) continue;
         careful_products<T>(run, v, k0, kc, shared);

@@ -237,7 +237,7 @@ static __device__ inline void eliminate_matrix(const squares &b, const square &q
         for (int c = 0; c < PANEL; c++) {
             const int j = PANEL * tj + c;
             t[r][c] = mine && i <= j && j < s ? (b.packed ? scale * row[j] : row[j]) : (C)0;
-            if (sizeof(C) == 4) square_sum += (i < j ? 2. : 1.) * (double)t[r][c] * (double)t[r][c];
+            square_sum += (i < j ? 2. : 1.) * (double)t[r][c] * (double)t[r][c];
             if (i == j) sum += (double)t[r][c];
         }
     }
@@ -249,7 +249,7 @@ static __device__ inline void eliminate_matrix(const squares &b, const square &q
         least = fmin(least, isnan(rest) ? -INFINITY : 1 + rest);
     }
     half = block_sum(half), least = -block_max(-least);
-    const double norm = sizeof(C) == 4 ? sqrt(block_sum(square_sum)) : 0;
+    const double norm = sqrt(block_sum(square_sum));
     const bool good = isfinite(half) && least > 0 && norm <= b.worst * least;
 #pragma unroll
     for (int r = 0; r < PANEL; r++) {

@@ -3,7 +3,7 @@
  */
 #ifndef SUBSPACE_RATE_GROUPS_CUH
 #define SUBSPACE_RATE_GROUPS_CUH
-#include "cholesky.cuh"
+#include "qr_update.cuh"
 
 enum { LISTERS = 256 };                  /* threads of the block that lists a view's groups */
 static const double CAREFUL = 100;       /* as cpu/rates/coding_rate.c */
@@ -32,9 +32,16 @@ typedef struct rate_run {
     verdict *of; /* [v, groups], in the order of `fast` */
     void *y;     /* [v, rows, 64] */
     double *rest, *traces;
+    double *panels; /* [point_blocks, QR_ROWS, side] */
     unsigned *meeting;
     int backward, library;
 } rate_run;
+
+/* Blocks of the kernel that is for what float64 has lost. */
+static unsigned point_blocks(const rate_run *run)
+{
+    return (unsigned)MIN(run->a.v, (int64_t)32);
+}
 
 /* The shape of a group. */
 typedef struct rate_shape {

@@ -1,6 +1,6 @@
 """Augmentations for clustering: callables that turn a batch into another view of it, one view a call.
 
-They draw from torch's generators, so a seed repeats them.
+They draw from torch's generators, or from one they are given, so a seed repeats them.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def _normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
 class Noise:
     """x + `scale` · e with standard normal e; for features whose spread is about one."""
 
     def __init__(self, scale: float = 0.1):
         self.scale = scale
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x + self.scale * torch.randn_like(x)
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return x + self.scale * _normal(x, generator)
 
     def __repr__(self):
         return f"Noise(scale={self.scale:g})"
@@ -49,16 +53,17 @@ class ImageAugment:
             raise ValueError(f"ImageAugment: shape must be (height, width) or (channels, height, width), got {shape!r}")
         self.rotation, self.scale, self.shear, self.shift, self.noise = rotation, scale, shear, shift, noise
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         images = x.reshape(len(x), *(1,) * (3 - len(self.shape)), *self.shape)
-        maps = self.maps(len(x), x.dtype, x.device)
+        maps = self.maps(len(x), x.dtype, x.device, generator)
         grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
         images = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return (images + self.noise * torch.randn_like(images)).reshape(x.shape)
+        return (images + self.noise * _normal(images, generator)).reshape(x.shape)
 
-    def maps(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def maps(self, n: int, dtype: torch.dtype, device: torch.device,
+             generator: torch.Generator | None = None) -> Tensor:
         """Affine maps (n, 2, 3) from an output pixel to where it is read, in affine_grid's coordinates."""
-        angle, shear, sx, sy, tx, ty = 2 * torch.rand(6, n, dtype=dtype, device=device) - 1
+        angle, shear, sx, sy, tx, ty = 2 * torch.rand(6, n, dtype=dtype, device=device, generator=generator) - 1
         angle, shear = self.rotation * angle, self.shear * shear
         sx, sy = 1 + self.scale * sx, 1 + self.scale * sy
         height, width = self.shape[-2:]

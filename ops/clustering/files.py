@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..files import write_whole
+from .training import ordinary
 
 FORMAT, VERSION = "torch_subspace.clustering", 1
 OBJECTS = ("encoder", "callbacks", "device")  # parameters that a file can't or shouldn't hold
@@ -27,7 +28,7 @@ def write_clustering(estimator, path: str | os.PathLike[str]) -> None:
         "history": estimator.history_,
     }
     tensors = {f"network.{k}": v for k, v in estimator.network_.state_dict().items()}
-    tensors |= {k: torch.as_tensor(getattr(estimator, k)) for k in FITTED}
+    tensors |= {k: torch.as_tensor(getattr(estimator, k), device="cpu") for k in FITTED}
     write_whole(path, tensors, {"format": FORMAT, "version": str(VERSION), "estimator": json.dumps(about)})
 
 
@@ -60,10 +61,11 @@ def read_clustering(cls, path: str | os.PathLike[str], encoder):
         estimator._anchors, estimator._potentials = tensors["_anchors"], tensors["_potentials"]
         estimator._anchor_labels, estimator.labels_ = tensors["_anchor_labels"], tensors["labels_"].numpy()
         _check_anchors(estimator)
-        blank = np.zeros((2, estimator.n_features_in_), dtype=np.float32)
-        estimator.network_ = estimator._build(estimator._scaled(blank)).eval()
-        state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-        estimator.network_.load_state_dict(state)
+        with ordinary(torch.device(estimator.device), True):
+            points = estimator._scaled(np.zeros((2, estimator.n_features_in_), dtype=np.float32))
+            estimator.network_ = estimator._build(points, torch.Generator()).eval()
+            state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+            estimator.network_.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = "its encoder does not fit" if about["own_encoder"] else "its contents contradict each other"
         raise ValueError(f"load: {os.fspath(path)!r}: {why}: {error}") from error

@@ -7,6 +7,7 @@ labels: Ding et al., Unsupervised Manifold Linearizing and Clustering (MLC), arX
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
+from ..common import HALF
 from ..metrics import effective_rank
 from ..rates.losses import MLCLoss
 from .files import read_clustering, write_clustering
 from .network import ROWS, Network, build
-from .training import cluster_loss, progress, rate_loss, seeded, train
+from .parameters import check_parameters
+from .randomness import Randomness
+from .training import cluster_loss, ordinary, progress, rate_loss, train
 from .views import viewer
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
@@ -41,8 +46,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     Args:
         n_clusters: clusters to find.
-        encoder: module from batches to features (n, ...), flattened; a copy is trained, except where its parameters
-            don't require gradients. None: a perceptron with layers `hidden`.
+        encoder: module from batches to features (n, ...), flattened; a copy in float32 is trained, except where its
+            parameters don't require gradients. None: a perceptron with layers `hidden`.
         hidden: widths of that perceptron's layers.
         dim: of the learned features; a cluster can be up to about dim / n_clusters dimensional.
         eps: the coding rate's ε², the finer the smaller.
@@ -57,12 +62,14 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         neighbors: half of the views are of one of so many points that are nearest to the point, or to views of it; 0
             for views of the point alone. The search takes n² distances, for a few views.
         init_epochs, epochs: passes over the data in the first and the second phase.
-        batch_size: points in a batch at most. Γ is batch_size x batch_size; it needs several points of each cluster.
+        batch_size: points in a batch at most (three, where it is 2 and one would be alone). Γ is batch_size x
+            batch_size; it needs several points of each cluster.
         lr, weight_decay: of AdamW; the rate falls to zero by a cosine in each phase.
         readout_size: points at most in the Γ that the clusters are read from, drawn at random. The others join the
             cluster they belong to most by Γ, as new points do.
         device: where to compute.
-        random_state: seed, numpy RandomState or None; an int makes fit repeatable. Global generators stay as they are.
+        random_state: seed, numpy RandomState or None; an int makes fit repeatable. Global generators stay as they are;
+            an encoder and an `augment` that draw from torch's do so one fit at a time, where several run in threads.
         verbose: show a progress bar (tqdm).
         callbacks: callables (estimator, record), called with each epoch's entry of `history_`; True ends the phase.
 
@@ -73,8 +80,12 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         n_features_in_, feature_names_in_: as in scikit-learn.
 
     Raises (from fit):
-        ValueError: a parameter that is out of range, X with NaN or too few points, an encoder that doesn't fit X.
+        ValueError: a parameter of a wrong type (then it is a TypeError, too) or out of range, X with NaN or too few
+            points, an encoder that doesn't fit X.
         RuntimeError: a loss that is not finite.
+
+    Fewer distinct points than clusters give as many clusters, and a ConvergenceWarning. Autocast, default dtypes and
+    devices, no_grad and inference_mode around a call change nothing.
 
     Source: arXiv 2301.01805; the invariance term after arXiv 2304.03977.
 
@@ -141,30 +152,37 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         X = self._checked(X, reset=True)
         if len(X) < max(2, self.n_clusters):
             raise ValueError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and two at least")
-        random = check_random_state(self.random_state)
+        draws = check_random_state(self.random_state)
         vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
-        with seeded(random.randint(2**31 - 1), self.device):
+        with ordinary(torch.device(self.device), True), progress(self.init_epochs + self.epochs, self.verbose) as bar:
+            random = Randomness(draws.randint(2**31 - 1), self.device)
             self._mean, self._scale = _spread(X, self.image_shape)
             points = self._scaled(X)
-            self.network_ = self._build(points)
+            self.network_ = self._build(points, random.host)
             self.history_ = []
-            view = viewer(points, self.augment, self.image_shape, self.neighbors)
-            with progress(self.init_epochs + self.epochs, self.verbose) as bar:
-                self._train("rate", points, view, rate_loss(float(self.eps), self.invariance[0]), self.init_epochs, bar)
-                self.network_.copy_head()
-                self._train("clusters", points, view, cluster_loss(self._mlc(), self.invariance[1]), self.epochs, bar)
+            bar.set_description("neighbors")
+            view = viewer(points, self.augment, self.image_shape, self.neighbors, random)
+            loss = rate_loss(float(self.eps), self.invariance[0])
+            self._train("rate", points, view, loss, self.init_epochs, random, bar)
+            self.network_.copy_head()
+            loss = cluster_loss(self._mlc(), self.invariance[1])
+            self._train("clusters", points, view, loss, self.epochs, random, bar)
             self.network_.eval()
+            bar.set_description("clusters")
             _, c = self._embed(points)
-            chosen = torch.as_tensor(random.permutation(len(c))[: self.readout_size])
-            self._read_out(c[chosen], random)
+            chosen = torch.as_tensor(draws.permutation(len(c))[: self.readout_size])
+            self._read_out(c[chosen], self._distinct(points), draws)
             labels = self._assigned(c)
             labels[chosen] = self._anchor_labels
             self.labels_ = labels.numpy()
         return self
 
-    def _train(self, phase, points, view, loss_of, epochs, bar) -> None:
-        losses = train(self.network_, points, view, loss_of, views=self.views, epochs=epochs,
-                       batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay)
+    def _train(self, phase, points, view, loss_of, epochs, random, bar) -> None:
+        network = self.network_.train()
+        losses = train(network if self.encoder is None else random.lend_to(network), points, view, loss_of, random,
+                       parameters=network.parameters(), views=self.views, epochs=epochs, batch_size=self.batch_size,
+                       lr=self.lr, weight_decay=self.weight_decay)
+        bar.set_description(phase)
         for epoch, (total, z) in enumerate(losses):
             if not np.isfinite(total):
                 raise RuntimeError(f"ManifoldClustering: the loss is {total} in epoch {epoch} of phase {phase!r}; "
@@ -182,8 +200,19 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return MLCLoss(float(self.eps), float(self.eta), float(self.reg))
 
     # ------------------------------------------------------------- read-out
+    def _distinct(self, points) -> int:
+        """How many clusters there can be: `n_clusters`, or the distinct points where there are fewer."""
+        seen: set[bytes] = set()
+        for row in points.flatten(1).cpu().numpy():
+            seen.add(row.tobytes())
+            if len(seen) >= self.n_clusters:
+                return self.n_clusters
+        warnings.warn(f"ManifoldClustering: the distinct points, {len(seen)}, and so the clusters, are fewer than "
+                      f"n_clusters={self.n_clusters}", ConvergenceWarning, stacklevel=3)
+        return len(seen)
+
     @torch.no_grad()
-    def _read_out(self, c, random) -> None:
+    def _read_out(self, c, clusters, random) -> None:
         """Cluster the anchors c (m, dim) by their plan, and keep what it takes to extend the plan to other points.
 
         Spectral clustering with twice as many eigenvectors as clusters, and rows of unit length: where Γ has more
@@ -194,8 +223,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
         plan = self._mlc().membership(c)
         values, vectors = torch.linalg.eigh((plan + plan.mT).double().cpu() / 2)
-        rows = normalize((vectors * values.square())[:, -2 * self.n_clusters :])
-        kmeans = KMeans(self.n_clusters, n_init=20, random_state=random)
+        rows = normalize((vectors * values.square())[:, -2 * clusters :])
+        kmeans = KMeans(clusters, n_init=20, random_state=random)
         labels = kmeans.fit_predict(rows.numpy())
         # Γ_jj = g_j² exp(1/η) tells the potentials g of the plan Γ_ij = g_i exp(|c_i'c_j|/η) g_j
         self._anchors, self._potentials = c, plan.diagonal().log() / 2
@@ -212,13 +241,16 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Clusters of points X (n, f): those to which they belong most by Γ, extended to them. int64 (n,)."""
-        points = self._known(X)
-        with torch.no_grad():
-            return self._assigned(self._embed(points)[1]).numpy()
+        with self._computing():
+            return self._assigned(self._embed(self._known(X))[1]).numpy()
 
     def transform(self, X: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
         """Features of points X (n, f): unit rows, float32 (n, dim)."""
-        return self._embed(self._known(X))[0].cpu().numpy()
+        with self._computing():
+            return self._embed(self._known(X))[0].cpu().numpy()
+
+    def _computing(self):
+        return ordinary(torch.device(self.device), False)
 
     @torch.no_grad()
     def _embed(self, points) -> tuple[Tensor, Tensor]:
@@ -231,52 +263,29 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return self._scaled(self._checked(X, reset=False))
 
     def _checked(self, X, reset) -> np.ndarray:
-        """X as finite float32 (n, f)."""
+        """X as finite float32 or float64 (n, f)."""
+        if isinstance(X, Tensor):
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype in HALF else X).numpy()
         if self.image_shape is not None and hasattr(X, "shape") and len(X.shape) > 2:
             if tuple(X.shape[1:]) != tuple(self.image_shape):
                 raise ValueError(f"X holds images of {tuple(X.shape[1:])}, image_shape is {tuple(self.image_shape)}")
             X = X.reshape(len(X), -1)
-        X = validate_data(self, X, dtype=np.float32, reset=reset)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
         if self.image_shape is not None and X.shape[1] != np.prod(self.image_shape):
             raise ValueError(f"X has {X.shape[1]} features, image_shape={tuple(self.image_shape)} has others")
         return X
 
     def _scaled(self, X) -> Tensor:
+        """X without its offset, which float32 might have no digits for."""
         x = torch.tensor((X - self._mean) / self._scale, dtype=torch.float32, device=self.device)
         return x if self.image_shape is None else x.reshape(len(x), *self.image_shape)
 
-    def _build(self, points) -> Network:
-        return build(points, self.encoder, self.hidden, self.dim)
+    def _build(self, points, generator) -> Network:
+        return build(points, self.encoder, self.hidden, self.dim, generator)
 
     def _check_parameters(self) -> None:
-        def need(good, name, rule):
-            if not good:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-
-        def whole(value):
-            return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-        for name in ("n_clusters", "dim", "views", "batch_size", "readout_size"):
-            need(whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number > 0")
-        for name in ("init_epochs", "epochs", "neighbors"):
-            need(whole(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number >= 0")
-        for name in ("eps", "eta", "lr"):
-            need(_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number > 0")
-        for name in ("reg", "weight_decay"):
-            need(_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number >= 0")
-        need(self.readout_size >= self.n_clusters, "readout_size", f">= n_clusters={self.n_clusters}")
-        need(self.batch_size > 1, "batch_size", "> 1")
-        need(self.encoder is None or isinstance(self.encoder, nn.Module), "encoder", "a torch module or None")
-        pair = isinstance(self.invariance, Sequence) and len(self.invariance) == 2
-        need(pair and all(_number(w) and w >= 0 for w in self.invariance), "invariance", "two numbers >= 0")
-        hidden = isinstance(self.hidden, Sequence) and all(whole(w) and w > 0 for w in self.hidden)
-        need(hidden, "hidden", "a sequence of whole numbers > 0")
-        known = self.augment is None or callable(self.augment) or self.augment in ("noise", "images")
-        need(known, "augment", "'noise', 'images', a callable or None")
-        shape = self.image_shape
-        if shape is not None or isinstance(self.augment, str) and self.augment == "images":
-            good = isinstance(shape, Sequence) and len(shape) in (2, 3) and all(whole(s) and s > 0 for s in shape)
-            need(good, "image_shape", "(height, width) or (channels, height, width)")
+        check_parameters(self)
 
     @property
     def _n_features_out(self) -> int:
@@ -314,11 +323,9 @@ def _spread(X, image_shape):
     else:
         channels = image_shape[0] if len(image_shape) == 3 else 1
         mean = X.reshape(len(X), channels, -1).mean((0, 2), dtype=np.float64).repeat(X.shape[1] // channels)
-    mean = mean.astype(np.float32)
-    scale = float((X - mean).std(dtype=np.float64))
-    return mean, scale if scale > 0 else 1.0
-
-
-def _number(value) -> bool:
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return real and bool(np.isfinite(value))
+    centred = X - mean
+    largest = float(np.abs(centred).max())
+    scale = largest * float((centred / largest).std()) if largest > 0 else 1.0
+    if not 0 < scale < np.inf:
+        raise ValueError(f"X must have a spread that float64 holds, got values up to {np.abs(X).max():g}")
+    return mean, scale

@@ -1,16 +1,16 @@
-"""The training of `ManifoldClustering`: its losses, its epochs, their seed and their progress bar."""
+"""The training of `ManifoldClustering`: its losses, its epochs and their progress bar."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..rates.losses import CodingRateLoss, MLCLoss
-from .network import Network
+from .randomness import Randomness
 
 
 def rate_loss(eps: float, invariance: float) -> Callable:
@@ -34,18 +34,18 @@ def variance(z: Tensor) -> Tensor:
     return 1 - cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean() if len(z) > 1 else z.new_zeros(())
 
 
-def train(network: Network, points: Tensor, view: Callable | None, loss_of: Callable, *, views: int, epochs: int,
-          batch_size: int, lr: float, weight_decay: float) -> Iterator[tuple[float, Tensor]]:
+def train(network: Callable, points: Tensor, view: Callable | None, loss_of: Callable, random: Randomness, *,
+          parameters: Iterable[Tensor], views: int, epochs: int, batch_size: int, lr: float,
+          weight_decay: float) -> Iterator[tuple[float, Tensor]]:
     """One epoch after the other; yields the loss of each and the last batch's features (V, n, dim)."""
-    network.train()
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
-    batches = -(-len(points) // batch_size)
+    batches = max(1, min(-(-len(points) // batch_size), len(points) // 2))  # no point is alone in one
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * batches))
     views = views if view else 1
     for _ in range(epochs):
         total = 0.0
-        for rows in torch.randperm(len(points)).tensor_split(batches):
+        for rows in torch.randperm(len(points), generator=random.host).tensor_split(batches):
             x = torch.cat([view(rows) for _ in range(views)]) if view else points[rows]
             if len(x) != views * len(rows):
                 raise ValueError(f"augment must return as many points as it is given, {len(rows)}, "
@@ -61,12 +61,17 @@ def train(network: Network, points: Tensor, view: Callable | None, loss_of: Call
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: str | torch.device):
-    """torch's generators start from `seed` inside, and go on as before after it."""
-    device = torch.device(device)
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
+def ordinary(device: torch.device, gradients: bool):
+    """torch as it is when nobody has turned anything: no autocast, no default device, gradients or none of them."""
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in {"cpu", device.type}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
         yield
 
 

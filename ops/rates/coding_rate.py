@@ -20,6 +20,8 @@ from ..common import FLOATS, check_dense, check_floating, check_number, second_d
 
 _op = torch.ops.torch_subspace
 _EPS = (math.ulp(0.0), 1e300, "a number above 0")
+LOST = 1e12  # about the condition of I + X from which on a Cholesky factor in float64 is good for no four digits
+
 
 def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5) -> Tensor:
     """Coding rate R of all points, or with a membership the rate Rc of the classes, each coded on its own.
@@ -42,8 +44,9 @@ def coding_rate(z: Tensor, membership: Tensor | None = None, *, eps: float = 0.5
     Raises:
         TypeError: z or membership is no tensor or of another dtype.
         ValueError: shapes, devices or values do not fit; negative labels are looked for on the CPU only.
-        RuntimeError: z holds values that are not finite (on CUDA the rate is NaN instead: finding out would stall the
-            stream).
+        RuntimeError: z holds values that are not finite, or points so long, of low rank, that float64 can't tell the
+            rank: some 1e11 sqrt(eps). (On CUDA the rate is NaN instead: finding out would stall the stream. Second
+            derivatives and torch.func, by the plain formula, are NaN from 1e6 sqrt(eps) on.)
 
     Source: arXiv 2006.08558, eq. 7 and 8; soft memberships as in arXiv 2301.01805.
 
@@ -185,9 +188,19 @@ def _plain(z: Tensor, labels: Tensor | None, eps: float) -> Tensor:
         same = labels[..., :, None] == labels[..., None, :]
         count = same.sum(-1).to(z.dtype)
         weight, gram = count / n, torch.where(same, z @ z.mT * (d / eps / count)[..., None], 0)
-    eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
+    return (weight * log_pivots(gram)).sum(-1).to(dtype)
+
+
+def log_pivots(gram: Tensor) -> Tensor:
+    """Logarithms of the Cholesky factor's diagonal of I + X, X (..., s, s) in float64; their sum is 1/2 log det.
+
+    NaN where the points are so long, and of so low a rank, that X has rounded I away.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(eye + gram).diagonal(dim1=-2, dim2=-1)
-    return (weight * root.log()).sum(-1).to(dtype)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    kept = trace <= LOST * root.amin(-1, keepdim=True).square()
+    return root.log() * torch.where(kept, 1.0, torch.nan)  # a gradient is NaN as well
 
 
 def _setup_backward(ctx, inputs, output):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import WIDE, transformed
+from ..common import WIDE, full_precision, transformed
+from .coding_rate import log_pivots
 
 _op = torch.ops.torch_subspace
 
@@ -64,23 +65,21 @@ def _shorter(z: Tensor) -> Tensor:
     dL Q is that in Z exactly, because it lies in the rows' span anyway. (The second derivative would not be, and the op
     has none.) So n points in more than n dimensions cost what n dimensions cost.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         wide = z.double()  # what L has beyond the rank of Z must be nothing, not the rounding of large rows
         q = torch.linalg.qr(wide.detach().mT).Q
         return (wide @ q).to(z.dtype)
 
 
-# The same formula in plain torch operations, for `transformed()`.
+# The same formula in plain torch operations, in float64, for `transformed()`.
 def _eager(z: Tensor, weights: Tensor, eps: float) -> Tensor:
-    n, d = z.shape[1:]
+    dtype, z, weights, (n, d) = z.dtype, z.double(), weights.double(), z.shape[1:]
     mass = weights.sum(1)
     used = mass > 0
     scale = torch.where(used, d / (eps * torch.where(used, mass, 1)), 0)
     grams = torch.einsum("vnk,vnd,vne->vkde", weights, z, z)
-    eye = torch.eye(d, dtype=z.dtype, device=z.device)
-    factor = torch.linalg.cholesky(eye + scale[..., None, None] * grams)
-    half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (mass * half_logdet).sum(-1) / n
+    half_logdet = log_pivots(scale[..., None, None] * grams).sum(-1)
+    return ((mass * half_logdet).sum(-1) / n).to(dtype)
 
 
 @torch.library.register_fake("torch_subspace::coding_rate_soft")

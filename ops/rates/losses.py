@@ -15,9 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..common import NOT_NEGATIVE, POSITIVE, check_floating, check_number, check_word, told
+from ..common import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_floating,
+    check_number,
+    check_word,
+    full_precision,
+    told,
+    transformed,
+)
 from ..transport.sinkhorn import sinkhorn
-from .coding_rate import check, coding_rate, rate_reduction
+from .coding_rate import check, coding_rate, log_pivots, rate_reduction
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -101,6 +110,21 @@ class MCR2Loss(CodingRateLoss):
                         self.reduction)
 
 
+class _Products(torch.autograd.Function):
+    """c c', with a gradient that is in full precision too where the backward runs under autocast."""
+
+    @staticmethod
+    def forward(ctx, c):
+        ctx.save_for_backward(c)
+        return c @ c.mT
+
+    @staticmethod
+    def backward(ctx, dproduct):
+        c, = ctx.saved_tensors
+        with full_precision(c):
+            return (dproduct + dproduct.mT) @ c
+
+
 class MLCLoss(nn.Module):
     """-R(z) + Rc(z, Γ) + reg/2 ‖Γ‖², with ``Γ = sinkhorn(|ĉ ĉ'|, eta)`` a doubly stochastic membership.
 
@@ -139,8 +163,10 @@ class MLCLoss(nn.Module):
         check_floating("MLCLoss", "c", c)
         if c.dim() < 2 or 0 in c.shape[-2:]:
             raise ValueError(f"MLCLoss: c must be (..., n, h) with n > 0 and h > 0, got {tuple(c.shape)}")
-        c = nn.functional.normalize(c if c.dtype == torch.float64 else c.float(), dim=-1)
-        return sinkhorn((c @ c.mT).abs(), eta=self.eta, symmetric=True, mode=self.mode)
+        with full_precision(c):
+            c = nn.functional.normalize(c if c.dtype == torch.float64 else c.float(), dim=-1)
+            cosines = c @ c.mT if transformed() else _Products.apply(c)
+            return sinkhorn(cosines.abs(), eta=self.eta, symmetric=True, mode=self.mode)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         check("MLCLoss", z, None, self.eps)
@@ -201,9 +227,11 @@ def _summed_rate(z, membership, eps, group):
     gram, mass, total = packed.split([k * d * d, k, 1], -1)
     gram = gram.unflatten(-1, (k, d, d))
     share = torch.where(mass > 0, mass, 1)
-    a = torch.eye(d, dtype=wide.dtype, device=z.device) + d / eps * gram / share[..., None, None]
-    half_logdet = torch.linalg.cholesky(a).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    half_logdet = log_pivots(d / eps * gram / share[..., None, None]).sum(-1)
     rate = (mass * half_logdet).sum(-1) / total.squeeze(-1)
+    if not z.is_cuda and not rate.isfinite().all():
+        raise RuntimeError("coding_rate: z holds values that are not finite, or points so long, of low rank, that "
+                           "their Gram matrix in float64 rounds their rate away: scale z")
     return rate if z.dtype == torch.float64 else rate.float()
 
 

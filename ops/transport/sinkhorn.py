@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..common import WIDE, check_floating, check_number, transformed
+from ..library import raise_signal
 
 _op = torch.ops.torch_subspace
 _MODES = {"implicit": 0, "cpp": 5}  # half steps; 0: to the tolerance
 _ETA = (math.ulp(0.0), sys.float_info.max, "a positive finite number")
 _TOL = (0, math.inf, "a number of at least 0")
 _SWEEPS = (0, (1 << 63) - 1, "an int of at least 0")
+TINY, FAINT = 1e-20, 1e-16  # of the largest marginal: in place of 0; what is less needs help in the backward
 _GENERAL, _SYMMETRIC, _LOOK = range(3)  # subspace_symmetry
 
 
@@ -36,8 +38,9 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         tol: stop when no row or column sum is further than this from its marginal, relative to the marginal.
         max_iter: sweeps at most, over rows and columns; 0 gives exp((scores - max) / eta) as it is (whose gradient is
             still taken as that of a plan).
-        row, col: marginals, (m,) and (n,) or batched (..., m) and (..., n), positive, of equal sums; ones by default,
-            then m = n.
+        row, col: marginals, (m,) and (n,) or batched (..., m) and (..., n), of equal sums; ones by default, then m = n.
+            Rows and columns of marginal 0 are 0 in the plan, and may be all -inf in scores; the gradient of such a 0 is
+            that from above. Where both the row's and the column's are 0, an entry takes no part.
         symmetric: True promises that scores equal their transpose (up to rounding: the upper half is taken) and that
             col = row. That halves the work, and the gradient is that of a symmetric argument, itself symmetric.
             None: it is found out, plan by plan, to a few units of rounding, and the gradient stays the general one; the
@@ -92,8 +95,12 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         raise ValueError(f"sinkhorn: marginals of ones need a square plan, got {tuple(scores.shape)}: give row and col")
     if eager and not (symmetric and not cpp):
         _check_sums(row, col, wide)
+    shares = ()
+    given = [t for t in (row, col) if t is not None]
+    if given and not (eager and all(t.all() for t in given)):
+        wide, row, col, shares = _filled(wide, row, col, bool(symmetric) and not cpp)
     if transformed():
-        return _eager(wide, row, col, eta, int(max_iter), bool(symmetric), cpp)
+        return _emptied(_eager(wide, row, col, eta, int(max_iter), bool(symmetric), cpp), *shares)
     how = _GENERAL if cpp or symmetric is False else _SYMMETRIC if symmetric else _LOOK
     empty = wide.new_empty(0)
     flat = [empty if t is None else t.expand(*wide.shape[:-2], t.shape[-1]).reshape(-1, t.shape[-1])
@@ -102,6 +109,7 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         plan, error, _ = _op.sinkhorn(wide.reshape(-1, m, n), *flat, float(eta), float(tol), int(max_iter), how,
                                       _MODES[mode])
     except RuntimeError as problem:
+        raise_signal(problem)
         if eager and "not symmetric" in str(problem):
             raise ValueError(str(problem).splitlines()[0]) from None
         raise
@@ -110,7 +118,7 @@ def sinkhorn(scores: Tensor, *, eta: float = 0.1, tol: float = 1e-6, max_iter: i
         if not worst <= tol:
             warnings.warn(f"sinkhorn: after {max_iter} sweeps a row or column sum is still off by {worst:.1e} of its "
                           f"marginal, tol is {tol:g}: raise max_iter or eta", RuntimeWarning, stacklevel=2)
-    return plan.view(scores.shape)
+    return _emptied(plan.view(scores.shape), *shares)
 
 
 def _check(scores, eta, tol, max_iter, symmetric, mode) -> None:
@@ -140,10 +148,36 @@ def _marginal(name: str, given: Tensor | None, scores: Tensor, size: int, eager:
     batch = tuple(scores.shape[:-2])
     if tuple(given.shape) not in ((size,), (*batch, size)):
         raise ValueError(f"sinkhorn: {name} must be ({size},) or {(*batch, size)}, got {tuple(given.shape)}")
-    if eager and not ((given > 0) & (given < math.inf)).all():
-        raise ValueError(f"sinkhorn: {name} must be positive and finite, got entries in "
+    if eager and not (((given >= 0) & (given < math.inf)).all() and given.any(-1).all()):
+        raise ValueError(f"sinkhorn: {name} must be positive and finite, or 0 but not everywhere, got entries in "
                          f"[{given.min().item():g}, {given.max().item():g}]")
     return given.to(scores.dtype)
+
+
+def _filled(scores: Tensor, row: Tensor | None, col: Tensor | None, symmetric: bool):
+    """Marginals whose zeros are so small that no sum notices, scores to go with them, and what the plan's rows and
+    columns are to be multiplied with: 1, or 0 with the derivative that brings the plan of a small marginal back."""
+    given = (row, row) if symmetric else (row, col)
+    filled, share, empty = [None, None], [None, None], [None, None]
+    for i, t in enumerate(given):
+        if t is None:
+            continue
+        least = TINY * t.detach().amax(-1, keepdim=True)
+        empty[i] = t == 0
+        filled[i], share[i] = torch.where(empty[i], t + least, t), torch.where(empty[i], t / least, 1)
+    rows, columns = (torch.zeros_like(scores[..., 0, :1], dtype=torch.bool) if t is None else t for t in empty)
+    rows, columns = rows[..., :, None], columns[..., None, :]
+    top = scores.detach().amax((-2, -1), keepdim=True)
+    scores = torch.where(rows | columns, scores.detach(), scores)
+    scores = torch.where(rows & columns, -math.inf, scores)
+    scores, before = torch.where(rows & ~columns & (scores == -math.inf).all(-1, keepdim=True), top, scores), scores
+    scores = torch.where(columns & ~rows & (before == -math.inf).all(-2, keepdim=True), top, scores)
+    return scores, filled[0], None if symmetric else filled[1], tuple(share)
+
+
+def _emptied(plan: Tensor, row: Tensor | None = None, col: Tensor | None = None) -> Tensor:
+    plan = plan if row is None else plan * row[..., :, None]
+    return plan if col is None else plan * col[..., None, :]
 
 
 def _one_marginal(row: Tensor | None, col: Tensor | None, eager: bool) -> Tensor | None:
@@ -207,9 +241,29 @@ def _backward(ctx, dplan, _derror, _dsweeps):
         return (None,) * 8
     plan, row, col = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = _op.sinkhorn_backward(dplan, plan, row, col, ctx.eta, ctx.symmetric, ctx.half_steps, *need)
+    either = need[1] or need[2]
+    gradients = _op.sinkhorn_backward(dplan, plan, row, col, ctx.eta, ctx.symmetric, ctx.half_steps, need[0], either,
+                                      either)
+    if either and not ctx.half_steps:
+        gradients = gradients[0], *_traces(dplan, plan, *gradients[1:], ctx.symmetric == _SYMMETRIC)
     shapes = plan.shape, row.shape, col.shape
     return *(g.view(shape) if wanted else None for g, shape, wanted in zip(gradients, shapes, need)), *(None,) * 5
+
+
+def _traces(dplan: Tensor, plan: Tensor, drow: Tensor, dcol: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """drow and dcol, of rows and columns with next to no mass from their own equations: x = ((P o G) 1 - P y) / R.
+
+    Such a row weighs nothing in the residual by which the conjugate gradients stop.
+    """
+    plan, dplan = (t.reshape(-1, *plan.shape[-2:]) for t in (plan, dplan))
+    if symmetric:
+        dplan, dcol, drow = (dplan + dplan.mT) / 2, drow / 2, drow / 2
+    found = []
+    for own, other, p, g in ((drow, dcol, plan, dplan), (dcol, drow, plan.mT, dplan.mT)):
+        mass = p.sum(-1)
+        value = (p * (g - other[:, None, :])).sum(-1) / mass
+        found.append(torch.where(mass < FAINT * mass.amax(-1, keepdim=True), value, own))
+    return (2 * found[0], torch.zeros_like(dcol)) if symmetric else tuple(found)
 
 
 torch.library.register_autograd("torch_subspace::sinkhorn", _backward, setup_context=_setup)

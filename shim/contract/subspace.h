@@ -26,7 +26,8 @@ typedef enum subspace_status {
     SUBSPACE_WORKSPACE_TOO_SMALL, /* fewer bytes than subspace_<op>_workspace_<dev>() */
     SUBSPACE_NUMERICAL,           /* a factorisation broke down */
     SUBSPACE_BLAS,                /* cuBLAS refused */
-    SUBSPACE_CUDA                 /* the CUDA runtime refused */
+    SUBSPACE_CUDA,                /* the CUDA runtime refused */
+    SUBSPACE_INTERRUPTED          /* as the caller wished */
 } subspace_status;
 
 /* Half types are stored as such and computed in float32. */
@@ -39,9 +40,10 @@ typedef struct subspace_ctx {
     int64_t threads; /* how many threads parallel_for uses at most; 1 on CUDA */
     /* fn over [0, count) in disjoint ranges, each of at least `grain`; returns when all are done */
     void (*parallel_for)(int64_t count, int64_t grain, void (*fn)(int64_t begin, int64_t end, void *arg), void *arg);
-    void *stream;      /* cudaStream_t;   NULL on the CPU */
-    void *blas;        /* cublasHandle_t; NULL on the CPU */
-    char message[256]; /* written only when the status is not OK */
+    int (*interrupted)(void); /* or NULL; asked between the steps of what can take long: 1 ends it */
+    void *stream;             /* cudaStream_t;   NULL on the CPU */
+    void *blas;               /* cublasHandle_t; NULL on the CPU */
+    char message[256];        /* written only when the status is not OK */
 } subspace_ctx;
 
 /* Rows of the classes: class i owns the rows start[i] .. start[i+1]-1 of the weight when the dims

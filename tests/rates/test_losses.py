@@ -103,6 +103,20 @@ class TestValues:
             assert found.dtype == torch.float32
             assert abs(found.item() / expected.item() - 1) < 1e-4
 
+    def test_autocast_rounds_nothing(self):
+        z, c = (t.requires_grad_() for t in (points(dtype=torch.float32), points(d=5, seed=1, dtype=torch.float32)))
+        for loss, extra in ((ts.CodingRateLoss(), ()), (ts.MCR2Loss(), (LABELS,)), (ts.MLCLoss(), (c,)),
+                            (ts.MLCLoss(mode="cpp"), (c,))):
+            leaves = [z, *(e for e in extra if e is c)]
+            expected = loss(z, *extra)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = loss(z, *extra)
+                assert torch.equal(found, expected)
+                gradients = torch.autograd.grad(found, leaves)
+            assert all(map(torch.equal, gradients, torch.autograd.grad(expected, leaves)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ts.MLCLoss().membership(c).dtype == torch.float32
+
     def test_compile(self):
         z, c = points(dtype=torch.float32), points(d=5, seed=1, dtype=torch.float32)
         for loss, extra in ((ts.CodingRateLoss(), ()), (ts.MCR2Loss(), (LABELS,)), (ts.MLCLoss(), (c,))):

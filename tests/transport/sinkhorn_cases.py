@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import torch_subspace  # noqa: F401  (registers the ops)
+
 OP, BACKWARD = torch.ops.torch_subspace.sinkhorn, torch.ops.torch_subspace.sinkhorn_backward
 TIGHT = {torch.float64: 1e-13, torch.float32: 1e-6}
 each_dtype = pytest.mark.parametrize("dtype", TIGHT, ids=str)

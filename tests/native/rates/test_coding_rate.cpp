@@ -252,6 +252,56 @@ TYPED_TEST(CodingRate, HardForFloat)
         }
 }
 
+// Points c_i u of a group, all exactly on one line: 1/2 log(1 + a |c|^2 |u|^2), dz_i = drate m/n a / (1 + ...) c_i u.
+// The gradient is compared in the scale of the longest there can be, drate m/n sqrt(a) / 2: a long point's is less than
+// what rounding the points does to it.
+TYPED_TEST(CodingRate, LongPointsOfRankOne)
+{
+    typedef TypeParam T;
+    const int64_t shapes[][3] = {{40, 12, 0}, {12, 40, 0},   {1, 9, 0},    {23, 6, 3},
+                                 {20, 30, 2}, {190, 188, 0}, {270, 280, 1}};
+    for (const auto &s : shapes)
+        for (int exponent : {-40, 0, 10, 17, 25, 30, 60}) {
+            if (!looks_at_values() && (s[0] > 100 || exponent % 10 == 7 || exponent == 0)) continue; // a matter of time
+            Problem<T> p(s[0], s[1], dealt(s[0], size_t(s[2])));
+            const size_t n = size_t(s[0]), d = size_t(s[1]);
+            std::vector<double> u(d), c(n), dz(n * d);
+            double square = 0, rate = 0, unit = 0, longest = 0;
+            for (size_t j = 0; j < d; j++) u[j] = double(j * 37 % 19) - 9.5, square += u[j] * u[j];
+            for (size_t i = 0; i < n; i++) c[i] = std::ldexp(double(i % 3 + 1), exponent);
+            for (size_t i = 0; i < n * d; i++) p.z[i] = T(c[i / d] * u[i % d]);
+            Groups groups = p.views[0].empty() ? dealt(s[0], 1)[0] : p.views[0];
+            for (const auto &rows : groups) {
+                const double m = double(rows.size()), a = double(d) / (m * p.a.eps), share = m / double(n);
+                double sum = 0;
+                for (int64_t i : rows) sum += c[size_t(i)] * c[size_t(i)];
+                if (rows.empty()) continue;
+                rate += share / 2 * std::log1p(a * sum * square);
+                longest = std::max(longest, std::sqrt(a * sum * square));
+                unit = std::max(unit, std::fabs(double(p.drate[0])) * share * std::sqrt(a) / 2);
+                for (int64_t i : rows)
+                    for (size_t j = 0; j < d; j++)
+                        dz[size_t(i) * d + j] =
+                            double(p.drate[0]) * share * a / (1 + a * sum * square) * c[size_t(i)] * u[j];
+            }
+            Context ctx(2);
+            ctx.size(subspace_coding_rate_workspace_cpu(&ctx, &p.a));
+            const auto status = subspace_coding_rate_cpu(&ctx, &p.a);
+            if (exponent == 60 && s[0] > 1) { // float64 can't tell either
+                if (looks_at_values()) EXPECT_EQ(SUBSPACE_NUMERICAL, status) << s[0] << " x " << s[1];
+                else EXPECT_TRUE(std::isnan(p.rate[0])) << p.rate[0];
+                continue;
+            }
+            ASSERT_EQ(SUBSPACE_OK, status) << ctx.message;
+            for (bool keep : {true, false}) {
+                p.run(2, keep);
+                EXPECT_NEAR(rate, double(p.rate[0]), 1e-5 * rate) << s[0] << " x " << s[1] << " 2^" << exponent;
+                for (size_t i = 0; i < n * d; i++)
+                    ASSERT_NEAR(dz[i], double(p.dz[i]), (2e-5 + 4e-15 * longest) * unit) << exponent;
+            }
+        }
+}
+
 TYPED_TEST(CodingRate, ReportsValuesThatAreNotFinite)
 {
     for (auto shape : {std::pair<int64_t, int64_t>{12, 5}, {5, 12}, {270, 280}}) {

@@ -214,6 +214,68 @@ TEST(CodingRateSoft, OnlyTheGradientsAskedFor)
     }
 }
 
+// As LongPointsOfRankOne of coding_rate, with weights: q_i = c_i^2 |u|^2 / (1 + a sum), a = d / (t eps).
+template <typename T> void long_points_of_rank_one()
+{
+    for (const Shape &s : {Shape{1, 40, 12, 2}, Shape{1, 20, 6, 40}, Shape{1, 9, 9, 1}, Shape{1, 70, 66, 2}})
+        for (int exponent : {-40, 0, 10, 17, 25, 30, 60}) {
+            if (!looks_at_values() && (s.n > 40 || exponent % 10 == 7 || exponent == 0)) continue; // a matter of time
+            Problem<T> p(s);
+            Context ctx(2);
+            const int64_t n = s.n, d = s.d, k = s.k;
+            std::vector<double> u(d), c(n), dz(n * d), dw(n * k), t(k), sum(k);
+            double square = 0, rate = 0, longest = 0;
+            for (int64_t j = 0; j < d; j++) u[j] = double(j * 37 % 19) - 9.5, square += u[j] * u[j];
+            for (int64_t i = 0; i < n; i++) c[i] = std::ldexp(double(i % 3 + 1), exponent);
+            for (int64_t i = 0; i < n * d; i++) p.z[i] = T(c[i / d] * u[i % d]);
+            for (int64_t i = 0; i < n * k; i++) {
+                t[i % k] += double(p.weights[i]);
+                sum[i % k] += double(p.weights[i]) * c[i / k] * c[i / k] * square;
+            }
+            for (int64_t q = 0; q < k; q++) {
+                const double a = double(d) / (t[q] * p.a.eps), x = t[q] == 0 ? 0 : a * sum[q];
+                if (t[q] == 0) continue;
+                rate += t[q] / 2 * std::log1p(x) / double(n);
+                longest = std::max(longest, std::sqrt(x));
+                for (int64_t i = 0; i < n; i++) {
+                    const double at = double(d) / (double(n) * p.a.eps) / (1 + x);
+                    dw[i * k + q] = double(p.drate[0]) *
+                                    ((std::log1p(x) / 2 - x / (1 + x) / 2) / double(n) + at / 2 * c[i] * c[i] * square);
+                    for (int64_t j = 0; j < d; j++)
+                        dz[i * d + j] += double(p.drate[0]) * at * double(p.weights[i * k + q]) * c[i] * u[j];
+                }
+            }
+            ctx.size(subspace_coding_rate_soft_workspace_cpu(&ctx, &p.a));
+            const auto status = subspace_coding_rate_soft_cpu(&ctx, &p.a);
+            if (exponent == 60) { // float64 can't tell either
+                if (looks_at_values()) EXPECT_EQ(SUBSPACE_NUMERICAL, status) << s.n << " x " << s.d;
+                else EXPECT_TRUE(std::isnan(p.rate[0])) << p.rate[0];
+                continue;
+            }
+            ASSERT_EQ(SUBSPACE_OK, status) << ctx.message;
+            for (bool keep : {true, false}) {
+                p.a.inverse = keep ? p.inverse.data() : nullptr, p.a.stats = keep ? p.stats.data() : nullptr;
+                p.forward(ctx);
+                p.backward(ctx);
+                EXPECT_NEAR(rate, double(p.rate[0]), 1e-5 * rate) << s.n << " x " << s.d << " 2^" << exponent;
+                Problem<T>::near(dw, p.dweights.data(), 1e-4);
+                const double unit = std::fabs(double(p.drate[0])) * std::sqrt(double(d) / double(n));
+                for (int64_t i = 0; i < n * d; i++)
+                    ASSERT_NEAR(dz[i], double(p.dz[i]), (1e-4 + 4e-15 * longest) * unit) << exponent;
+            }
+        }
+}
+
+TEST(CodingRateSoft, LongPointsOfRankOneFloat)
+{
+    long_points_of_rank_one<float>();
+}
+
+TEST(CodingRateSoft, LongPointsOfRankOneDouble)
+{
+    long_points_of_rank_one<double>();
+}
+
 TEST(CodingRateSoft, NothingToSum)
 {
     for (const Shape &s : {Shape{0, 5, 3, 4}, Shape{2, 5, 3, 0}}) {

@@ -306,6 +306,31 @@ TEST(Sinkhorn, NoPlans)
     p.solve(3);
 }
 
+// Asked between sweeps, the caller ends the op, and as long as it doesn't nothing is different.
+static int questions_left;
+
+TEST(Sinkhorn, StopsWhenTheCallerSaysSo)
+{
+    if (!looks_at_values()) GTEST_SKIP(); // nobody can ask from a GPU
+    const int64_t shapes[][3] = {{1, 20, 30}, {7, 20, 20}, {1, 200, 200}};
+    for (const auto &s : shapes)
+        for (bool symmetric : {false, true}) {
+            if (symmetric && s[1] != s[2]) continue;
+            Problem<float> p(s[0], s[1], s[2], symmetric, symmetric ? 30 : 1);
+            Context ctx;
+            ctx.size(subspace_sinkhorn_workspace_cpu(&ctx, &p.a));
+            ASSERT_EQ(SUBSPACE_OK, subspace_sinkhorn_cpu(&ctx, &p.a)) << ctx.message;
+            const std::vector<float> plan = p.plan;
+            ctx.interrupted = [] { return 0; };
+            ASSERT_EQ(SUBSPACE_OK, subspace_sinkhorn_cpu(&ctx, &p.a)) << ctx.message;
+            EXPECT_EQ(plan, p.plan);
+            p.a.tol = 0, p.a.max_iter = INT64_MAX, questions_left = 5;
+            ctx.interrupted = [] { return --questions_left < 0 ? 1 : 0; };
+            EXPECT_EQ(SUBSPACE_INTERRUPTED, subspace_sinkhorn_cpu(&ctx, &p.a));
+            EXPECT_STREQ("sinkhorn: interrupted", ctx.message);
+        }
+}
+
 TEST(Sinkhorn, BadArgumentsAreNamed)
 {
     Problem<double> p(2, 20, 20, true);
