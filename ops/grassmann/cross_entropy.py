@@ -50,6 +50,9 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         reduction: "mean" (over the class weights of the labels that count, or over rows for
             probabilities), "sum" or "none".
 
+    Under autocast features and frames are cast to its dtype, as for a linear layer; probabilities and class weights
+    keep theirs, up to the loss's.
+
     Returns:
         the loss, a scalar or (...,); float32 for half inputs. The mean over no rows at all is 0, where
         torch's own gives NaN.
@@ -85,7 +88,7 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing,
                                      reduction)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    flat_target = target.reshape(-1) if labels else target.detach().to(x.dtype).reshape(-1, classes)
+    flat_target = target.reshape(-1) if labels else target.detach().to(wide_dtype(x.dtype)).reshape(-1, classes)
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
     if transformed():
@@ -141,7 +144,9 @@ def _check_class_weight(class_weight: Tensor, classes: int, device: torch.device
 
 
 def _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing, reduction):
-    logits = subspace_logits(x, weight, gamma=gamma, normalize=normalize, dims=dims).to(wide_dtype(x.dtype))
+    wide = wide_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = subspace_logits(x.to(wide), weight.to(wide), gamma=gamma, normalize=normalize, dims=dims)
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), target.to(logits.dtype).reshape(-1, logits.shape[-1]),
         weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
