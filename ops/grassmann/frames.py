@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -91,6 +92,7 @@ def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
 # Which tensors are frames, by identity, with their dims and the version at which they were last taken for orthonormal.
 # A layer enters its weight: so optimisers know it in any group, and a forward can tell that others have moved it.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def know(weight: Tensor, dims: Sequence[int] | None) -> None:
@@ -102,8 +104,17 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version  # what inference mode has made counts none
 
 
+def enter_layer(layer: torch.nn.Module) -> None:
+    """Enter a layer itself: some (accelerate, FSDP) put another weight in it without a word."""
+    _layers.add(layer)
+
+
 def is_known(weight: Tensor) -> bool:
-    """Has a layer entered this weight?"""
+    """Is this the weight of a layer?"""
+    if weight not in _known:
+        for layer in list(_layers):
+            if layer._parameters.get("weight") is weight:
+                know(weight, layer.dims)
     return weight in _known
 
 

@@ -25,44 +25,13 @@ from ..common import (
 )
 from . import watch
 from .cross_entropy import subspace_cross_entropy
-from .frames import is_known, know
+from .frames import enter_layer, is_known, know
+from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
 
 __all__ = ["GrassmannLinear"]
 
 CHUNK = 2**24  # entries of the frames that are reckoned with at a time, 128 MiB in float64
-
-
-def nearest_frame(a: Tensor) -> Tensor:
-    """Polar factor of each (..., k, n) matrix, k <= n: the frame nearest to it, also where its rows are dependent."""
-    q, r = torch.linalg.qr(a.mT)  # a = rᵀqᵀ, so only the k×k factor needs an SVD
-    u, _, vh = torch.linalg.svd(r.mT)
-    return u @ vh @ q.mT
-
-
-def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """(..., j, n) rows -> frames (..., k, n): the frame nearest to `a`, then k-j random directions orthogonal to it."""
-    n = a.shape[-1]
-    if a.shape[-2]:
-        a = nearest_frame(a)
-    rest = torch.randn(*a.shape[:-2], k - a.shape[-2], n, generator=generator, dtype=a.dtype, device=a.device)
-    if not rest.shape[-2]:
-        return a
-    for _ in range(2):  # twice, as one pass leaves a trace of `a` when little else remains (k near n)
-        rest = nearest_frame(rest - rest @ a.mT @ a)
-    return torch.cat([a, rest], -2)
-
-
-def principal_directions(x: Tensor, k: int) -> Tensor:
-    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), by its smaller Gram."""
-    if not x.any():
-        return x[:0]
-    m, n = x.shape
-    x = x / x.abs().amax()
-    energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
-    rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
-    u = u[:, -min(k, rank) :].flip(1).mT
-    return nearest_frame(u @ x) if m < n else u
 
 
 def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
@@ -132,8 +101,9 @@ class GrassmannLinear(nn.Module):
         dims: the classes' dimensions, a tuple of C ints when ragged, else None.
 
     Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)` leave
-    them (and their gradients) in float32; only `dtype=` makes half frames. A half-precision batch meets float32 frames
-    as under autocast: they are rounded for the product, and the logits have the batch's dtype.
+    them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half frames. A
+    half-precision batch meets float32 frames as under autocast: they are rounded for the product, and the logits have
+    the batch's dtype.
 
     Weights need not be orthonormal when they are loaded. `state_dict` also takes the layout of the paper's code: a
     matrix (C·k, n), under `weight` or `fc.weight`.
@@ -167,9 +137,12 @@ class GrassmannLinear(nn.Module):
         check_device("GrassmannLinear", device)
         self.gamma = float(gamma)
         self.normalize = bool(normalize)
+        if dtype is None and torch.get_default_dtype() in HALF:  # as from_pretrained(dtype=...) sets it
+            dtype = torch.float32
         shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
         self.weight = nn.Parameter(torch.empty(*shape, self.in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None)  # those who look for a linear layer's find that there is none
+        enter_layer(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -381,14 +354,37 @@ class GrassmannLinear(nn.Module):
         for classes, i in self._chunks():
             self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
         know(self.weight, self.dims)
+        self._undrawn = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        was_meta = self._is_meta()
         super().register_parameter(name, param)  # also where a weight is assigned, or loaded with assign=True
         self._enter()
+        self._undrawn = was_meta and not self._is_meta()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # copied or unpickled
+        enter_layer(self)
         self._enter()
+
+    # Weights on the meta device have no values. Where real memory takes their place, transformers' from_pretrained
+    # assigns parameters, and marks a module once it has been through the model's `_init_weights`, which knows torch's
+    # layers alone: a weight that was not in the checkpoint has no mark then, and is drawn. Elsewhere see `_apply`.
+    _undrawn = False
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_is_hf_initialized"] = value
+        if value and self._undrawn and not getattr(self.weight, "_is_hf_initialized", False):
+            self.reset_parameters()
+
+    def _is_meta(self) -> bool:
+        weight = self._parameters.get("weight")
+        return weight is not None and weight.is_meta
 
     def _enter(self) -> None:
         """The optimisers shall know the weight."""
@@ -401,8 +397,11 @@ class GrassmannLinear(nn.Module):
             out = fn(t)
             return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
 
+        was_meta = self._is_meta()
         applied = super()._apply(keep_wide, recurse)
         self._enter()
+        if was_meta and not self._is_meta():  # to_empty: never leave what the memory held
+            self.reset_parameters()
         return applied
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -424,4 +423,5 @@ class GrassmannLinear(nn.Module):
                         "GrassmannLinear.from_linear or init_from_vectors"
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._undrawn = self._undrawn and key not in state_dict
         watch.again(self)
