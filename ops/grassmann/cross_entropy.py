@@ -92,7 +92,7 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
     if transformed():
-        loss = _eager(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma), bool(normalize),
+        loss = _eager(flat, weight, dims, flat_target, scale, float(gamma), bool(normalize),
                       int(ignore_index), float(label_smoothing))
     else:
         loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
@@ -184,8 +184,8 @@ torch.library.register_autograd("torch_subspace::cross_entropy", _backward, setu
 
 
 # The same in plain torch operations, a loss a row: for the second derivative and for `transformed()`.
-def _eager(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
-    logits = eager_logits(x, weight, start, gamma, normalize).to(wide_dtype(x.dtype))
+def _eager(x, weight, ragged, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
+    logits = eager_logits(x, weight, ragged, gamma, normalize).to(wide_dtype(x.dtype))
     labels = not target.is_floating_point()
     return torch.nn.functional.cross_entropy(
         logits, target if labels else target.to(logits.dtype), reduction="none",

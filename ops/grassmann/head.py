@@ -38,7 +38,7 @@ def _channels_last(what: str, t: Tensor) -> Tensor:
 def logits_of_pointwise_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool,
                               dims: tuple[int, ...] | None) -> Tensor:
     """What the layer computes, one call in the graphs of torch.fx."""
-    return logits_of_layer(_channels_last("x", x), weight, gamma, normalize, dims).movedim(-1, 1)
+    return logits_of_layer(_channels_last("x", x), weight, gamma, normalize, dims).movedim(x.dim() - 1, 1)  # ONNX counts from 0
 
 
 torch.fx.wrap("logits_of_pointwise_layer")
