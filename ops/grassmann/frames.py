@@ -5,13 +5,13 @@ import functools
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common import check_floating, told
+from ..common import check_floating, told, whole
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
@@ -68,6 +68,26 @@ def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
     except TypeError:
         raise TypeError(f"{name}: dims must be a sequence of ints, a subspace dimension each, got {told(dims)}"
                         ) from None
+
+
+def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
+    """The checked dimensions of ragged classes, None for a single int."""
+    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {told(subspace_dim)}"
+    ragged = isinstance(subspace_dim, Iterable) and getattr(subspace_dim, "ndim", 1) > 0
+    if isinstance(subspace_dim, (str, bytes, Mapping, set)):
+        raise TypeError(rule)
+    try:
+        dims = [whole("", "", k, -(1 << 63)) for k in (subspace_dim if ragged else [subspace_dim])]
+    except TypeError:
+        raise TypeError(rule) from None
+    except ValueError:
+        raise ValueError(rule) from None
+    if ragged and len(dims) != num_classes:
+        raise ValueError(f"{rule} ({len(dims)} of them)")
+    for k in dims:
+        if not 1 <= k <= in_features:
+            raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
+    return tuple(dims) if ragged else None
 
 
 def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:

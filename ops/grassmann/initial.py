@@ -1,4 +1,4 @@
-"""How frames begin: the frame nearest to a matrix, directions completed at random, principal directions."""
+"""How frames begin: nearest to a matrix, random, completed at random, along principal directions."""
 
 from __future__ import annotations
 
@@ -24,6 +24,30 @@ def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None)
     for _ in range(2):  # twice, as one pass leaves a trace of `a` when little else remains (k near n)
         rest = nearest_frame(rest - rest @ a.mT @ a)
     return torch.cat([a, rest], -2)
+
+
+def drawn_frames(
+    c: int, k: int, n: int, first: Tensor | None, generator: torch.Generator | None, device, dtype, wide
+) -> Tensor:
+    """Frames (c, k, n): orthonormal rows `first` (c, j, n), if any, then random directions, uniformly distributed.
+
+    Cholesky-QR, which keeps the first rows, twice: four products in `dtype`, on numbers that are still in the cache.
+    Where rows are too near to dependent (k near n), or products less precise than their dtype, by QR in `wide`.
+    """
+    a = torch.randn(c, k, n, generator=generator, dtype=dtype, device=device)
+    if first is not None:
+        a[:, : first.shape[1]] = first
+    w, eye = a, torch.eye(k, dtype=wide, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for _ in range(2):
+            gram = (w @ w.mT).to(wide)
+            inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, eye, upper=False)
+            w = inverse.to(dtype) @ w
+    bad = ~((gram - eye).abs().amax((1, 2)) < 1e-4)  # what the first time left
+    if bad.any():
+        a = a[bad].to(wide)
+        w[bad] = (nearest_frame(a) if first is None else completed_frame(a[:, : first.shape[1]], k, generator)).to(w)
+    return w
 
 
 def principal_directions(x: Tensor, k: int) -> Tensor:

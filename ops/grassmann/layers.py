@@ -5,7 +5,7 @@ onto their span. The frames are parameters on the Grassmannian: train them with 
 whose `param_groups` finds the layer by its type.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,33 +25,14 @@ from ..common import (
 )
 from . import watch
 from .cross_entropy import subspace_cross_entropy
-from .frames import enter_layer, is_known, know
-from .initial import completed_frame, nearest_frame, principal_directions
+from .frames import class_dims, enter_layer, is_known, know
+from .initial import completed_frame, drawn_frames, nearest_frame, principal_directions
 from .logits import subspace_logits
 
 __all__ = ["GrassmannLinear"]
 
 CHUNK = 2**24  # entries of the frames that are reckoned with at a time, 128 MiB in float64
-
-
-def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
-    """The checked dimensions of ragged classes, None for a single int."""
-    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {told(subspace_dim)}"
-    ragged = isinstance(subspace_dim, Iterable) and getattr(subspace_dim, "ndim", 1) > 0
-    if isinstance(subspace_dim, (str, bytes, Mapping, set)):
-        raise TypeError(rule)
-    try:
-        dims = [whole("", "", k, -(1 << 63)) for k in (subspace_dim if ragged else [subspace_dim])]
-    except TypeError:
-        raise TypeError(rule) from None
-    except ValueError:
-        raise ValueError(rule) from None
-    if ragged and len(dims) != num_classes:
-        raise ValueError(f"{rule} ({len(dims)} of them)")
-    for k in dims:
-        if not 1 <= k <= in_features:
-            raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
-    return tuple(dims) if ragged else None
+BLOCK = 2**19  # that are drawn at a time on a CPU: they stay in its cache
 
 
 def weight_for(x: Tensor, weight: Tensor) -> Tensor:
@@ -147,9 +128,7 @@ class GrassmannLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
-        with torch.no_grad():
-            self.weight.normal_()
-        self._set_frames(lambda classes, a: nearest_frame(a))
+        self._draw()
 
     @torch.no_grad()
     def orthonormalize_(self) -> "GrassmannLinear":
@@ -225,8 +204,15 @@ class GrassmannLinear(nn.Module):
         check_generator("from_linear", generator)
         dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         num_classes, n = weight.shape
-        layer = cls(n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, device=weight.device, dtype=dtype)
+        layer = cls._empty(weight.device, n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, dtype=dtype)
         return layer.init_from_vectors(weight, generator=generator).train(linear.training)
+
+    @classmethod
+    def _empty(cls, device, *sizes, **options) -> "GrassmannLinear":
+        """A layer on the device whose frames are still to be drawn."""
+        layer = cls(*sizes, **options, device="meta")
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device))
+        return layer
 
     @torch.no_grad()
     def init_from_vectors(self, vectors: Tensor, *, generator: torch.Generator | None = None) -> "GrassmannLinear":
@@ -248,13 +234,18 @@ class GrassmannLinear(nn.Module):
         if not vectors.is_meta and not vectors.isfinite().all():
             raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
-        def frames(classes, a):
-            v = vectors[classes.to(vectors.device), : a.shape[1]].to(a)
-            random = torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
-            v = torch.where(v.any(-1, keepdim=True), v, random)
-            return completed_frame(nn.functional.normalize(v, dim=-1), a.shape[1], generator)
+        vectors = vectors[:, : max(self.dims or (self.subspace_dim,), default=0)]
 
-        self._set_frames(frames)
+        def first(classes, k):
+            v = vectors[classes.to(vectors.device), :k].to(self.weight.device, self._wide)
+            largest = v.abs().amax(-1, keepdim=True)
+            if (zero := largest == 0).any():
+                random = torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
+                v, largest = torch.where(zero, random, v), torch.where(zero, 1, largest)
+            v = nn.functional.normalize(v / largest, dim=-1)
+            return v if v.shape[1] <= 1 else nearest_frame(v)
+
+        self._draw(first, generator)
         return self
 
     @torch.no_grad()
@@ -336,15 +327,30 @@ class GrassmannLinear(nn.Module):
     def _wide(self) -> torch.dtype:
         return torch.float32 if self.weight.device.type == "mps" else torch.float64
 
-    def _chunks(self):
+    def _chunks(self, entries: int | None = None):
         """Classes of equal k with the index that gathers their frames (c, k, n), a bounded number at a time."""
         dims = self.dims or (self.subspace_dim,) * self.num_classes
         dims = torch.tensor(dims, dtype=torch.int64, device="cpu")
         starts = dims.cumsum(0) - dims
         for k in dims.unique().tolist():
-            for classes in (dims == k).nonzero()[:, 0].split(max(1, CHUNK // (k * self.in_features))):
+            most = max(1, (entries or CHUNK) // (k * self.in_features))
+            for classes in (dims == k).nonzero()[:, 0].split(most):
                 rows = starts[classes, None] + torch.arange(k, device="cpu")
-                yield classes, (classes if self.dims is None else rows)
+                yield classes, (slice(int(classes[0]), int(classes[-1]) + 1) if self.dims is None else rows)
+
+    @torch.no_grad()
+    def _draw(self, first=None, generator: torch.Generator | None = None) -> None:
+        """weight <- random frames, those of classes of dimension k beginning with the rows of `first(classes, k)`."""
+        if self.weight.is_meta:
+            return
+        on_cpu = self.weight.device.type == "cpu"
+        dtype = torch.promote_types(self.weight.dtype, torch.float32) if on_cpu else self._wide
+        for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
+            k = self.weight[i].shape[1]
+            rows = None if first is None else first(classes, k).to(dtype)
+            how = rows, generator, self.weight.device, dtype, self._wide
+            self.weight[i] = drawn_frames(len(classes), k, self.in_features, *how).to(self.weight.dtype)
+        self._drawn()
 
     @torch.no_grad()
     def _set_frames(self, frames) -> None:
@@ -353,6 +359,9 @@ class GrassmannLinear(nn.Module):
             return
         for classes, i in self._chunks():
             self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
+        self._drawn()
+
+    def _drawn(self) -> None:
         know(self.weight, self.dims)
         self._undrawn = False
 
