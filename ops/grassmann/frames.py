@@ -21,6 +21,10 @@ def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | Non
     """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice. Returns the dims."""
     check_floating(name, "x", x)
     check_floating(name, "weight", weight)
+    if is_sharded(weight) and not is_sharded(x):
+        raise TypeError(f"{name}: weight is sharded over processes, and whole only inside the forward of a module that "
+                        "was given to fully_shard: shard the head as well, and tell its other methods by "
+                        "torch.distributed.fsdp.register_fsdp_forward_method(head, 'loss')")
     if x.dtype != weight.dtype:
         raise TypeError(f"{name}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
@@ -88,6 +92,38 @@ def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, .
         if not 1 <= k <= in_features:
             raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
     return tuple(dims) if ragged else None
+
+
+# Of a weight that is sharded over processes each one steps the classes that it has; the layer's own methods take all.
+def is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process has of it, in the same memory; under no_grad."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def gathered(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
+def put(weight: Tensor, frames: Tensor) -> None:
+    """weight <- frames that were changed in `gathered(weight)`; of several processes' frames, the first one's."""
+    if is_sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
+
+        weight.copy_(distribute_tensor(frames, weight.device_mesh, weight.placements))
+
+
+def per_class(weight: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(classes,) of zeros, sharded like the weight."""
+    if not is_sharded(weight):
+        return weight.new_zeros(classes, dtype=dtype)
+    own = local(weight)
+    zeros = own.new_zeros(own.shape[0] if own.dim() == 3 else classes, dtype=dtype)
+    return type(weight).from_local(zeros, weight.device_mesh, weight.placements, run_check=False, shape=(classes,),
+                                   stride=(1,))
 
 
 def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:

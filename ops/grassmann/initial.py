@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,17 +29,17 @@ def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None)
 
 
 def drawn_frames(
-    c: int, k: int, n: int, first: Tensor | None, generator: torch.Generator | None, device, dtype, wide
+    shape: Sequence[int], first: Tensor | None, generator: torch.Generator | None, device, dtype, wide
 ) -> Tensor:
     """Frames (c, k, n): orthonormal rows `first` (c, j, n), if any, then random directions, uniformly distributed.
 
     Cholesky-QR, which keeps the first rows, twice: four products in `dtype`, on numbers that are still in the cache.
     Where rows are too near to dependent (k near n), or products less precise than their dtype, by QR in `wide`.
     """
-    a = torch.randn(c, k, n, generator=generator, dtype=dtype, device=device)
+    a = torch.randn(shape, generator=generator, dtype=dtype, device=device)
     if first is not None:
         a[:, : first.shape[1]] = first
-    w, eye = a, torch.eye(k, dtype=wide, device=device)
+    w, eye = a, torch.eye(shape[1], dtype=wide, device=device)
     with torch.autocast(device.type, enabled=False):
         for _ in range(2):
             gram = (w @ w.mT).to(wide)
@@ -46,7 +48,8 @@ def drawn_frames(
     bad = ~((gram - eye).abs().amax((1, 2)) < 1e-4)  # what the first time left
     if bad.any():
         a = a[bad].to(wide)
-        w[bad] = (nearest_frame(a) if first is None else completed_frame(a[:, : first.shape[1]], k, generator)).to(w)
+        a = nearest_frame(a) if first is None else completed_frame(a[:, : first.shape[1]], shape[1], generator)
+        w[bad] = a.to(dtype)
     return w
 
 

@@ -25,7 +25,7 @@ from ..common import (
 )
 from . import watch
 from .cross_entropy import subspace_cross_entropy
-from .frames import class_dims, enter_layer, is_known, know
+from .frames import class_dims, enter_layer, gathered, is_known, know, put
 from .initial import completed_frame, drawn_frames, nearest_frame, principal_directions
 from .logits import subspace_logits
 
@@ -136,9 +136,9 @@ class GrassmannLinear(nn.Module):
 
         Raises ValueError, before anything is changed, when a class has a non-finite entry.
         """
-        bad = []
+        bad, weight = [], gathered(self.weight)
         for classes, i in self._chunks():
-            bad += classes[~self.weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
+            bad += classes[~weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
         if bad:
             raise ValueError(f"orthonormalize_: non-finite weight in {len(bad)} classes: {sorted(bad)[:8]}")
         self._set_frames(lambda classes, a: nearest_frame(a))
@@ -151,10 +151,10 @@ class GrassmannLinear(nn.Module):
         `dtype` is what it is reckoned in, by default float64.
         """
         check_dtype("frame_error", dtype)
-        dtype = dtype or self._wide
-        error = self.weight.new_zeros((), dtype=dtype)
+        dtype, weight = dtype or self._wide, gathered(self.weight)
+        error = weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
-            a = self.weight[i].to(dtype)
+            a = weight[i].to(dtype)
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
         return error
@@ -343,25 +343,26 @@ class GrassmannLinear(nn.Module):
         """weight <- random frames, those of classes of dimension k beginning with the rows of `first(classes, k)`."""
         if self.weight.is_meta:
             return
-        on_cpu = self.weight.device.type == "cpu"
-        dtype = torch.promote_types(self.weight.dtype, torch.float32) if on_cpu else self._wide
+        weight, on_cpu = gathered(self.weight), self.weight.device.type == "cpu"
+        dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else self._wide
         for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
-            k = self.weight[i].shape[1]
-            rows = None if first is None else first(classes, k).to(dtype)
-            how = rows, generator, self.weight.device, dtype, self._wide
-            self.weight[i] = drawn_frames(len(classes), k, self.in_features, *how).to(self.weight.dtype)
-        self._drawn()
+            shape = weight[i].shape
+            rows = None if first is None else first(classes, shape[1]).to(dtype)
+            weight[i] = drawn_frames(shape, rows, generator, weight.device, dtype, self._wide).to(weight.dtype)
+        self._drawn(weight)
 
     @torch.no_grad()
     def _set_frames(self, frames) -> None:
         """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
         if self.weight.is_meta:
             return
+        weight = gathered(self.weight)
         for classes, i in self._chunks():
-            self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
-        self._drawn()
+            weight[i] = frames(classes, weight[i].to(self._wide)).to(weight.dtype)
+        self._drawn(weight)
 
-    def _drawn(self) -> None:
+    def _drawn(self, frames: Tensor) -> None:
+        put(self.weight, frames)
         know(self.weight, self.dims)
         self._undrawn = False
 
