@@ -286,7 +286,8 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
     """Adam for a whole model: `torch.optim.AdamW`, with Riemannian Adam steps for groups of frames.
 
     Frames keep the running mean of their horizontal gradient and, per class, one of its squared norm over k n. A
-    rotation within the subspace leaves that alone, where Adam's entrywise one would depend on the basis.
+    rotation within the subspace leaves that alone, where Adam's entrywise one would depend on the basis. geoopt's
+    RiemannianAdam sums where this takes the mean: its lr and eps, divided by sqrt(k n), give the same steps here.
 
     Args:
         params: as for `RiemannianSGD`.
