@@ -46,12 +46,18 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def transformed() -> bool:
     """Where an op registered from outside torch cannot take part, and the plain formula serves: inside torch.func's
-    transforms and forward-mode AD (its tangent would silently be zero), and in a trace, which others are to run."""
+    transforms and forward-mode AD (its tangent would silently be zero), and in a trace or an ONNX graph, which others
+    are to run."""
     if torch.compiler.is_compiling():
-        return False
+        return exporting() and torch.onnx.is_in_onnx_export()
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """In torch.export, whose programs others are to run too: heads and adapters, which predict, are plain formulas."""
+    return torch.compiler._is_exporting_flag  # is_exporting() is true in all that torch 2.11 compiles
 
 
 # What numbers may be: from, to, in words.
