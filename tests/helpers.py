@@ -1,6 +1,7 @@
 """What tests of every family ask: is it close, is it the same, for any number of threads, on which random numbers."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def threads(*counts):
             yield count
     finally:
         torch.set_num_threads(before)
+
+
+def in_two_processes(function, *args):
+    """function(rank, *args), by forks of a process that has imported torch once for all."""
+    multiprocessing.set_forkserver_preload(["torch", "torch_subspace", "torch.distributed.fsdp"])
+    torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver")
 
 
 def optional(name):

@@ -8,12 +8,13 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 import processes
+from helpers import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(processes.work, (str(folder),), nprocs=2)
+    in_two_processes(processes.work, str(folder))
     return [json.loads((folder / f"found{rank}").read_text()) for rank in range(2)]
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import in_two_processes
 from torch import nn
 
 import torch_subspace as ts
@@ -84,4 +84,4 @@ def worker(rank, folder):
 
 
 def test_two_processes_step_as_one(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    in_two_processes(worker, str(tmp_path))

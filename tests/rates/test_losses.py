@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import in_two_processes
 from torch.nn.functional import normalize
 
 import torch_subspace as ts
@@ -183,7 +183,7 @@ def data():
 
 def test_two_processes_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_path):
     """Also with parts of different sizes, and classes that one process does not see."""
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    in_two_processes(worker, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x, labels, weights = data()
     for i, (make, extra) in enumerate(((ts.CodingRateLoss, ()), (ts.MCR2Loss, (labels,)), (ts.MCR2Loss, (weights,)),
