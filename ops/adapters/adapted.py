@@ -19,6 +19,7 @@ from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
+from .weight import effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -263,7 +264,9 @@ def _effective(name: str) -> property:
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
             scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if self.tucker_packed else base)
+            whole = unpacked(base) if self.tucker_packed else base
+            return effective_weight(whole, [core, *(f for f in factors if f is not None)],
+                                    lambda: tucker_compose(core, factors, scale=scale, base=whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 

@@ -14,6 +14,7 @@ from .adapt import new_factors
 from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, unpacked
 from .config import init_factors
 from .targets import input_mode, weights_of
+from .weight import effective_weight
 
 
 class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
@@ -104,7 +105,9 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             return base
         try:
             scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if is_packed(base) else base)
+            whole = unpacked(base) if is_packed(base) else base
+            return effective_weight(whole, [core, *(f for f in factors if f is not None)],
+                                    lambda: tucker_compose(core, factors, scale=scale, base=whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
