@@ -50,7 +50,7 @@ from peft.utils.other import get_pattern_key  # noqa: E402
 
 from .adapters import config as adapter_config  # noqa: E402
 from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
-from .adapters.config import WORDS  # noqa: E402
+from .adapters.config import WORDS, close_names  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
@@ -59,6 +59,7 @@ from .common import HALF  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
+_HEADS = ("classifier", "score", "qa_outputs")  # what peft saves of whatever model its task types meet
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
 
 
@@ -106,7 +107,8 @@ class TuckerConfig(peft.PeftConfig):
             mode without a factor; or one for every dimension of the weight. Clamped to the mode's size.
         kernel_rank: of a convolution's kernel modes: "full" for no factor, an int, or one per mode.
         alpha: numerator of the scale; None for scale 1.
-        scaling: "constant": scale = alpha. "lora": alpha / r. "rslora": alpha / √r. r is the smaller channel rank.
+        scaling: "constant", the default: scale = alpha. "lora": alpha / r, as peft's lora_alpha. "rslora": alpha / √r.
+            r is the smaller channel rank. An alpha of r or more without a scaling warns.
         dropout: on the layer's input on the adapter's way; of linear and convolutional layers.
         init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
@@ -130,7 +132,7 @@ class TuckerConfig(peft.PeftConfig):
     r: Any = 16
     kernel_rank: Any = "full"
     alpha: float | None = None
-    scaling: str = "constant"
+    scaling: str | None = None
     dropout: float = 0.0
     init: str = "lecun"
     target_modules: list[str] | str | None = None
@@ -159,8 +161,11 @@ class TuckerConfig(peft.PeftConfig):
             if not isinstance(getattr(self, key) or {}, Mapping):
                 raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
             setattr(self, key, dict(getattr(self, key) or {}))
+        asked, self.scaling = self.scaling, "constant" if self.scaling is None else self.scaling
         for r in (self.r, *self.rank_pattern.values()):
             self._core(r, self.alpha)
+        numbers = [n for n in (self.r if isinstance(self.r, (list, tuple)) else [self.r]) if n != "full"]
+        adapter_config.default_scaling(asked, self.alpha, numbers)
         for alpha in self.alpha_pattern.values():
             self._core(self.r, alpha)
 
@@ -205,6 +210,7 @@ class TuckerModel(tuners_utils.BaseTuner):
 
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
+        asked = config.target_modules
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
         places = {}
@@ -230,6 +236,27 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {', '.join(map(repr, names))} are one module, and peft adapts one place")
             if meant and _refusal(meant[0], module) is not None:
                 raise ValueError(f"tucker: {_refusal(meant[0], module)}")
+        names = [n for names in places.values() for n in names if n and not n.startswith(inside)]
+        self._check_names(config, asked, names)
+
+    def _check_names(self, config, asked, names) -> None:
+        """ValueError for names in the config that match nothing; a warning for targets, as lists of them are shared
+        between architectures."""
+        targeted = [n for n in names if self._check_target_module_exists(config, n)]
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, key) if targeted else ():
+                if not any(get_pattern_key([pattern], n) == pattern for n in targeted):
+                    raise ValueError(f"tucker: {key} {pattern!r} matches none of the adapted layers"
+                                     f"{close_names([pattern], targeted)}")
+        lost = {key: _unmatched(value, names) for key, value in (
+            ("exclude_modules", config.exclude_modules), ("target_modules", asked),
+            ("modules_to_save", config.modules_to_save))}
+        for key, patterns in lost.items():
+            text = patterns and f"tucker: {key} {patterns[0]!r} matches nothing{close_names(patterns[:1], names)}"
+            if text and key == "target_modules":
+                warnings.warn(text, stacklevel=2)
+            elif text:
+                raise ValueError(text)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, TuckerLayer):
@@ -264,14 +291,34 @@ class TuckerModel(tuners_utils.BaseTuner):
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, *args, **kwargs) -> None:
-        super().merge_adapter(*args, **kwargs)
+        with self._all_or_nothing():
+            super().merge_adapter(*args, **kwargs)
         _warn_of_loss(self.model)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         found = [m for m in self.model.modules() if isinstance(m, TuckerLayer)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        with self._all_or_nothing():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
         _warn_of_loss(nn.ModuleList(found))
         return model
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self):
+        """peft merges and unloads layer by layer: where one can't be, those before it are as they were."""
+        children = {m: dict(m._modules) for m in self.model.modules()}
+        merged = {m: list(m.merged_adapters) for m in children if isinstance(m, TuckerLayer)}
+        try:
+            yield
+        except BaseException:
+            for module, before in children.items():
+                module._modules.update(before)
+            for layer, names in merged.items():
+                layer.__dict__.pop("_lost", None)
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -287,6 +334,14 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     if not has_kind(module) or layer_kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, _Untied())
+
+
+def _unmatched(patterns, names) -> list[str]:
+    """Those of the names, or the regular expression, that no module has."""
+    if isinstance(patterns, str):
+        return [] if patterns in WORDS or any(re.fullmatch(patterns, n) for n in names) else [patterns]
+    return sorted(p for p in patterns or () if p not in (*WORDS, *_HEADS)
+                  and not any(n == p or n.endswith("." + p) for n in names))
 
 
 class _Untied(dict):

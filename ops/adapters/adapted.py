@@ -217,9 +217,9 @@ def fast_forward(module):
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
-    Writing into `layer.weight` in place writes into a temporary while an adapter is active: write inside `disabled`.
-    What replaces a weight by one made of it (quantising, pruning) belongs before `adapt`: later it would take the
-    change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    While an adapter is active, `layer.weight` can be neither written into nor assigned to: write inside `disabled`.
+    What replaces a weight by one made of it (quantising, pruning, fusing) belongs before `adapt` or after a merge:
+    else it would take the change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
     """
 
     tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
@@ -237,6 +237,20 @@ class Adapted:
         if not terms:
             return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
+
+    def register_parameter(self, name, param):
+        if name in adapted_names(self) and not self.tucker_inside and param is not self._parameters.get(name):
+            base = self._parameters[name]
+            if self.tucker_terms(name):
+                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
+                                   "change would have the change in it twice. Assign inside `with disabled(model)`, "
+                                   "or after merge_and_unload")
+            if base is not None and (param is None or param.shape != base.shape):
+                what = None if param is None else tuple(param.shape)
+                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {what}")
+            if self.tucker_merged is not None and name in self.tucker_merged:
+                self.tucker_merged[name] = None  # there is no way back
+        super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
         with packed_as_it_is(self):

@@ -9,7 +9,8 @@ from torch import nn
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from .adapted import adapted_names, become_plain, combined
-from .state import drop_saved, forget, known_layers, refuse_merged
+from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
+from .weight import settle
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
 
@@ -24,7 +25,8 @@ def merge(model: nn.Module) -> nn.Module:
     Warns when a half-precision weight swallows more than a tenth of its change.
 
     Raises:
-        ValueError: nothing to merge, merged already, or a weight is packed (quantised). Nothing is changed then.
+        ValueError: nothing to merge, merged already, a change that is not finite, or a weight that is packed
+            (quantised) or was resized after `adapt`. Nothing is changed then.
 
     Example:
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
@@ -40,6 +42,8 @@ def merge(model: nn.Module) -> nn.Module:
     refuse_merged("merge", model)
     if not found:
         raise ValueError("merge: no adapter is active")
+    check_shapes("merge", found)
+    settle()
     packed = [key for key, layer in found.items() if layer.tucker_packed]
     if packed:
         raise ValueError(f"merge: the weight of {packed[0]!r}{others(packed)} is quantised and can't take a change")
@@ -49,6 +53,10 @@ def merge(model: nn.Module) -> nn.Module:
             done[layer] = {p: layer._parameters[p].detach().clone() for p in _active_parameters(layer)}
             for p in done[layer]:
                 part = _merge_weight(layer, p)
+                if not stays_finite(done[layer][p], layer._parameters[p]):
+                    active = ", ".join(map(repr, layer.tucker_active))
+                    raise ValueError(f"merge: the change of {key!r} by {active} is not finite (NaN or infinity); "
+                                     "nothing is merged")
                 if part > LOST:
                     lost[key] = part
     except BaseException:
@@ -62,6 +70,12 @@ def merge(model: nn.Module) -> nn.Module:
         warnings.warn(f"merge: half precision swallows {lost[worst]:.0%} of the change of {where}; merge into a "
                       "float32 model to keep it", stacklevel=3)  # beyond no_grad's own frame
     return model
+
+
+def stays_finite(before, after) -> bool:
+    """Are the entries finite that were so before?"""
+    finite = torch.isfinite(after)
+    return bool(finite.all()) or not bool((torch.isfinite(before) & ~finite).any())
 
 
 def others(names) -> str:
@@ -100,6 +114,9 @@ def _restore(snapshots) -> None:
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`, bit for bit.
 
+    Raises:
+        ValueError: nothing is merged, or a weight was replaced meanwhile. Nothing is changed then.
+
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2, init="svd"))
         >>> before = model[0].weight.clone()
@@ -110,6 +127,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
     if not found:
         raise ValueError("unmerge: the adapters aren't merged")
+    for key, layer in known_layers("unmerge", model).items():
+        for p, before in (layer.tucker_merged or {}).items():
+            if before is None or before.shape != layer._parameters[p].shape:
+                raise ValueError(f"unmerge: the {p} of {key!r} was replaced or resized while it was merged")
     _restore(found)
     for layer in found:
         layer.tucker_merged = None

@@ -13,6 +13,8 @@ from ..tucker.tucker_linear import tucker_linear
 from .adapt import new_factors
 from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, unpacked
 from .config import init_factors
+from .merge import stays_finite
+from .replaced import watch
 from .targets import input_mode, weights_of
 from .weight import effective_weight
 
@@ -44,6 +46,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.merged_adapters, self._original = [], []  # the weight of before a merge; in a list, as it is no parameter
         self._disable_adapters, self._active_adapter = False, adapter_name
         self._fast = fast_forward(base_layer)
+        watch()
         self.update_layer(adapter_name, config, key)
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
@@ -149,8 +152,9 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
         scale, core, factors, _ = combined(self._terms([*self.merged_adapters, *names]))
         changed = tucker_compose(core, factors, scale=scale, base=before)
-        if safe_merge and not torch.isfinite(changed).all():
-            raise ValueError(f"tucker: merging {', '.join(names)} gives weights that are not finite; nothing is merged")
+        if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
+            broken = ", ".join(names)  # in peft's words, for infinities too
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
         self._lost = _lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]

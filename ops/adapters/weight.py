@@ -66,7 +66,8 @@ class EffectiveWeight(Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         if _writes(name, args, kwargs):
-            raise RuntimeError(f"adapted layer: {name} would write into base + change, which is made anew at every "
+            what = f"{func.__self__.__name__} = …" if name == "__set__" else name
+            raise RuntimeError(f"adapted layer: {what} would write into base + change, which is made anew at every "
                                "read, and be lost: write while the adapters are disabled, or after merge_and_unload")
         given = []
         args, kwargs = _plain(args, given), _plain(kwargs, given)

@@ -30,7 +30,7 @@ class TestInit:
 
     @pytest.mark.parametrize("scaling, want", [("constant", 8.0), ("lora", 2.0), ("rslora", 4.0)])
     def test_scale(self, scaling, want):
-        config = ts.TuckerConfig((4, 6), alpha=8, scaling=scaling, target_modules="layer", alpha_pattern={"other": 1})
+        config = ts.TuckerConfig((4, 6), alpha=8, scaling=scaling, target_modules="layer")
         model = ts.adapt(Box(nn.Linear(9, 9)), config)
         assert parts_of(model)["layer.weight"].scale == want
 
