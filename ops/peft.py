@@ -51,6 +51,7 @@ from peft.utils.other import get_pattern_key  # noqa: E402
 from .adapters import config as adapter_config  # noqa: E402
 from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
 from .adapters.config import WORDS, close_names  # noqa: E402
+from .adapters.fingerprint import differs, fingerprint  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
@@ -143,6 +144,7 @@ class TuckerConfig(peft.PeftConfig):
     alpha_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules_to_save: list[str] | None = None
     bias: str = "none"
+    fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
 
     def __post_init__(self):
         super().__post_init__()
@@ -278,12 +280,24 @@ class TuckerModel(tuners_utils.BaseTuner):
         half = [n for n in own if found[n].base_layer._parameters["weight"].dtype in HALF]
         drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
                 and m.tucker_parts[adapter_name].dropout]
+        self._compare_bases(adapter_name, found)
         if half:
             warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
                           "precision: base + change is rounded at every forward, which loses most of a small change",
                           stacklevel=4)
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
+
+    def _compare_bases(self, adapter_name, found) -> None:
+        """Note what base the adapter is on, and warn where its config comes from a file and says another."""
+        config = self.peft_config[adapter_name]
+        bases = {n: fingerprint(m, "weight") for n, m in found.items()}
+        noted = {} if config.__dict__.get("_has_met_a_base") else config.fingerprint or {}
+        other = [n for n, base in bases.items() if differs(noted.get(n), base)]
+        if other:
+            warnings.warn(f"tucker: adapter {adapter_name!r} was saved with another base model: the weight of "
+                          f"{other[0]!r}{others(other)} is not the one that it changed", stacklevel=5)
+        config.fingerprint, config._has_met_a_base = bases, True
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):

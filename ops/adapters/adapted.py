@@ -86,6 +86,19 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
     return 1.0, core, factors, max(t.dropout for _, t in terms)
 
 
+def composing(scale, core, factors, base):
+    """(a function, its arguments) of base + change, the base first."""
+    modes = [i for i, f in enumerate(factors) if f is not None]
+
+    def compose(base, core, *some):
+        whole = [None] * len(factors)
+        for i, f in zip(modes, some, strict=True):
+            whole[i] = f
+        return tucker_compose(core, whole, scale=scale, base=base)
+
+    return compose, base, core, *(factors[i] for i in modes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fast forwards of the standard layers, each (layer, scale, core, factors, dropout, the layer's own arguments)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,8 +292,7 @@ def _effective(name: str) -> property:
         try:
             scale, core, factors, _ = combined(terms)
             whole = unpacked(base) if self.tucker_packed else base
-            return effective_weight(whole, [core, *(f for f in factors if f is not None)],
-                                    lambda: tucker_compose(core, factors, scale=scale, base=whole))
+            return effective_weight(*composing(scale, core, factors, whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 

@@ -127,7 +127,7 @@ def default_scaling(scaling: str | None, alpha: float | None, rank) -> str:
     """The scaling asked for, or "constant"; warns in the voice of a config's __post_init__."""
     r = min(rank[:2]) if isinstance(rank, (list, tuple)) else rank
     if scaling is None and alpha is not None and alpha >= r > 1:
-        warnings.warn(f'TuckerConfig: alpha={alpha:g} is the scale itself; LoRA\'s alpha / rank, {alpha / r:g} here, is '
+        warnings.warn(f"TuckerConfig: alpha={alpha:g} is the scale itself; LoRA's alpha / rank, {alpha / r:g} here, is "
                       'scaling="lora". Give scaling="constant" where the first is meant', stacklevel=4)
     return "constant" if scaling is None else scaling
 

@@ -16,9 +16,10 @@ COUNT = 8
 @torch.no_grad()
 def fingerprint(layer, parameter: str) -> dict[str, Any] | None:
     """The weight's dtype and values from all over it; None where it has none to be read: packed, sharded, meta."""
-    weight = layer._parameters[parameter]
-    if isinstance(layer, Adapted) and layer.tucker_merged is not None:
-        weight = layer.tucker_merged.get(parameter, weight)
+    if hasattr(layer, "tucker_parts"):  # peft's
+        weight = (layer._original or [layer.base_layer._parameters[parameter]])[0]
+    else:
+        weight = ((isinstance(layer, Adapted) and layer.tucker_merged) or layer._parameters)[parameter]
     if weight is None or is_uninitialised(weight) or is_packed(weight) or weight.is_meta or weight.numel() == 0:
         return None
     at = torch.tensor([(2 * i + 1) * weight.numel() // (2 * COUNT) for i in range(COUNT)], device=weight.device)

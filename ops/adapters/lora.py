@@ -78,12 +78,13 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
     inner = model.get_base_model() if hasattr(model, "get_base_model") else unwrapped(model)
     if standalone and hasattr(model, "get_base_model"):
         raise ValueError("import_lora: standalone=True needs the plain model, this one is peft's")
-    with _vocabulary(inner, rest):
+    with _vocabulary(inner, rest), contextlib.ExitStack() as written:
         modules = {n.replace(".base_layer", ""): m.base_layer if hasattr(m, "tucker_parts") else m
                    for n, m in inner.named_modules() if not n.endswith(".base_layer")}
         at, hint = places([*pairs, *(key.rpartition(".")[0] for key in rest)], modules)
         made = {at.get(key, key): _to_tucker(key, modules.get(at.get(key)), hint, *pair) for key, pair in pairs.items()}
         saved, bases = _saved(rest, config, modules, made, at)
+        written.enter_context(_written(bases))
         alphas = {at[key]: _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)) for key in pairs}
         if standalone:
             root = {at[key]: math.sqrt(len(a)) if config.get("use_rslora") else len(a) for key, (a, _) in pairs.items()}
@@ -91,9 +92,6 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
         else:
             asked = {at[key]: [len(a), "full"] if a.dim() > 2 else len(a) for key, (a, _) in pairs.items()}
             model = _wrap(model, name, made, asked, alphas, saved, config, modules)
-        with torch.no_grad():
-            for weight, tensor in bases:
-                weight.copy_(tensor)
     return model
 
 
@@ -133,6 +131,9 @@ def _pairs(tensors) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]
     found, rest = {}, {}
     for key, tensor in tensors.items():
         key = key.removeprefix(PREFIX).replace("_orig_mod.", "").replace(".base_layer.", ".")
+        if ".original_module." in key:  # of a saved module, which is there too
+            continue
+        key = key.replace(".modules_to_save.", ".")
         match = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight)?", key)
         if match:
             found.setdefault(match[1], {})[match[2]] = tensor
@@ -167,6 +168,22 @@ def _vocabulary(model, rest) -> Iterator[None]:
     except BaseException:
         if n is not None:
             resize(before)
+        raise
+
+
+@contextlib.contextmanager
+def _written(bases) -> Iterator[None]:
+    """The weights with what the checkpoint has in them; as they were, if that is no use."""
+    before = [weight.detach().clone() for weight, _ in bases]
+    try:
+        with torch.no_grad():
+            for weight, tensor in bases:
+                weight.copy_(tensor)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for (weight, _), old in zip(bases, before):
+                weight.copy_(old)
         raise
 
 

@@ -24,12 +24,12 @@ def places(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, str],
     ways = {(cut, before): at for cut in _cuts(keys) for before in ("", *(n + "." for n in names)) if cut or before
             if (at := _moved(keys, names, cut, before))}
     most = max(map(len, ways.values()), default=0)
-    ways = {way: at for way, at in ways.items() if len(at) == most}
+    ways = {tuple(at.items()): (*way, at) for way, at in reversed(ways.items()) if len(at) == most}
     if most == len(keys) and len(ways) == 1:
-        return next(iter(ways.values())), ""
+        return next(iter(ways.values()))[2], ""
     if most <= len(plain):
         return plain, ""
-    cut, before = next(iter(ways))
+    cut, before, _ = list(ways.values())[-1]
     how = " and ".join([f"without {cut!r}"] * bool(cut) + [f"under {before!r}"] * bool(before))
     more = f", as in {len(ways) - 1} other ways" if len(ways) > 1 else ""
     return plain, f" ({how} {most} of the file's {len(keys)} modules would fit{more})"

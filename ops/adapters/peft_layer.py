@@ -11,7 +11,16 @@ from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
 from .adapt import new_factors
-from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, unpacked
+from .adapted import (
+    CONVS,
+    TRANSPOSED,
+    combined,
+    composing,
+    fast_forward,
+    is_conv1d_of_transformers,
+    is_packed,
+    unpacked,
+)
 from .config import init_factors
 from .merge import stays_finite
 from .replaced import watch
@@ -109,8 +118,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         try:
             scale, core, factors, _ = combined(terms)
             whole = unpacked(base) if is_packed(base) else base
-            return effective_weight(whole, [core, *(f for f in factors if f is not None)],
-                                    lambda: tucker_compose(core, factors, scale=scale, base=whole))
+            return effective_weight(*composing(scale, core, factors, whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
