@@ -295,8 +295,8 @@ class TuckerModel(tuners_utils.BaseTuner):
         noted = {} if config.__dict__.get("_has_met_a_base") else config.fingerprint or {}
         other = [n for n, base in bases.items() if differs(noted.get(n), base)]
         if other:
-            warnings.warn(f"tucker: adapter {adapter_name!r} was saved with another base model: the weight of "
-                          f"{other[0]!r}{others(other)} is not the one that it changed", stacklevel=5)
+            warnings.warn(f"tucker: adapter {adapter_name!r} was saved with another base model: "
+                          f"{other[0]!r}{others(other)} had other weights than here", stacklevel=5)
         config.fingerprint, config._has_met_a_base = bases, True
 
     def delete_adapter(self, adapter_name: str) -> None:

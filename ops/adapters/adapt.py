@@ -128,6 +128,7 @@ def _modules_to_save(model, config, made) -> list[nn.Module]:
 def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFactors]], saved: list[nn.Module],
            config: dict) -> None:
     """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
+    put_live("adapt", model, "")  # what is to be saved may share tensors with what is live
     watch()
     note(model, name, config)
     for key, parts in made.items():

@@ -133,8 +133,8 @@ def put_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor], about: 
     others_base = [key for key, parts in about.get("base", {}).items() for parameter, noted in parts.items()
                    if differs(noted, fingerprint(model.get_submodule(key), parameter))]
     if others_base:
-        warnings.warn(f"{what} was saved with another base model: {others_base[0]!r}{others(others_base)} has another "
-                      "weight than the one that it changed", stacklevel=3)
+        where = f"{others_base[0]!r}{others(others_base)}"
+        warnings.warn(f"{what} was saved with another base model: {where} had other weights than here", stacklevel=3)
     made = {}
     for key, parts in about["layers"].items():
         module, made[key] = model.get_submodule(key), {}

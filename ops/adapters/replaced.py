@@ -4,6 +4,7 @@ files, of merges and of `disabled`, without a word. So putting one there is refu
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -34,8 +35,10 @@ def _refuse(parent, name, new) -> None:
         return
     if "tucker_parts" in old._modules and any(m is new for m in old.modules()):
         return  # peft unloads
-    inside, alike = set(new.modules()), dict(new.named_modules())
-    lost = [n for n, m in kept.items() if m not in inside and not (n in alike and _is_kept(alike[n]))]
+    inside = set(new.modules())
+    alike = Counter(type(m) for m in inside - set(old.modules()) if _is_kept(m))  # a copy
+    lost = [n for n, m in kept.items() if m not in inside]
+    lost = [] if Counter(type(kept[n]) for n in lost) <= alike else lost
     if lost:
         where = ".".join(filter(None, (name, lost[0])))
         what = "is trained whole with an adapter" if "tucker_saved" in kept[lost[0]].__dict__ else "has an adapter"

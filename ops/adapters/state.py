@@ -178,8 +178,11 @@ def put_live(function: str, model: nn.Module, name: str) -> None:
             if now != before:
                 raise ValueError(f"{function}: {key!r} is {now} now and was {before}: it was resized after `adapt`, so "
                                  "that what it was can't be put in its place")
-    for module in targets:  # all before one is filled: they may share tensors
-        module.tucker_saved[module.tucker_live] = tensors_of(module)
+    live = {id(t) for m in saved_modules(model).values() if m.tucker_live
+            for t in m.state_dict(keep_vars=True).values()}
+    for module in targets:  # all before one is filled: they may share tensors, also with what is live
+        if module.tucker_live or not any(id(t) in live for t in module.state_dict(keep_vars=True).values()):
+            module.tucker_saved[module.tucker_live] = tensors_of(module)
     for module, target in sorted(targets.items(), key=lambda item: bool(item[1])):
         fill(module, module.tucker_saved[target])
         module.__dict__["tucker_live"] = target

@@ -90,9 +90,9 @@ class EffectiveWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         guard = args[0] if args and isinstance(args[0], EffectiveWeight) and args[0]._value is not None else None
-        if func is Tensor.requires_grad.__set__ and guard is not None and guard._value.is_leaf:
+        if func == Tensor.requires_grad.__set__ and guard is not None and guard._value.is_leaf:
             return func(guard._value, *args[1:])  # of what was detached, as checkpoints do
-        if func in _KNOWN or (func is Tensor.requires_grad.__get__ and guard is None):
+        if func in _KNOWN or (func == Tensor.requires_grad.__get__ and guard is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
@@ -117,7 +117,7 @@ class EffectiveWeight(Tensor):
 
 def _no_hooks():
     """What is saved for the backward here belongs to the read, not to a checkpoint around what computes first."""
-    if torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch.compiler.is_compiling() and torch._C._autograd._saved_tensors_hooks_is_enabled():
         return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     return contextlib.nullcontext()
 
