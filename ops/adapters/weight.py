@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..common import transformed
+
 _KNOWN = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size,
           Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, torch.numel,
           torch.is_floating_point, torch.is_complex}
@@ -28,9 +30,9 @@ _waiting: weakref.WeakValueDictionary[int, EffectiveWeight] = weakref.WeakValueD
 
 
 def effective_weight(compose: Callable[..., Tensor], *parts: Tensor) -> Tensor:
-    """`compose(*parts)`, like the first of them; later, or at once for a compiler and for torch's fast paths (the
-    caller's caller)."""
-    if torch.compiler.is_compiling() or sys._getframe(2).f_code in _FAST_PATHS:
+    """`compose(*parts)`, like the first of them; later, or at once for what traces or transforms, and for torch's fast
+    paths (the caller's caller)."""
+    if torch.compiler.is_compiling() or transformed() or sys._getframe(2).f_code in _FAST_PATHS:
         return compose(*parts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in parts):
         return _Read.apply(compose, *parts)
