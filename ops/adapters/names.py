@@ -21,8 +21,7 @@ def places(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, str],
     plain = {k: names[canonical(k)] for k in keys if canonical(k) in names}
     if len(plain) == len(keys):
         return plain, ""
-    ways = {(cut, before): at for cut in _cuts(keys) for before in ("", *(n + "." for n in names)) if cut or before
-            if (at := _moved(keys, names, cut, before))}
+    ways = {way: _moved(keys, names, *way) for way in _ways(keys, names)}
     most = max(map(len, ways.values()), default=0)
     ways = {tuple(at.items()): (*way, at) for way, at in reversed(ways.items()) if len(at) == most}
     if most == len(keys) and len(ways) == 1:
@@ -35,10 +34,15 @@ def places(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, str],
     return plain, f" ({how} {most} of the file's {len(keys)} modules would fit{more})"
 
 
-def _cuts(keys) -> list[str]:
-    """Leading parts of the keys that might be a wrapper's."""
-    parts = [canonical(k).split(".") for k in keys]
-    return ["", *dict.fromkeys(".".join(p[:i]) + "." for p in parts[:1] + parts[-1:] for i in range(1, len(p)))]
+def _ways(keys, names) -> list[tuple[str, str]]:
+    """(what to cut off, what to put before) that give the first or the last key a module."""
+    found = {}
+    for key in map(canonical, keys[:1] + keys[-1:]):
+        parts = key.split(".")
+        for cut in ("".join(p + "." for p in parts[:i]) for i in range(len(parts))):
+            tail = key.removeprefix(cut)
+            found |= {(cut, n.removesuffix(tail)): None for n in names if f".{n}".endswith(f".{tail}")}
+    return [way for way in found if any(way)]
 
 
 def _moved(keys, names, cut, before) -> dict[str, str]:
