@@ -21,6 +21,7 @@ from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .config import init_factors
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
+from .weight import effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -120,6 +121,17 @@ def own(layer, name: str) -> Tensor | None:
     """The layer's parameter itself; DataParallel's replicas have plain tensors instead, as attributes."""
     found = layer._parameters.get(name)
     return layer.__dict__.get(name) if found is None else found
+def composing(scale, core, factors, base):
+    """(a function, its arguments) of base + change, the base first."""
+    modes = [i for i, f in enumerate(factors) if f is not None]
+
+    def compose(base, core, *some):
+        whole = [None] * len(factors)
+        for i, f in zip(modes, some, strict=True):
+            whole[i] = f
+        return tucker_compose(core, whole, scale=scale, base=base)
+
+    return compose, base, core, *(factors[i] for i in modes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,9 +278,9 @@ def fast_forward(module):
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
-    Writing into `layer.weight` in place writes into a temporary while an adapter is active: write inside `disabled`.
-    What replaces a weight by one made of it (quantising, pruning) belongs before `adapt`: later it would take the
-    change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    While an adapter is active, `layer.weight` can be neither written into nor assigned to: write inside `disabled`.
+    What replaces a weight by one made of it (quantising, pruning, fusing) belongs before `adapt` or after a merge:
+    else it would take the change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
     """
 
     tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
@@ -298,6 +310,20 @@ class Adapted:
         if not terms:
             return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
+
+    def register_parameter(self, name, param):
+        if name in adapted_names(self) and not self.tucker_inside and param is not self._parameters.get(name):
+            base = self._parameters[name]
+            if self.tucker_terms(name):
+                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
+                                   "change would have the change in it twice. Assign inside `with disabled(model)`, "
+                                   "or after merge_and_unload")
+            if base is not None and (param is None or param.shape != base.shape):
+                what = None if param is None else tuple(param.shape)
+                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {what}")
+            if self.tucker_merged is not None and name in self.tucker_merged:
+                self.tucker_merged[name] = None  # there is no way back
+        super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
         with packed_as_it_is(self):
@@ -329,9 +355,8 @@ def _effective(name: str) -> property:
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
             scale, core, factors, _ = combined(terms)
-            if self.tucker_packed or base.dtype not in FLOATS:
-                base = unpacked(base)
-            return tucker_compose(core, factors, scale=scale, base=base)
+            whole = unpacked(base) if self.tucker_packed or base.dtype not in FLOATS else base
+            return effective_weight(*composing(scale, core, factors, whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 

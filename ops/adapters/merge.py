@@ -10,7 +10,8 @@ from ..common import FLOATS, HALF
 from ..tucker.tucker import tucker_compose
 from .adapted import adapted_names, become_plain, combined
 from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
-from .state import drop_saved, forget, known_layers, refuse_merged
+from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
+from .weight import compose_reads
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
 
@@ -25,8 +26,8 @@ def merge(model: nn.Module) -> nn.Module:
     Warns when a half-precision weight swallows more than a tenth of its change.
 
     Raises:
-        ValueError: nothing to merge, merged already, or a weight is packed (quantised) or offloaded. Nothing is changed
-            then.
+        ValueError: nothing to merge, merged already, a change that is not finite, or a weight that is packed
+            (quantised), offloaded or was resized after `adapt`. Nothing is changed then.
 
     Example:
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
@@ -42,6 +43,8 @@ def merge(model: nn.Module) -> nn.Module:
     refuse_merged("merge", model)
     if not found:
         raise ValueError("merge: no adapter is active")
+    check_shapes("merge", found)
+    compose_reads()
     packed = [key for key, layer in found.items() if layer.tucker_packed or
               any(layer._parameters[p].dtype not in FLOATS for p in _active_parameters(layer))]
     if packed:
@@ -53,6 +56,10 @@ def merge(model: nn.Module) -> nn.Module:
             done[layer] = {p: layer._parameters[p].detach().clone() for p in _active_parameters(layer)}
             for p in done[layer]:
                 part = _merge_weight(layer, p)
+                if not stays_finite(done[layer][p], layer._parameters[p]):
+                    active = ", ".join(map(repr, layer.tucker_active))
+                    raise ValueError(f"merge: the change of {key!r} by {active} is not finite (NaN or infinity); "
+                                     "nothing is merged")
                 if part > LOST:
                     lost[key] = part
     except BaseException:
@@ -66,6 +73,12 @@ def merge(model: nn.Module) -> nn.Module:
         warnings.warn(f"merge: half precision swallows {lost[worst]:.0%} of the change of {where}; merge into a "
                       "float32 model to keep it", stacklevel=3)  # beyond no_grad's own frame
     return model
+
+
+def stays_finite(before, after) -> bool:
+    """Are the entries finite that were so before?"""
+    finite = torch.isfinite(after)
+    return bool(finite.all()) or not bool((torch.isfinite(before) & ~finite).any())
 
 
 def others(names) -> str:
@@ -107,6 +120,9 @@ def _restore(snapshots) -> None:
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`, bit for bit.
 
+    Raises:
+        ValueError: nothing is merged, or a weight was replaced meanwhile. Nothing is changed then.
+
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2, init="svd"))
         >>> before = model[0].weight.clone()
@@ -117,6 +133,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
     if not found:
         raise ValueError("unmerge: the model's adapters aren't merged")
+    for key, layer in known_layers("unmerge", model).items():
+        for p, before in (layer.tucker_merged or {}).items():
+            if before is None or before.shape != layer._parameters[p].shape:
+                raise ValueError(f"unmerge: the {p} of {key!r} was replaced or resized while it was merged")
     _restore(found)
     for layer in found:
         layer.tucker_merged = None
