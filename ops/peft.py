@@ -44,6 +44,7 @@ def _check_version(text: str) -> None:
 
 _check_version(peft.__version__)
 
+from accelerate import init_empty_weights  # noqa: E402
 from peft.tuners import tuners_utils  # noqa: E402
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method  # noqa: E402
 from peft.utils.other import get_pattern_key  # noqa: E402
@@ -53,7 +54,14 @@ from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
 from .adapters.config import WORDS  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
+from .adapters.parameters import out_of_reach  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters.peft_parameters import (  # noqa: E402
+    UNTIED,
+    TuckerParameters,
+    find_peft_parameters,
+    is_layer_place,
+)
 from .adapters.targets import has_kind, refusal  # noqa: E402
 from .common import HALF  # noqa: E402
 
@@ -111,6 +119,9 @@ class TuckerConfig(peft.PeftConfig):
         init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
             "all-conv", alone or among the names. None takes what peft's LoRA takes for this architecture.
+        target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig: matrices,
+            and stacks of experts, (experts, out, in) or (experts, in, out), which share the channel factors and have a
+            core each. With it target_modules may be empty or None.
         exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
             peft.LoraConfig.
         bias: "none"; nothing else is supported.
@@ -141,6 +152,7 @@ class TuckerConfig(peft.PeftConfig):
     alpha_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules_to_save: list[str] | None = None
     bias: str = "none"
+    target_parameters: list[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,6 +162,9 @@ class TuckerConfig(peft.PeftConfig):
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             setattr(self, key, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.target_parameters, str):
+            raise TypeError("TuckerConfig: target_parameters must be a list of strings or None, got "
+                            f"{self.target_parameters!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("TuckerConfig: layers_pattern needs layers_to_transform")
         words = isinstance(self.target_modules, str) or set(WORDS) & set(self.target_modules or ())
@@ -173,15 +188,21 @@ class TuckerConfig(peft.PeftConfig):
         return adapter_config.TuckerConfig(rank=r, kernel_rank=self.kernel_rank, alpha=alpha, scaling=self.scaling,
                                            init=self.init, dropout=self.dropout)
 
-    def layer(self, key: str, shape: Sequence[int]) -> tuple[list[int | None], float]:
-        """Ranks of the modes of layer `key`, None for no factor, and the scale."""
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, key), self.r)
-        core = self._core(r, self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), self.alpha))
-        ranks = core.ranks(key, shape)
-        whole = [i for i, n in enumerate(r) if n == "full"] if isinstance(r, (list, tuple)) else []
+    def layer(self, key: str | Sequence[str], shape: Sequence[int],
+              stacked: bool = False) -> tuple[list[int | None], float]:
+        """Ranks of the modes of layer `key` (or of a parameter with several names), None for no factor, and the scale."""
+        keys = [key] if isinstance(key, str) else key
+        r = next((self.rank_pattern[p] for k in keys if (p := get_pattern_key(self.rank_pattern, k)) in
+                  self.rank_pattern), self.r)
+        alpha = next((self.alpha_pattern[p] for k in keys if (p := get_pattern_key(self.alpha_pattern, k)) in
+                      self.alpha_pattern), self.alpha)
+        core = self._core(r, alpha)
+        ranks = core.ranks(key, shape, stacked)
+        first = len(shape) - 2 if stacked and isinstance(r, (list, tuple)) and len(r) == 2 else 0
+        whole = [first + i for i, n in enumerate(r) if n == "full"] if isinstance(r, (list, tuple)) else []
         if whole and len(shape) == 2:
-            raise ValueError(f'TuckerConfig: r={r} for {key!r}: "full" is for convolutions')
-        return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key)
+            raise ValueError(f'TuckerConfig: r={r} for {keys[0]!r}: "full" is for convolutions')
+        return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key, stacked)
 
 
 _add_peft_type("TUCKER")
@@ -203,8 +224,15 @@ class TuckerModel(tuners_utils.BaseTuner):
     tuner_layer_cls = TuckerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _prepare_adapter_config(self, config: TuckerConfig, model_config: dict) -> TuckerConfig:
+        known = self.target_module_mapping.get(model_config["model_type"])
+        if config.target_modules is None and config.target_parameters and known is None:
+            config.target_modules = set()  # the parameters alone
+        return super()._prepare_adapter_config(config, model_config)
+
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
+        find_peft_parameters(model, config.target_parameters)
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
         places = {}
@@ -222,6 +250,7 @@ class TuckerModel(tuners_utils.BaseTuner):
             modules = dict(model.named_modules())
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
                                      or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
+        within = [n + ".base_layer." for n, m in model.named_modules() if isinstance(m, TuckerParameters)]
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -230,6 +259,13 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {', '.join(map(repr, names))} are one module, and peft adapts one place")
             if meant and _refusal(meant[0], module) is not None:
                 raise ValueError(f"tucker: {_refusal(meant[0], module)}")
+            if isinstance(module, TuckerParameters) and any(self._check_target_module_exists(config, n) for n in names):
+                raise ValueError(f"tucker: {names[0]!r} has adapted parameters already, so it can't be adapted as a layer")
+            outer = next((o for o in within if names[0].startswith(o)), None)
+            if outer is not None and has_kind(module) and any(
+                    self._check_target_module_exists(config, n.replace(".base_layer", "")) for n in names):
+                raise ValueError(f"tucker: {names[0]!r} lies in {outer[:-1]!r}, which has adapted parameters, and peft "
+                                 "adapts nothing inside that; torch_subspace.adapt takes it")
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, TuckerLayer):
@@ -238,7 +274,33 @@ class TuckerModel(tuners_utils.BaseTuner):
         why = _refusal(current_key, target)
         if why is not None:
             raise ValueError(f"tucker: {why}")
-        layer = layer_kind(target)(target, adapter_name, config, current_key)
+        self._put(layer_kind(target)(target, adapter_name, config, current_key), adapter_name, target, target_name,
+                  parent)
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
+        done = []
+        for key, (plain, parameters) in find_peft_parameters(model, peft_config.target_parameters).items():
+            parent, _, target_name = key.rpartition(".")
+            parent, target = model.get_submodule(parent), model.get_submodule(key)
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                if is_layer_place(target, parameters):
+                    if not isinstance(target, TuckerLayer) or adapter_name not in target.tucker_parts:
+                        self._create_and_replace(peft_config, adapter_name, target, target_name, parent, plain)
+                elif isinstance(target, TuckerParameters):
+                    target.update_layer(adapter_name, peft_config, plain, parameters)
+                else:
+                    layer = TuckerParameters(target, adapter_name, peft_config, plain, parameters)
+                    self._put(layer, adapter_name, target, target_name, parent)
+            done += [f"{plain}.{parameter}" for parameter in parameters]
+        return done
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, TuckerParameters):  # unloaded: peft would look for its weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _put(self, layer, adapter_name, target, target_name, parent) -> None:
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is chosen
         self._replace_module(parent, target_name, layer, target)
@@ -248,15 +310,21 @@ class TuckerModel(tuners_utils.BaseTuner):
         found = {n: m for n, m in model.named_modules() if isinstance(m, TuckerLayer)}
         found = {n: m for n, m in found.items() if adapter_name in m.tucker_parts}
         own = [n for n, m in found.items() if m._fast is None and not isinstance(m, TuckerLinear)]
-        half = [n for n in own if found[n].base_layer._parameters["weight"].dtype in HALF]
+        changes = {n: m.changes(adapter_name) for n, m in found.items()}
+        half = [n for n in own if any(found[n].base_layer._parameters[p].dtype in HALF for p in changes[n])]
         drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
-                and m.tucker_parts[adapter_name].dropout]
+                and any(part.dropout for part in changes[n].values())]
         if half:
             warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
                           "precision: base + change is rounded at every forward, which loses most of a small change",
                           stacklevel=4)
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
+        share, names = (0, []) if self.peft_config[adapter_name].target_parameters else out_of_reach(model, set())
+        if share > 0.5:
+            names = ", ".join(n.replace(".base_layer", "") for n in names[:4])
+            warnings.warn(f"tucker: {share:.0%} of the weights are in parameters of no layer, which only "
+                          f"target_parameters adapts: {names}", stacklevel=4)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):
@@ -286,14 +354,7 @@ def _refusal(name: str, module: nn.Module) -> str | None:
         return f"{name!r} is adapted by another method already ({type(module).__name__})"
     if not has_kind(module) or layer_kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
-    return refusal(name, module, _Untied())
-
-
-class _Untied(dict):
-    """For `refusal`: a shared weight is no reason here, as nothing is ever written into it."""
-
-    def __missing__(self, key):
-        return []
+    return refusal(name, module, UNTIED)
 
 
 def _warn_of_loss(model: nn.Module) -> None:

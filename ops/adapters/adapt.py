@@ -23,8 +23,9 @@ from torch import nn
 from ..common import HALF, wide_dtype
 from ..grassmann.groups import param_groups
 from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
-from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
+from .config import TuckerConfig, check_patterns, close_names, matches
 from .merge import others
+from .parameters import find_parameters, full_name, init_stacked, is_stacked, out_of_reach
 from .state import (
     active_adapters,
     adapter_names,
@@ -42,7 +43,7 @@ from .state import (
     saved_modules,
     unwrapped,
 )
-from .targets import find_targets, input_mode, is_uninitialised, weights_of
+from .targets import find_targets, has_kind, is_uninitialised, weights_of
 
 
 def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "default") -> nn.Module:
@@ -89,15 +90,20 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     if name in adapter_names(model):
         raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")
     refuse_merged("adapt", model)
+    targets = {key: weights_of(module) for key, module in find_targets(model, config).items()}
+    for key, shapes in find_parameters(model, config).items():
+        targets[key] = targets.get(key, {}) | shapes
     made = {}
-    for key, module in find_targets(model, config).items():
-        made[key] = {}
-        for parameter, shape in weights_of(module).items():
-            base = module._parameters[parameter]
+    for key, shapes in targets.items():
+        module, made[key] = model.get_submodule(key), {}
+        for parameter, shape in shapes.items():
+            base, names, stacked = module._parameters[parameter], (full_name(key, parameter), key), is_stacked(
+                module, parameter)
             if config.init == "svd" and is_packed(base):
                 raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
-            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base)
-            init_factors(part.factors, config.init, base, input_mode(module))
+            part = new_factors(shape, config.ranks(names, shape, stacked), config.scale(names, stacked),
+                               config.dropout, base)
+            init_stacked(part.factors, config.init, base, module, parameter)
             made[key][parameter] = part
     attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
     _warn_of_limits(model, made)
@@ -130,15 +136,21 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
     note(model, name, config)
     for key, parts in made.items():
         module = model.get_submodule(key)
-        if not isinstance(module, Adapted):
-            become_adapted(module, tuple(weights_of(module)))
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        become_adapted(module, tuple(dict.fromkeys([*(weights_of(module) if has_kind(module) else ()), *parts])))
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "weight" in parts:
             with torch.no_grad():
                 parts["weight"].factor0[module.padding_idx] = 0  # the padding row never changes
-        module.tucker[name] = nn.ModuleDict(parts).train(module.training)
+        module.tucker[name] = by_parameter(parts).train(module.training)
     for module in saved:
         keep_saved(module, name)
     set_adapter(model, name)
+
+
+def by_parameter(parts: Mapping[str, TuckerFactors]) -> nn.ModuleDict:
+    """A ModuleDict whose keys may be words that it uses itself: product-key memories call parameters `keys`, `values`."""
+    result = nn.ModuleDict()
+    result._modules.update(parts)
+    return result
 
 
 def _warn_of_limits(model, made) -> None:
@@ -271,7 +283,7 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     Args:
         lr: base learning rate to write into the groups; needed with multipliers.
         lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
-            "encoder.fc.factor0", ...), then on its layer's name. The first that matches counts.
+            "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that matches counts.
 
     Raises:
         ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
@@ -295,9 +307,11 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
     for key, layer in found.items():
         for name in layer.tucker_active:
-            for part in layer.tucker[name].values() if name in layer.tucker else ():
+            for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
+                own = full_name(key, parameter)
                 for local, p in part.named_parameters():
-                    groups.setdefault(multiplier(f"{key}.{local}", key), []).append(p)
+                    at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
+                    groups.setdefault(at, []).append(p)
     result = [({"params": params}, m) for m, params in groups.items()]
     for key, module in saved_modules(model).items():
         for group in param_groups(module) if module.tucker_live else ():
@@ -313,6 +327,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
 def adapter_summary(model: nn.Module) -> str:
     """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all.
+
+    Where a tenth of the weights or more are frozen matrices of no layer (experts in stacks), which only
+    `TuckerConfig.target_parameters` adapts, a last line says how many and names them.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -337,6 +354,12 @@ def adapter_summary(model: nn.Module) -> str:
     active = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in active_adapters(model).items()) or "none"
     merged = " (merged)" if any(layer.tucker_merged is not None for layer in found.values()) else ""
     lines.append(f"active: {active}{merged}; trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    bases = {id(layer._parameters[p]) for layer in found.values() for parts in layer.tucker.values() for p in parts}
+    share, names = out_of_reach(unwrapped(model), bases)
+    if share >= 0.1:
+        more = f" and {len(names) - 4} others" if len(names) > 4 else ""
+        lines.append(f"{share:.2%} of the weights are in parameters of no layer, which only target_parameters adapts: "
+                     f"{', '.join(names[:4])}{more}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,24 @@ from ..tucker.tucker_linear import tucker_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_saved", "tucker_live")  # not of a layer: see state.py
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class TuckerFactors(nn.Module):
+class WideFactors(nn.Module):
+    """Parameters that are wide also beside a half-precision base."""
+
+    def _apply(self, fn, recurse=True):
+        """model.half() moves them, and leaves them wide."""
+
+        def wide(t):
+            new = fn(t)
+            return t.to(new.device) if new.dtype in HALF else new
+
+        return super()._apply(wide, recurse)
+
+
+class TuckerFactors(WideFactors):
     """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
 
     A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too.
@@ -39,15 +54,6 @@ class TuckerFactors(nn.Module):
         for i, (d, r) in enumerate(zip(shape, ranks, strict=True)):
             factor = None if r is None else nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
             self.register_parameter(f"factor{i}", factor)
-
-    def _apply(self, fn, recurse=True):
-        """model.half() moves them, and leaves them wide."""
-
-        def wide(t):
-            new = fn(t)
-            return t.to(new.device) if new.dtype in HALF else new
-
-        return super()._apply(wide, recurse)
 
     @property
     def ranks(self) -> list[int | None]:
@@ -213,6 +219,34 @@ def fast_forward(module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Kept(threading.local):
+    """What this thread has composed for the layers whose forward it is in, {id(layer): (saving, {key: weight})}."""
+
+    def __init__(self):
+        self.of = {}
+
+
+_kept = _Kept()
+
+
+def _saving():
+    """Who takes what autograd saves: a checkpointed region runs again by itself, so it has to compose for itself."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextlib.contextmanager
+def _composed_once(layer):
+    """A parameter that the layer's own forward reads several times, as a loop over experts does, is composed once."""
+    if id(layer) in _kept.of:
+        yield
+        return
+    _kept.of[id(layer)] = _saving(), {}
+    try:
+        yield
+    finally:
+        del _kept.of[id(layer)]
+
+
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
@@ -234,7 +268,10 @@ class Adapted:
         fast = self.tucker_fast
         terms = self.tucker_terms("weight") if fast is not None else []
         if not terms:
-            return super().forward(*args, **kwargs)
+            if torch.compiler.is_compiling():  # equal nodes of a graph are one
+                return super().forward(*args, **kwargs)
+            with _composed_once(self):
+                return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
 
     def _save_to_state_dict(self, *args, **kwargs):
@@ -253,6 +290,18 @@ class Adapted:
         return _rebuild, (original_class(self), adapted_names(self)), self.__dict__
 
 
+def _read(layer, name, base, terms) -> Tensor:
+    kept, key = {}, None
+    if not torch.compiler.is_compiling() and id(layer) in _kept.of:
+        saving, weights = _kept.of[id(layer)]
+        kept = weights if saving == _saving() else {}
+        key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    if key not in kept:
+        scale, core, factors, _ = combined(terms)
+        kept[key] = tucker_compose(core, factors, scale=scale, base=unpacked(base) if layer.tucker_packed else base)
+    return kept[key]
+
+
 def _effective(name: str) -> property:
     def read(self):
         base = self._parameters.get(name)
@@ -262,8 +311,7 @@ def _effective(name: str) -> property:
         if type(base).__name__ == "DTensor" and all(type(t.core).__name__ == "DTensor" for _, t in terms):
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
-            scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if self.tucker_packed else base)
+            return _read(self, name, base, terms)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
@@ -291,7 +339,10 @@ def adapted_names(module) -> tuple[str, ...]:
 
 
 def become_adapted(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give a plain layer the adapted class and no adapter yet."""
+    """Give a plain layer the adapted class and no adapter yet; of an adapted one, let further parameters be adapted."""
+    if isinstance(module, Adapted):
+        module.__class__ = _adapted_class(original_class(module), tuple(dict.fromkeys(adapted_names(module) + names)))
+        return
     module.tucker_packed = any(is_packed(module._parameters[name]) for name in names)  # once: export swaps tensors
     module.tucker_fast = fast_forward(module) if "weight" in names else None
     module.tucker_forward = module.__dict__.pop("forward", None) if module.tucker_packed else None
@@ -306,5 +357,5 @@ def become_plain(module: nn.Module) -> None:
     if module.tucker_forward is not None:
         module.__dict__["forward"] = module.tucker_forward
     del module.tucker
-    for key in [k for k in module.__dict__ if k.startswith("tucker_")]:
+    for key in [k for k in module.__dict__ if k.startswith("tucker_") and k not in MODEL_NOTES]:
         del module.__dict__[key]

@@ -17,6 +17,7 @@ from ..files import write_whole
 from .adapt import attach, delete_adapter, new_factors, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
+from .parameters import parameter_refusal, shape_of
 from .state import (
     adapter_names,
     check_known,
@@ -30,7 +31,7 @@ from .state import (
     saved_tensors,
     unwrapped,
 )
-from .targets import owners_of, refusal, weights_of
+from .targets import owners_of
 
 FORMAT, VERSION = "torch_subspace.tucker", 1
 
@@ -175,14 +176,14 @@ def _problems(model, name, tensors, about) -> list[str]:
         module = modules.get(key)
         if module is None:
             found.append(f"the model has no layer {key!r}")
-        elif why := refusal(key, module, owners):
-            found.append(why)
+        elif whys := [why for p in parts if (why := parameter_refusal(key, module, p, owners))]:
+            found += dict.fromkeys(whys)
         elif set(module.__dict__.get("tucker_saved", ())) - {"", name}:
             found.append(f"{key!r} is trained whole by another adapter")
         else:
-            shapes = weights_of(module)
             for parameter, d in parts.items():
-                has = tuple(shapes[parameter]) if parameter in shapes else None
+                has = shape_of(module, parameter)
+                has = None if has is None else tuple(has)
                 if has != tuple(d["shape"]):
                     found.append(f"{key}.{parameter} is {tuple(d['shape'])} in the file and {has} in the model")
                 core = tuple(s if r is None else r for s, r in zip(d["shape"], d["ranks"]))

@@ -35,7 +35,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     adapter_layer_names = ("tucker_parts",)
     other_param_names = ("scaling", "config_scaling")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str, *parameters):
         super().__init__()
         self.base_layer = base_layer
         self.tucker_parts = nn.ModuleDict()
@@ -43,7 +43,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.merged_adapters, self._original = [], []  # the weight of before a merge; in a list, as it is no parameter
         self._disable_adapters, self._active_adapter = False, adapter_name
         self._fast = fast_forward(base_layer)
-        self.update_layer(adapter_name, config, key)
+        self.update_layer(adapter_name, config, key, *parameters)
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
         base = self.base_layer
@@ -59,6 +59,10 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.tucker_parts[adapter_name] = part.train(self.training)
         self.scaling[adapter_name] = self.config_scaling[adapter_name] = scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def changes(self, adapter_name: str) -> dict:
+        """Core and factors of an adapter by the parameter that they change."""
+        return {"weight": self.tucker_parts[adapter_name]}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
         part, weight = self.tucker_parts[adapter_name], self.base_layer._parameters["weight"]
@@ -148,7 +152,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         changed = tucker_compose(core, factors, scale=scale, base=before)
         if safe_merge and not torch.isfinite(changed).all():
             raise ValueError(f"tucker: merging {', '.join(names)} gives weights that are not finite; nothing is merged")
-        self._lost = _lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
+        self._lost = lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]
         self.merged_adapters.extend(names)
@@ -181,7 +185,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale
 
 
-def _lost_in_rounding(before, after, change) -> float:
+def lost_in_rounding(before, after, change) -> float:
     if before.dtype not in HALF:
         return 0.0
     size = torch.linalg.vector_norm(change)
