@@ -119,9 +119,9 @@ class TuckerConfig(peft.PeftConfig):
         init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
             "all-conv", alone or among the names. None takes what peft's LoRA takes for this architecture.
-        target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig: matrices,
-            and stacks of experts, (experts, out, in) or (experts, in, out), which share the channel factors and have a
-            core each. With it target_modules may be empty or None.
+        target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig:
+            matrices, and stacks of experts, (experts, out, in) or (experts, in, out), which share the channel factors
+            and have a core each. With it target_modules may be empty or None.
         exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
             peft.LoraConfig.
         bias: "none"; nothing else is supported.
@@ -190,7 +190,7 @@ class TuckerConfig(peft.PeftConfig):
 
     def layer(self, key: str | Sequence[str], shape: Sequence[int],
               stacked: bool = False) -> tuple[list[int | None], float]:
-        """Ranks of the modes of layer `key` (or of a parameter with several names), None for no factor, and the scale."""
+        """Ranks of the modes of layer `key`, or of what has several names, None for no factor, and the scale."""
         keys = [key] if isinstance(key, str) else key
         r = next((self.rank_pattern[p] for k in keys if (p := get_pattern_key(self.rank_pattern, k)) in
                   self.rank_pattern), self.r)
@@ -233,6 +233,7 @@ class TuckerModel(tuners_utils.BaseTuner):
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
         find_peft_parameters(model, config.target_parameters)
+        modules = dict(model.named_modules())
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
         places = {}
@@ -247,10 +248,9 @@ class TuckerModel(tuners_utils.BaseTuner):
             if "all-conv" in words:
                 names |= {n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED, TuckerConv))
                           and not n.endswith(".base_layer")}
-            modules = dict(model.named_modules())
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
                                      or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
-        within = [n + ".base_layer." for n, m in model.named_modules() if isinstance(m, TuckerParameters)]
+        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters)]
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -259,13 +259,12 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {', '.join(map(repr, names))} are one module, and peft adapts one place")
             if meant and _refusal(meant[0], module) is not None:
                 raise ValueError(f"tucker: {_refusal(meant[0], module)}")
-            if isinstance(module, TuckerParameters) and any(self._check_target_module_exists(config, n) for n in names):
-                raise ValueError(f"tucker: {names[0]!r} has adapted parameters already, so it can't be adapted as a layer")
-            outer = next((o for o in within if names[0].startswith(o)), None)
-            if outer is not None and has_kind(module) and any(
-                    self._check_target_module_exists(config, n.replace(".base_layer", "")) for n in names):
-                raise ValueError(f"tucker: {names[0]!r} lies in {outer[:-1]!r}, which has adapted parameters, and peft "
-                                 "adapts nothing inside that; torch_subspace.adapt takes it")
+            plain = [n.replace(".base_layer", "") for n in names]
+            outer = next((o for o in within if (names[0] + ".").startswith(o)), None)
+            if outer is not None and (module is modules[outer[:-1]] or has_kind(module)) and any(
+                    self._check_target_module_exists(config, n) for n in plain):
+                raise ValueError(f"tucker: {plain[0]!r} is or lies in {outer[:-1]!r}, whose parameters are adapted, "
+                                 "and peft adapts no layer there; torch_subspace.adapt takes it")
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, TuckerLayer):

@@ -97,8 +97,8 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     for key, shapes in targets.items():
         module, made[key] = model.get_submodule(key), {}
         for parameter, shape in shapes.items():
-            base, names, stacked = module._parameters[parameter], (full_name(key, parameter), key), is_stacked(
-                module, parameter)
+            base, names = module._parameters[parameter], (full_name(key, parameter), key)
+            stacked = is_stacked(module, parameter)
             if config.init == "svd" and is_packed(base):
                 raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
             part = new_factors(shape, config.ranks(names, shape, stacked), config.scale(names, stacked),
@@ -147,7 +147,7 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
 
 
 def by_parameter(parts: Mapping[str, TuckerFactors]) -> nn.ModuleDict:
-    """A ModuleDict whose keys may be words that it uses itself: product-key memories call parameters `keys`, `values`."""
+    """A ModuleDict whose keys may be words of its own: product-key memories call parameters `keys` and `values`."""
     result = nn.ModuleDict()
     result._modules.update(parts)
     return result
@@ -283,7 +283,8 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     Args:
         lr: base learning rate to write into the groups; needed with multipliers.
         lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
-            "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that matches counts.
+            "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that
+            matches counts.
 
     Raises:
         ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.

@@ -2,8 +2,8 @@
 
     dW[e] = scale * U core[e] V'                                    dW = scale * core x_1 U x_2 V
 
-A core per expert between two factors that all share: E r r' + d r + d' r' numbers, composed by `tucker_compose` with the
-identity for the first mode. The parameter is read as W + dW, composed once in a forward of the module that holds it.
+A core per expert between two factors that all share: E r r' + d r + d' r' numbers, composed by `tucker_compose` with
+the identity for the first mode. The parameter is read as W + dW, composed once in a forward of its module.
 """
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def init_stacked(factors: Sequence, init: str, base: nn.Parameter, module: nn.Mo
 
 
 def find_parameters(model: nn.Module, config: TuckerConfig) -> dict[str, dict[str, torch.Size]]:
-    """{module: {parameter: shape}} that `target_parameters` means; ValueError when a name matches none, or one can't be
-    adapted."""
+    """{module: {parameter: shape}} that `target_parameters` means; ValueError when a name matches none, or one can't
+    be adapted."""
     owners, known, found, refused = owners_of(model), {}, {}, []
     for key, module, names in _places(model):
-        parameters = [*(n for n, p in module._parameters.items() if p is not None), *getattr(module, "parametrizations", ())]
-        for p in parameters:
+        own = [n for n, p in module._parameters.items() if p is not None]
+        for p in (*own, *getattr(module, "parametrizations", ())):
             known[key, p] = module, [full_name(n, p) for n in names], names
     used = set()
     for (key, parameter), (module, full, names) in known.items():
@@ -89,11 +89,11 @@ def find_parameters(model: nn.Module, config: TuckerConfig) -> dict[str, dict[st
                 refused.append(why)
     unmatched = [p for p in config.target_parameters if p not in used]
     if unmatched:
-        able = [full[0] for (key, p), (module, full, _) in known.items()
+        able = [(full[0], is_stacked(module, p)) for (key, p), (module, full, _) in known.items()
                 if parameter_refusal(key, module, p, owners) is None]
-        stacks = [n for n in able if any(full[0] == n and is_stacked(m, p) for (_, p), (m, full, _) in known.items())]
+        stacks = [name for name, stacked in able if stacked] or [name for name, _ in able]
         raise ValueError(f"adapt: no parameter of {type(model).__name__} matches target_parameters "
-                         f"{', '.join(map(repr, unmatched))}{close_names(unmatched, stacks or able)}")
+                         f"{', '.join(map(repr, unmatched))}{close_names(unmatched, stacks)}")
     if refused:
         raise ValueError(f"adapt: {'; '.join(refused)}")
     if config.target_parameters and not found:
@@ -129,7 +129,8 @@ def out_of_reach(model: nn.Module, adapted: set[int]) -> tuple[float, list[str]]
             if p is None or is_uninitialised(p):
                 continue
             total += p.numel()
-            if p.dim() > 1 and not p.requires_grad and id(p) not in adapted and is_stacked(module, parameter):
+            own = is_stacked(module, parameter) and id(p) not in adapted
+            if own and p.dim() > 1 and not p.requires_grad:
                 missed += p.numel()
                 name = re.sub(r"(?<![^.])\d+(?![^.])", "*", full_name(key, parameter))
                 names[name] = names.get(name, 0) + p.numel()

@@ -1,4 +1,4 @@
-"""A module whose parameters have Tucker adapters, in peft's manner: what `target_parameters` makes. See parameters.py."""
+"""A module whose parameters have Tucker adapters, in peft's manner, by `target_parameters`. See parameters.py."""
 from __future__ import annotations
 
 import dataclasses
@@ -142,8 +142,8 @@ class TuckerParameters(TuckerLayer):
             merged, weight = [*self.merged_adapters, *names], before.get(name, base._parameters[name])
             changed[name] = self._composed(name, merged, weight)
             if not torch.isfinite(changed[name]).all():
-                raise ValueError(f"tucker: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
-                                 f"be broken: {name!r} would not be finite; nothing is merged")
+                raise ValueError(f"tucker: NaNs detected in the merged weights. The adapter {', '.join(names)} seems "
+                                 f"to be broken: {name!r} would not be finite; nothing is merged")
             before[name] = weight
             if weight.dtype in HALF:
                 lost.append(lost_in_rounding(weight, changed[name], self._composed(name, merged)))
