@@ -115,7 +115,7 @@ class TuckerConfig:
             kernel = self.kernel_rank
             ranks += [kernel] * kernels if isinstance(kernel, (int, str)) else list(kernel)
         if len(ranks) != len(shape):
-            name = name if isinstance(name, str) else name[0]
+            name = name if isinstance(name, str) else name[0] if stacked else name[-1]
             raise ValueError(f"adapt: {name!r} has a weight of {len(shape)} dimensions {tuple(shape)}, but "
                              f"{len(ranks)} ranks are given: rank={rank}, kernel_rank={self.kernel_rank}")
         return [None if r == "full" else min(r, d) for r, d in zip(ranks, shape, strict=True)]
