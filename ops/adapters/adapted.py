@@ -290,16 +290,13 @@ class Adapted:
         return _rebuild, (original_class(self), adapted_names(self)), self.__dict__
 
 
-def _read(layer, name, base, terms) -> Tensor:
-    kept, key = {}, None
-    if not torch.compiler.is_compiling() and id(layer) in _kept.of:
-        saving, weights = _kept.of[id(layer)]
-        kept = weights if saving == _saving() else {}
-        key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    if key not in kept:
-        scale, core, factors, _ = combined(terms)
-        kept[key] = tucker_compose(core, factors, scale=scale, base=unpacked(base) if layer.tucker_packed else base)
-    return kept[key]
+def _kept_by(layer, name) -> tuple[dict, tuple]:
+    """Where what is composed for this read may be kept, and under which key."""
+    if torch.compiler.is_compiling() or id(layer) not in _kept.of:
+        return {}, ()
+    saving, weights = _kept.of[id(layer)]
+    key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return weights if saving == _saving() else {}, key
 
 
 def _effective(name: str) -> property:
@@ -311,7 +308,12 @@ def _effective(name: str) -> property:
         if type(base).__name__ == "DTensor" and all(type(t.core).__name__ == "DTensor" for _, t in terms):
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
-            return _read(self, name, base, terms)
+            kept, key = _kept_by(self, name)
+            if key not in kept:
+                scale, core, factors, _ = combined(terms)
+                whole = unpacked(base) if self.tucker_packed else base
+                kept[key] = tucker_compose(core, factors, scale=scale, base=whole)
+            return kept[key]
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
