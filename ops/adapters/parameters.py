@@ -54,7 +54,8 @@ def parameter_refusal(key: str, module: nn.Module, parameter: str, owners) -> st
             return f"{name!r} is sharded: adapt the model before fully_shard"
         return f"{name!r} is packed ({type(p).__name__} of {p.dtype}), which only works for Linear"
     if not 2 <= p.dim() <= 6:
-        return f"{name!r} has shape {tuple(p.shape)}, which is neither a matrix nor a stack of matrices"
+        return (f"{key!r} is a {type(module).__name__}, whose {parameter} of shape {tuple(p.shape)} is neither a "
+                "matrix nor a stack of matrices")
     if 0 in p.shape:
         return f"{name!r} has no entries: shape {tuple(p.shape)}"
     if len(sharers := owners[place(p)]) > 1:
