@@ -5,6 +5,10 @@ import torch.nn.functional as F
 from helpers import normal
 from torch import nn
 
+import torch_subspace as ts
+
+ALL = ("up", "down", "out")
+
 
 class Experts(nn.Module):
     """Two stacks, (experts, out, in) or (experts, in, out), in a loop that reads them once per expert."""
@@ -49,3 +53,9 @@ class Mixture(nn.Module):
 def mixture(kind=Experts, dtype=torch.float32, **kwargs):
     torch.manual_seed(0)
     return Mixture(kind, **kwargs).to(dtype).eval(), normal(6, 5, dtype=dtype)
+
+
+def adapted(kind=Experts, dtype=torch.float32, config=(), **kwargs):
+    model, x = mixture(kind, dtype, **kwargs)
+    config = {"rank": 2, "alpha": 1.5, "target_modules": (), "target_parameters": ALL} | dict(config)
+    return ts.adapt(model, ts.TuckerConfig(**config)), x
