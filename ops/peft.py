@@ -44,6 +44,7 @@ def _check_version(text: str) -> None:
 
 _check_version(peft.__version__)
 
+from accelerate import init_empty_weights  # noqa: E402
 from peft.tuners import tuners_utils  # noqa: E402
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method  # noqa: E402
 from peft.utils.other import get_pattern_key  # noqa: E402
@@ -54,7 +55,14 @@ from .adapters.config import WORDS, close_names  # noqa: E402
 from .adapters.fingerprint import differs, fingerprint  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
+from .adapters.parameters import full_name, out_of_reach  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters.peft_parameters import (  # noqa: E402
+    UNTIED,
+    TuckerParameters,
+    find_peft_parameters,
+    is_layer_place,
+)
 from .adapters.placed import offload_hook, refuse_blocks  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
 from .common import HALF, whole  # noqa: E402
@@ -115,6 +123,9 @@ class TuckerConfig(peft.PeftConfig):
         init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
             "all-conv", alone or among the names. None takes what peft's LoRA takes for this architecture.
+        target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig:
+            matrices, and stacks of experts, (experts, out, in) or (experts, in, out), which share the channel factors
+            and have a core each. With it target_modules may be empty or None.
         exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
             peft.LoraConfig.
         bias: "none"; nothing else is supported.
@@ -146,6 +157,7 @@ class TuckerConfig(peft.PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
+    target_parameters: list[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -164,6 +176,9 @@ class TuckerConfig(peft.PeftConfig):
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             setattr(self, key, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.target_parameters, str):
+            raise TypeError("TuckerConfig: target_parameters must be a list of strings or None, got "
+                            f"{self.target_parameters!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("TuckerConfig: layers_pattern needs layers_to_transform")
         words = isinstance(self.target_modules, str) or set(WORDS) & set(self.target_modules or ())
@@ -194,15 +209,21 @@ class TuckerConfig(peft.PeftConfig):
         return adapter_config.TuckerConfig(rank=r, kernel_rank=self.kernel_rank, alpha=alpha, scaling=self.scaling,
                                            init=self.init, dropout=self.dropout)
 
-    def layer(self, key: str, shape: Sequence[int]) -> tuple[list[int | None], float]:
-        """Ranks of the modes of layer `key`, None for no factor, and the scale."""
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, key), self.r)
-        core = self._core(r, self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), self.alpha))
-        ranks = core.ranks(key, shape)
-        whole = [i for i, n in enumerate(r) if n == "full"] if isinstance(r, (list, tuple)) else []
+    def layer(self, key: str | Sequence[str], shape: Sequence[int],
+              stacked: bool = False) -> tuple[list[int | None], float]:
+        """Ranks of the modes of layer `key`, or of what has several names, None for no factor, and the scale."""
+        keys = [key] if isinstance(key, str) else key
+        r = next((self.rank_pattern[p] for k in keys if (p := get_pattern_key(self.rank_pattern, k)) in
+                  self.rank_pattern), self.r)
+        alpha = next((self.alpha_pattern[p] for k in keys if (p := get_pattern_key(self.alpha_pattern, k)) in
+                      self.alpha_pattern), self.alpha)
+        core = self._core(r, alpha)
+        ranks = core.ranks(key, shape, stacked)
+        first = len(shape) - 2 if stacked and isinstance(r, (list, tuple)) and len(r) == 2 else 0
+        whole = [first + i for i, n in enumerate(r) if n == "full"] if isinstance(r, (list, tuple)) else []
         if whole and len(shape) == 2:
-            raise ValueError(f'TuckerConfig: r={r} for {key!r}: "full" is for convolutions')
-        return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key)
+            raise ValueError(f'TuckerConfig: r={r} for {keys[0]!r}: "full" is for convolutions')
+        return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key, stacked)
 
 
 _add_peft_type("TUCKER")
@@ -224,9 +245,17 @@ class TuckerModel(tuners_utils.BaseTuner):
     tuner_layer_cls = TuckerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _prepare_adapter_config(self, config: TuckerConfig, model_config: dict) -> TuckerConfig:
+        known = self.target_module_mapping.get(model_config["model_type"])
+        if config.target_modules is None and config.target_parameters and known is None:
+            config.target_modules = set()  # the parameters alone
+        return super()._prepare_adapter_config(config, model_config)
+
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
         refuse_blocks("tucker", model)
+        parameters = find_peft_parameters(model, config.target_parameters)
+        modules = dict(model.named_modules())
         asked = config.target_modules
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
@@ -242,9 +271,9 @@ class TuckerModel(tuners_utils.BaseTuner):
             if "all-conv" in words:
                 names |= {n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED, TuckerConv))
                           and not n.endswith(".base_layer")}
-            modules = dict(model.named_modules())
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
                                      or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
+        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters)]
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -253,13 +282,20 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {', '.join(map(repr, names))} are one module, and peft adapts one place")
             if meant and _refusal(meant[0], module) is not None:
                 raise ValueError(f"tucker: {_refusal(meant[0], module)}")
+            plain = [n.replace(".base_layer", "") for n in names]
+            outer = next((o for o in within if (names[0] + ".").startswith(o)), None)
+            if outer is not None and (module is modules[outer[:-1]] or has_kind(module)) and any(
+                    self._check_target_module_exists(config, n) for n in plain):
+                raise ValueError(f"tucker: {plain[0]!r} is or lies in {outer[:-1]!r}, whose parameters are adapted, "
+                                 "and peft adapts no layer there; torch_subspace.adapt takes it")
         names = [n for names in places.values() for n in names if n and not n.startswith(inside)]
-        self._check_names(config, asked, names)
+        self._check_names(config, asked, names, [n for plain, own in parameters.values()
+                                                 for n in (plain, *(full_name(plain, p) for p in own))])
 
-    def _check_names(self, config, asked, names) -> None:
+    def _check_names(self, config, asked, names, parameters) -> None:
         """ValueError for names in the config that match nothing; a warning for targets, as lists of them are shared
         between architectures."""
-        targeted = [n for n in names if self._check_target_module_exists(config, n)]
+        targeted = [n for n in names if self._check_target_module_exists(config, n)] + parameters
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, key) if targeted else ():
                 if not any(get_pattern_key([pattern], n) == pattern for n in targeted):
@@ -282,10 +318,36 @@ class TuckerModel(tuners_utils.BaseTuner):
         why = _refusal(current_key, target)
         if why is not None:
             raise ValueError(f"tucker: {why}")
-        layer = layer_kind(target)(target, adapter_name, config, current_key)
+        self._put(layer_kind(target), target, target_name, parent, adapter_name, config, current_key)
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
+        done = []
+        for key, (plain, parameters) in find_peft_parameters(model, peft_config.target_parameters).items():
+            parent, _, target_name = key.rpartition(".")
+            parent, target = model.get_submodule(parent), model.get_submodule(key)
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                if is_layer_place(target, parameters):
+                    if not isinstance(target, TuckerLayer) or adapter_name not in target.tucker_parts:
+                        self._create_and_replace(peft_config, adapter_name, target, target_name, parent, plain)
+                elif isinstance(target, TuckerParameters):
+                    target.update_layer(adapter_name, peft_config, plain, parameters)
+                else:
+                    self._put(TuckerParameters, target, target_name, parent, adapter_name, peft_config, plain,
+                              parameters)
+            done += [f"{plain}.{parameter}" for parameter in parameters]
+        return done
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, TuckerParameters):  # unloaded: peft would look for its weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _put(self, kind, target, target_name, parent, adapter_name, *how) -> None:
+        layer = kind(target, adapter_name, *how)
         self._replace_module(parent, target_name, layer, target)
         if offload_hook(target) is not None:  # peft has sent the factors after the weight, to the meta device
-            layer.update_layer(adapter_name, config, current_key)
+            layer.update_layer(adapter_name, *how)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is chosen
 
@@ -294,9 +356,10 @@ class TuckerModel(tuners_utils.BaseTuner):
         found = {n: m for n, m in model.named_modules() if isinstance(m, TuckerLayer)}
         found = {n: m for n, m in found.items() if adapter_name in m.tucker_parts}
         own = [n for n, m in found.items() if m._fast is None and not isinstance(m, TuckerLinear)]
-        half = [n for n in own if found[n].base_layer._parameters["weight"].dtype in HALF]
+        changes = {n: m.changes(adapter_name) for n, m in found.items()}
+        half = [n for n in own if any(found[n].base_layer._parameters[p].dtype in HALF for p in changes[n])]
         drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
-                and m.tucker_parts[adapter_name].dropout]
+                and any(part.dropout for part in changes[n].values())]
         self._compare_bases(adapter_name, found)
         if half:
             warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
@@ -304,11 +367,17 @@ class TuckerModel(tuners_utils.BaseTuner):
                           stacklevel=4)
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
+        share, names = (0, []) if self.peft_config[adapter_name].target_parameters else out_of_reach(model, set())
+        if share > 0.5:
+            names = ", ".join(n.replace(".base_layer", "") for n in names[:4])
+            warnings.warn(f"tucker: {share:.0%} of the weights are in parameters of no layer, which only "
+                          f"target_parameters adapts: {names}", stacklevel=4)
 
     def _compare_bases(self, adapter_name, found) -> None:
         """Note what base the adapter is on, and warn where its config comes from a file and says another."""
         config = self.peft_config[adapter_name]
-        bases = {n: fingerprint(m, "weight") for n, m in found.items()}
+        bases = {n if p == "weight" else f"{n}.{p}": fingerprint(m, p) for n, m in found.items()
+                 for p in m.changes(adapter_name)}
         noted = {} if config.__dict__.get("_has_met_a_base") else config.fingerprint or {}
         other = [n for n, base in bases.items() if differs(noted.get(n), base)]
         if other:
@@ -364,7 +433,7 @@ def _refusal(name: str, module: nn.Module) -> str | None:
         return f"{name!r} is adapted by another method already ({type(module).__name__})"
     if not has_kind(module) or layer_kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
-    return refusal(name, module, _Untied())
+    return refusal(name, module, UNTIED)
 
 
 def _unmatched(patterns, names) -> list[str]:
@@ -373,13 +442,6 @@ def _unmatched(patterns, names) -> list[str]:
         return [] if patterns in WORDS or any(re.fullmatch(patterns, n) for n in names) else [patterns]
     return sorted(p for p in patterns or () if p not in (*WORDS, *_HEADS)
                   and not any(n == p or n.endswith("." + p) for n in names))
-
-
-class _Untied(dict):
-    """For `refusal`: a shared weight is no reason here, as nothing is ever written into it."""
-
-    def __missing__(self, key):
-        return []
 
 
 def _warn_of_loss(model: nn.Module) -> None:

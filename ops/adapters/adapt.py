@@ -23,6 +23,7 @@ from ..grassmann.groups import param_groups
 from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
 from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
 from .merge import others
+from .parameters import find_parameters, full_name, input_mode_of, is_stacked, out_of_reach, shape_of
 from .placed import home, is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes, values_of
 from .replaced import watch
 from .state import (
@@ -42,7 +43,7 @@ from .state import (
     saved_modules,
     unwrapped,
 )
-from .targets import find_targets, input_mode, is_uninitialised, weights_of
+from .targets import find_targets, has_kind, is_uninitialised, weights_of
 
 
 def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "default") -> nn.Module:
@@ -91,21 +92,22 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     if name in adapter_names(model):
         raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")
     refuse_merged("adapt", model)
+    targets = {key: weights_of(module) for key, module in find_targets(model, config).items()}
+    for key, shapes in find_parameters(model, config).items():
+        targets[key] = targets.get(key, {}) | shapes
+    names = [n for key, shapes in targets.items() for n in (key, *(full_name(key, p) for p in shapes))]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches(pattern, n) for n in names):
+                raise ValueError(f"adapt: {field} {pattern!r} matches none of the adapted layers"
+                                 f"{close_names([pattern], names)}")
     made = {}
-    for key, module in find_targets(model, config).items():
-        made[key] = {}
-        for parameter, shape in weights_of(module).items():
-            base = module._parameters[parameter]
-            if config.init == "svd" and is_packed(base):
-                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
-            values = values_of(module, parameter)
-            if config.init == "svd" and values.is_meta:
-                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is on the meta device')
-            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base,
-                               home(module, base))
-            part.start = config.init, input_mode(module), padding_row(module)
-            init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
-            made[key][parameter] = part
+    for key, shapes in targets.items():
+        module, made[key] = model.get_submodule(key), {}
+        for parameter, shape in shapes.items():
+            names, stacked = (full_name(key, parameter), key), is_stacked(module, parameter)
+            made[key][parameter] = started("adapt", key, module, parameter, config.ranks(names, shape, stacked),
+                                           config.scale(names, stacked), config)
     attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
     _warn_of_limits(model, made)
     return given
@@ -114,6 +116,22 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
 def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
     """Factors beside the parameter `base`, not yet filled."""
     return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
+
+
+def started(function: str, key: str, module: nn.Module, parameter: str, ranks, scale: float, config) -> TuckerFactors:
+    """Factors of one parameter of the module `key`, as `config.init` has them start; raises in `function`'s voice."""
+    base, values, shape = module._parameters[parameter], values_of(module, parameter), shape_of(module, parameter)
+    if config.init == "svd" and (is_packed(base) or values.is_meta):
+        why = "on the meta device" if values.is_meta else "packed"
+        raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r}, which is {why}')
+    part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base))
+    row = padding_row(module) if parameter == "weight" and part.factors[0] is not None else None
+    part.start = config.init, input_mode_of(module, parameter), row
+    init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
+    if row is not None:
+        with torch.no_grad():
+            part.factor0[row] = 0
+    return part
 
 
 def padding_row(module) -> int | None:
@@ -143,15 +161,22 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
     note(model, name, config)
     for key, parts in made.items():
         module = model.get_submodule(key)
-        if not isinstance(module, Adapted):
-            become_adapted(module, tuple(weights_of(module)))
-        if padding_row(module) is not None:
+        become_adapted(module, tuple(dict.fromkeys([*(weights_of(module) if has_kind(module) else ()), *parts])))
+        row = padding_row(module)
+        if row is not None and "weight" in parts and parts["weight"].factor0 is not None:
             with torch.no_grad():
-                parts["weight"].factor0[padding_row(module)] = 0
-        module.tucker[name] = nn.ModuleDict(parts).train(module.training)
+                parts["weight"].factor0[row] = 0
+        module.tucker[name] = by_parameter(parts).train(module.training)
     for module in saved:
         keep_saved(module, name)
     set_adapter(model, name)
+
+
+def by_parameter(parts: Mapping[str, TuckerFactors]) -> nn.ModuleDict:
+    """A ModuleDict whose keys may be words of its own: product-key memories call parameters `keys` and `values`."""
+    result = nn.ModuleDict()
+    result._modules.update(parts)
+    return result
 
 
 def _warn_of_limits(model, made) -> None:
@@ -285,7 +310,8 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     Args:
         lr: base learning rate to write into the groups; needed with multipliers.
         lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
-            "encoder.fc.factor0", ...), then on its layer's name. The first that matches counts.
+            "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that
+            matches counts.
 
     Raises:
         ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
@@ -315,9 +341,11 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
     for key, layer in found.items():
         for name in layer.tucker_active:
-            for part in layer.tucker[name].values() if name in layer.tucker else ():
+            for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
+                own = full_name(key, parameter)
                 for local, p in part.named_parameters():
-                    groups.setdefault(multiplier(f"{key}.{local}", key), []).append(p)
+                    at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
+                    groups.setdefault(at, []).append(p)
     result = [({"params": params}, m) for m, params in groups.items()]
     seen = set()  # of saved modules that share tensors each once
     for key, module in saved_modules(model).items():
@@ -337,6 +365,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
 def adapter_summary(model: nn.Module) -> str:
     """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all.
+
+    Where a tenth of the weights or more are frozen matrices of no layer (experts in stacks), which only
+    `TuckerConfig.target_parameters` adapts, a last line says how many and names them.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -361,6 +392,12 @@ def adapter_summary(model: nn.Module) -> str:
     active = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in active_adapters(model).items()) or "none"
     merged = " (merged)" if any(layer.tucker_merged is not None for layer in found.values()) else ""
     lines.append(f"active: {active}{merged}; trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    bases = {id(layer._parameters[p]) for layer in found.values() for parts in layer.tucker.values() for p in parts}
+    share, names = out_of_reach(unwrapped(model), bases)
+    if share >= 0.1:
+        more = f" and {len(names) - 4} others" if len(names) > 4 else ""
+        lines.append(f"{share:.2%} of the weights are in parameters of no layer, which only target_parameters adapts: "
+                     f"{', '.join(names[:4])}{more}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,39 @@ from .weight import effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_saved", "tucker_live")  # not of a layer: see state.py
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class TuckerFactors(nn.Module):
+class WideFactors(nn.Module):
+    """Parameters of changes, wide also beside a half-precision base."""
+
+    def _apply(self, fn, recurse=True):
+        """model.half() and the like move them, and leave them wide; what leaves the meta device starts anew."""
+
+        def wide(t):
+            new = fn(t)
+            return new if new.dtype in WIDE or not new.is_floating_point() else t.to(new.device)
+
+        was_meta = any(p.is_meta for p in self._parameters.values() if p is not None)
+        super()._apply(wide, recurse)
+        if was_meta and not any(p.is_meta for p in self._parameters.values() if p is not None):
+            self.reset_parameters()
+        return self
+
+
+@torch.no_grad()
+def restart(core: Tensor, factors: list[Tensor | None], start: tuple[str, int, int | None]) -> None:
+    """No change, and factors as they start: (init, the input's mode, the row that stays zero). "svd", which needs the
+    base, as "lecun"."""
+    init, input_mode, zero_row = start
+    core.zero_()
+    init_factors(factors, "lecun" if init == "svd" else init, core, input_mode)
+    if zero_row is not None:
+        factors[0][zero_row] = 0
+
+
+class TuckerFactors(WideFactors):
     """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
 
     A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too. `start` is
@@ -50,27 +80,8 @@ class TuckerFactors(nn.Module):
     def forward(self) -> tuple[Tensor, list[Tensor | None]]:
         return self.core, self.factors
 
-    def _apply(self, fn, recurse=True):
-        """model.half() and the like move them, and leave them wide; what leaves the meta device starts anew."""
-
-        def wide(t):
-            new = fn(t)
-            return new if new.dtype in WIDE or not new.is_floating_point() else t.to(new.device)
-
-        was_meta = self.core.is_meta
-        super()._apply(wide, recurse)
-        if was_meta and not self.core.is_meta:
-            self.reset_parameters()
-        return self
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """No change, and factors as they start; "svd", which needs the base, as "lecun"."""
-        init, input_mode, zero_row = self.start
-        self.core.zero_()
-        init_factors(self.factors, "lecun" if init == "svd" else init, self.core, input_mode)
-        if zero_row is not None:
-            self.factor0[zero_row] = 0
+        restart(self.core, self.factors, self.start)
 
     @property
     def ranks(self) -> list[int | None]:
@@ -121,6 +132,8 @@ def own(layer, name: str) -> Tensor | None:
     """The layer's parameter itself; DataParallel's replicas have plain tensors instead, as attributes."""
     found = layer._parameters.get(name)
     return layer.__dict__.get(name) if found is None else found
+
+
 def composing(scale, core, factors, base):
     """(a function, its arguments) of base + change, the base first."""
     modes = [i for i, f in enumerate(factors) if f is not None]
@@ -275,6 +288,34 @@ def fast_forward(module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Kept(threading.local):
+    """What this thread has composed for the layers whose forward it is in, {id(layer): (saving, {key: weight})}."""
+
+    def __init__(self):
+        self.of = {}
+
+
+_kept = _Kept()
+
+
+def _saving():
+    """Who takes what autograd saves: a checkpointed region runs again by itself, so it has to compose for itself."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextlib.contextmanager
+def _composed_once(layer):
+    """A parameter that the layer's own forward reads several times, as a loop over experts does, is composed once."""
+    if id(layer) in _kept.of:
+        yield
+        return
+    _kept.of[id(layer)] = _saving(), {}
+    try:
+        yield
+    finally:
+        del _kept.of[id(layer)]
+
+
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
@@ -308,7 +349,10 @@ class Adapted:
         fast = self.tucker_fast
         terms = self.tucker_terms("weight") if fast is not None else []
         if not terms:
-            return super().forward(*args, **kwargs)
+            if torch.compiler.is_compiling():  # equal nodes of a graph are one
+                return super().forward(*args, **kwargs)
+            with _composed_once(self):
+                return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
@@ -341,6 +385,15 @@ class Adapted:
         return _rebuild, (original_class(self), adapted_names(self)), self.__getstate__()
 
 
+def _kept_by(layer, name) -> tuple[dict, tuple]:
+    """Where what is composed for this read may be kept, and under which key."""
+    if torch.compiler.is_compiling() or id(layer) not in _kept.of:
+        return {}, ()
+    saving, weights = _kept.of[id(layer)]
+    key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return weights if saving == _saving() else {}, key
+
+
 def _effective(name: str) -> property:
     def read(self):
         base = own(self, name)
@@ -354,9 +407,12 @@ def _effective(name: str) -> property:
         if is_sharded(base) and all(is_sharded(t.core) for _, t in terms):
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
-            scale, core, factors, _ = combined(terms)
-            whole = unpacked(base) if self.tucker_packed or base.dtype not in FLOATS else base
-            return effective_weight(*composing(scale, core, factors, whole))
+            kept, key = _kept_by(self, name)
+            if key not in kept:
+                scale, core, factors, _ = combined(terms)
+                whole = unpacked(base) if self.tucker_packed or base.dtype not in FLOATS else base
+                kept[key] = effective_weight(*composing(scale, core, factors, whole))
+            return kept[key]
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
@@ -390,7 +446,10 @@ def adapted_names(module) -> tuple[str, ...]:
 
 
 def become_adapted(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give a plain layer the adapted class and no adapter yet."""
+    """Give a plain layer the adapted class and no adapter yet; of an adapted one, let further parameters be adapted."""
+    if isinstance(module, Adapted):
+        module.__class__ = _adapted_class(original_class(module), tuple(dict.fromkeys(adapted_names(module) + names)))
+        return
     module.tucker_packed = any(is_packed(module._parameters[name]) for name in names)  # once: export swaps tensors
     module.tucker_fast = fast_forward(module) if "weight" in names else None
     module.tucker_forward = module.__dict__.pop("forward", None) if module.tucker_packed else None
@@ -409,5 +468,5 @@ def become_plain(module: nn.Module) -> None:
     if module.tucker_forward is not None:
         module.__dict__["forward"] = module.tucker_forward
     del module.tucker
-    for key in [k for k in module.__dict__ if k.startswith("tucker_")]:
+    for key in [k for k in module.__dict__ if k.startswith("tucker_") and k not in MODEL_NOTES]:
         del module.__dict__[key]

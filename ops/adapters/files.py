@@ -23,6 +23,7 @@ from .config import TuckerConfig
 from .fingerprint import differs, fingerprint
 from .merge import others
 from .names import canonical, places
+from .parameters import full_name, parameter_refusal, shape_of
 from .placed import home, offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
 from .state import (
     adapter_names,
@@ -38,7 +39,7 @@ from .state import (
     saved_tensors,
     unwrapped,
 )
-from .targets import owners_of, refusal, weights_of
+from .targets import owners_of
 
 FORMAT, VERSION = "torch_subspace.tucker", 1
 
@@ -72,7 +73,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
             described.setdefault(key, {})[parameter] = {"shape": part.shape, "ranks": part.ranks, "scale": part.scale,
                                                         "dropout": part.dropout}
             tensors |= {f"{key}.{parameter}.{n}": p for n, p in part.named_parameters()}
-            live_at |= {f"{key}.{parameter}.{n}": f"{place}.tucker.{name}.{parameter}.{n}" for n in part._parameters}
+            live_at |= {f"{key}.{parameter}.{n}": full_name(place, f"tucker.{name}.{parameter}.{n}")
+                        for n in part._parameters}
             bases.setdefault(key, {})[parameter] = fingerprint(layer, parameter)
     saved, seen, tied = {}, {}, {}
     for place, state in saved_tensors(model, name).items():
@@ -253,14 +255,14 @@ def _problems(model, name, tensors, about) -> list[str]:
         module = modules.get(key)
         if module is None:
             found.append(f"the model has no layer {key!r}")
-        elif why := refusal(key, module, owners):
-            found.append(why)
+        elif whys := [why for p in parts if (why := parameter_refusal(key, module, p, owners))]:
+            found += dict.fromkeys(whys)
         elif set(module.__dict__.get("tucker_saved", ())) - {"", name}:
             found.append(f"{key!r} is trained whole by another adapter")
         else:
-            shapes = weights_of(module)
             for parameter, d in parts.items():
-                has = tuple(shapes[parameter]) if parameter in shapes else None
+                has = shape_of(module, parameter)
+                has = None if has is None else tuple(has)
                 if has != tuple(d["shape"]):
                     found.append(f"{key}.{parameter} is {tuple(d['shape'])} in the file and {has} in the model")
                 core = tuple(s if r is None else r for s, r in zip(d["shape"], d["ranks"]))

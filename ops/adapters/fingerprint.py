@@ -17,9 +17,10 @@ COUNT = 8
 def fingerprint(layer, parameter: str) -> dict[str, Any] | None:
     """The weight's dtype and values from all over it; None where it has none to be read: packed, sharded, meta."""
     if hasattr(layer, "tucker_parts"):  # peft's
-        weight = (layer._original or [layer.base_layer._parameters[parameter]])[0]
+        weight = layer.before(parameter)
     else:
-        weight = ((isinstance(layer, Adapted) and layer.tucker_merged) or layer._parameters)[parameter]
+        merged = layer.tucker_merged if isinstance(layer, Adapted) else None
+        weight = (merged or {}).get(parameter, layer._parameters[parameter])
     if weight is None or is_uninitialised(weight) or is_packed(weight) or weight.is_meta or weight.numel() == 0:
         return None
     at = torch.tensor([(2 * i + 1) * weight.numel() // (2 * COUNT) for i in range(COUNT)], device=weight.device)

@@ -28,6 +28,7 @@ from .adapted import CONVS, is_conv1d_of_transformers, is_packed
 from .config import TuckerConfig
 from .files import put_adapter
 from .names import places
+from .parameters import is_stacked
 from .placed import check_at_hand, refuse_fully_sharded, settle
 from .state import adapter_names, check_new_name, check_shapes, layers, refuse_merged, saved_tensors, unwrapped
 from .targets import has_kind, weights_of
@@ -385,6 +386,10 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "def
 
 def _parts(model, name):
     """{layer: (module, scale, factors)} and the tensors of saved modules, of peft's adapter or of ours."""
+    stacked = [n.removeprefix(PREFIX) for n, m in model.named_modules()
+               if name in getattr(m, "tucker_parts", ()) and hasattr(m.tucker_parts[name], "changes")]
+    if stacked:
+        raise ValueError(f"export_lora: {stacked[0]!r} has adapted parameters, which no LoRA of peft's layers says")
     peft_layers = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if hasattr(m, "tucker_parts")}
     if peft_layers:
         found = {n: (m.base_layer, m.scaling[name], m.tucker_parts[name]) for n, m in peft_layers.items()
@@ -398,6 +403,8 @@ def _parts(model, name):
         found, known = {}, adapter_names(model)
         for n, m in layers(model).items():
             parts = dict(m.tucker[name].items()) if name in m.tucker else {}
+            if parts and any(is_stacked(m, p) for p in parts):
+                raise ValueError(f"export_lora: {n!r} has adapted parameters, which no LoRA of peft's layers says")
             if parts and set(parts) != {"weight"}:
                 raise ValueError(f"export_lora: {n!r} has joint projections, which a LoRA of peft can't adapt alone")
             if parts:

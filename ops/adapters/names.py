@@ -17,7 +17,7 @@ def places(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, str],
     A key means the module of its name; or, where all keys fit in one way only, of its name under one prefix more or
     fewer.
     """
-    keys, names = list(keys), {canonical(n): n for n in modules if n}
+    keys, names = list(keys), {canonical(n): n for n in modules}
     plain = {k: names[canonical(k)] for k in keys if canonical(k) in names}
     if len(plain) == len(keys):
         return plain, ""
@@ -36,8 +36,10 @@ def places(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, str],
 
 def _ways(keys, names) -> list[tuple[str, str]]:
     """(what to cut off, what to put before) that give the first or the last key a module."""
-    found = {}
-    for key in map(canonical, keys[:1] + keys[-1:]):
+    found, inner = {}, [k for k in map(canonical, keys) if k]
+    if not inner:  # the model's own parameters
+        return [("", f"{n}.") for n in names if n]
+    for key in inner[:1] + inner[-1:]:
         parts = key.split(".")
         for cut in ("".join(p + "." for p in parts[:i]) for i in range(len(parts))):
             tail = key.removeprefix(cut)
@@ -46,5 +48,6 @@ def _ways(keys, names) -> list[tuple[str, str]]:
 
 
 def _moved(keys, names, cut, before) -> dict[str, str]:
-    at = {k: names.get(before + canonical(k).removeprefix(cut)) for k in keys if canonical(k).startswith(cut)}
+    at = {k: names.get((before + canonical(k).removeprefix(cut)).rstrip("."))
+          for k in keys if canonical(k).startswith(cut)}
     return {k: n for k, n in at.items() if n is not None}

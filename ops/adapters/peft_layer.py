@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
-from .adapt import new_factors, padding_row
+from .adapt import started
 from .adapted import (
     CONVS,
     TRANSPOSED,
@@ -23,12 +23,11 @@ from .adapted import (
     own,
     unpacked,
 )
-from .config import init_factors
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
 from .merge import stays_finite
-from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp, values_of
+from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp
 from .replaced import watch
-from .targets import input_mode, weights_of
+from .targets import weights_of
 from .weight import effective_weight
 
 
@@ -51,7 +50,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     adapter_layer_names = ("tucker_parts",)
     other_param_names = ("scaling", "config_scaling")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str, *parameters):
         super().__init__()
         self.base_layer = base_layer
         self.tucker_parts = nn.ModuleDict()
@@ -61,26 +60,22 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # peft's switch; the input is never cast here
         self._fast = fast_forward(base_layer)
         watch()
-        self.update_layer(adapter_name, config, key)
+        self.update_layer(adapter_name, config, key, *parameters)
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
-        base = self.base_layer
-        weight, shape = base._parameters["weight"], weights_of(base)["weight"]
-        if config.init == "svd" and is_packed(weight):
-            raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is packed')
-        values, row = values_of(base, "weight"), padding_row(base)
-        if config.init == "svd" and values.is_meta:
-            raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is on the meta device')
-        ranks, scale = config.layer(key, shape)
-        part = new_factors(shape, ranks, 1.0, config.dropout, weight, home(base, weight))
-        part.start = config.init, input_mode(base), row if part.factors[0] is not None else None
-        init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
-        if part.start[2] is not None:
-            with torch.no_grad():
-                part.factors[0][row] = 0
+        ranks, scale = config.layer(key, weights_of(self.base_layer)["weight"])
+        part = started("tucker", key, self.base_layer, "weight", ranks, 1.0, config)
         self.tucker_parts[adapter_name] = part.train(self.training)
         self.scaling[adapter_name] = self.config_scaling[adapter_name] = scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def changes(self, adapter_name: str) -> dict:
+        """Core and factors of an adapter by the parameter that they change."""
+        return {"weight": self.tucker_parts[adapter_name]}
+
+    def before(self, parameter: str) -> Tensor:
+        """The parameter as it is without adapters."""
+        return self._original[0] if self._original else self.base_layer._parameters[parameter]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
         part, weight = self.tucker_parts[adapter_name], self.base_layer._parameters["weight"]
@@ -125,15 +120,22 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def _composed(self, *args, **kwargs):
         base = self.base_layer
-        scale, core, factors, _ = combined(self._terms())
-        weight = own(base, "weight")
-        changed = tucker_compose(core, factors, scale=scale, base=weight)
-        place = base._parameters if "weight" in base._parameters else base.__dict__
-        place["weight"] = changed
+        weights = {name: own(base, name) for name in self._adapted()}
+        changed = {name: self._value(name, base=weight) for name, weight in weights.items()}
+        _put(base, changed)
         try:
             return base.__dict__.get("_old_forward", base.forward)(*args, **kwargs)
         finally:
-            place["weight"] = weight
+            _put(base, weights)
+
+    def _adapted(self) -> list[str]:
+        """Parameters that have a change now."""
+        return ["weight"]
+
+    def _value(self, parameter: str, adapter_names=None, base: Tensor | None = None) -> Tensor:
+        """The change of a parameter by these adapters, the active ones by default; on top of `base`."""
+        scale, core, factors, _ = combined(self._terms(adapter_names))
+        return tucker_compose(core, factors, scale=scale, base=base)
 
     def _beside(self, input):
         """The layer's own forward, where its weight is packed or comes within, and the change beside it."""
@@ -193,8 +195,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     # Into the weight and out again ------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        scale, core, factors, _ = combined(self._terms([adapter_name]))
-        return tucker_compose(core, factors, scale=scale)
+        return self._value("weight", [adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return "Linear" in type(self).__name__
@@ -209,22 +210,13 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not names:
             return
         before = self._original[0] if self._original else self.base_layer._parameters["weight"]
-        settle("tucker", self.base_layer)
-        now = self.base_layer._parameters["weight"]
-        if is_sharded(now):
-            raise ValueError("tucker: a weight under fully_shard can't be merged: it would be forgotten at the next "
-                             "forward; save the adapter, and merge it into a plain model")
-        if now.is_meta:
-            raise ValueError("tucker: the weight is on the meta device, without values or offloaded, and can't take a "
-                             "change; model.merge_adapter() brings offloaded ones")
-        if is_packed(before):
-            raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
-        scale, core, factors, _ = combined(self._terms([*self.merged_adapters, *names]))
-        changed = tucker_compose(core, factors, scale=scale, base=before)
+        check_mergeable(self.base_layer, "weight", before)
+        merged = [*self.merged_adapters, *names]
+        changed = self._value("weight", merged, before)
         if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
             broken = ", ".join(names)  # in peft's words, for infinities too
             raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
-        self._lost = _lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
+        self._lost = lost_in_rounding(before, changed, self._value("weight", merged))
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]
         self.merged_adapters.extend(names)
@@ -257,7 +249,26 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale
 
 
-def _lost_in_rounding(before, after, change) -> float:
+def _put(module, tensors) -> None:
+    """These in place of its parameters; DataParallel's replicas have attributes instead."""
+    for name, t in tensors.items():
+        (module._parameters if name in module._parameters else module.__dict__)[name] = t
+
+
+def check_mergeable(module, parameter: str, before: Tensor) -> None:
+    settle("tucker", module)
+    now = module._parameters[parameter]
+    if is_sharded(now):
+        raise ValueError("tucker: a weight under fully_shard can't be merged: it would be forgotten at the next "
+                         "forward; save the adapter, and merge it into a plain model")
+    if now.is_meta:
+        raise ValueError("tucker: the weight is on the meta device, without values or offloaded, and can't take a "
+                         "change; model.merge_adapter() brings offloaded ones")
+    if is_packed(before):
+        raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
+
+
+def lost_in_rounding(before, after, change) -> float:
     if before.dtype not in HALF:
         return 0.0
     size = torch.linalg.vector_norm(change)

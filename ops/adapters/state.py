@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..common import check_module
-from .adapted import Adapted
+from .adapted import Adapted, adapted_names
+from .parameters import shape_of
 from .placed import check_at_hand, offload_hook, put, settle
-from .targets import weights_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -86,7 +86,8 @@ def refuse_merged(function: str, model: nn.Module) -> None:
 def check_shapes(function: str, found: Mapping[str, Adapted]) -> None:
     """ValueError where a weight has been given another shape since `adapt`."""
     for key, layer in found.items():
-        for parameter, shape in weights_of(layer).items():
+        for parameter in adapted_names(layer):
+            shape = shape_of(layer, parameter)
             shapes = {parts[parameter].shape for parts in layer.tucker.values() if parameter in parts}
             if shapes - {tuple(shape)}:
                 raise ValueError(f"{function}: the {parameter} of {key!r} is {tuple(shape)} and was {shapes.pop()}: it "
