@@ -10,7 +10,7 @@ and a parent that reads a layer's `weight` itself sees the adapter.
 
 peft's list of methods (PeftType) is a closed enum, so it is extended through the members that every enum has. That and
 the rest is tested with peft 0.18 to 0.21; older ones are refused, newer ones warn. Not for this method: PeftMixedModel,
-hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own; biases; nn.MultiheadAttention as a
+hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own; nn.MultiheadAttention as a
 whole (its `out_proj` is a layer of its own; `torch_subspace.adapt` takes all of it).
 """
 from __future__ import annotations
@@ -62,11 +62,13 @@ from .adapters.peft_parameters import (  # noqa: E402
     find_peft_parameters,
     is_layer_place,
 )
+from .adapters.peft_weighted import Recipe, check_adapters, combine, config_of, fill  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
 from .common import HALF  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
+BIASES = ("none", "all", "tucker_only")
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
 
 
@@ -124,7 +126,9 @@ class TuckerConfig(peft.PeftConfig):
             and have a core each. With it target_modules may be empty or None.
         exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
             peft.LoraConfig.
-        bias: "none"; nothing else is supported.
+        bias: biases to train and to save beside the adapter: "none"; "all" of the model; "tucker_only", those of the
+            adapted layers. One adapter of a model may have some, and they stay when it is disabled. Needs peft 0.21.
+        trainable_token_indices: rows of the embedding to train, or {name of an embedding: rows}, as in peft.LoraConfig.
 
     Raises:
         ValueError, TypeError: a value is out of range or of a wrong kind.
@@ -153,12 +157,15 @@ class TuckerConfig(peft.PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.TUCKER
-        if self.bias != "none":
-            raise ValueError(f'TuckerConfig: bias must be "none", got {self.bias!r}: biases are not adapted')
+        if self.bias not in BIASES:
+            raise ValueError(f"TuckerConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        if self.bias != "none" and not hasattr(tuners_utils.BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"TuckerConfig: bias={self.bias!r} needs peft 0.21, {peft.__version__} would not save it")
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             setattr(self, key, set(value) if isinstance(value, (list, tuple)) else value)
@@ -293,16 +300,13 @@ class TuckerModel(tuners_utils.BaseTuner):
             done += [f"{plain}.{parameter}" for parameter in parameters]
         return done
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, TuckerParameters):  # unloaded: peft would look for its weight
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
     def _put(self, layer, adapter_name, target, target_name, parent) -> None:
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is chosen
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)  # weights and devices are those of the layer inside
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -327,8 +331,41 @@ class TuckerModel(tuners_utils.BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):
-            raise ValueError(f"tucker: adapter {adapter_name!r} is merged; unmerge first")
+            raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them "
+                             "first.")
         super().delete_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules() if not autocast_adapter_dtype else ():
+            if isinstance(layer, TuckerLayer) and adapter_name in layer.tucker_parts:
+                layer.narrow(adapter_name)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                             combination_type: str = "svd", svd_rank: int | None = None,
+                             svd_clamp: float | None = None, svd_full_matrices: bool = True,
+                             svd_driver: str | None = None, density: float | None = None,
+                             majority_sign_method: str = "total") -> None:
+        """Make a new adapter, not yet active, of the weighted sum of others; arguments as those of peft's LoRA.
+
+        "cat" is exact, its ranks being the sums of the others'. The rest cut the sum of the changes to rank `svd_rank`,
+        by default the largest of theirs; without "svd" in the name ("linear", "ties", ...), which needs equal ranks, to
+        that. One adapter alone is only scaled. An adapter that exists already is left as it is.
+
+        Raises:
+            ValueError: an adapter is unknown, several have the same module in `modules_to_save`, ranks differ where
+                they may not, a `density` is missing, or the type is unknown. Nothing is changed then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        check_adapters(self.model, self.peft_config, adapters, weights)
+        recipe = Recipe("linear" if len(adapters) == 1 else combination_type, svd_rank, svd_clamp, svd_driver, density,
+                        majority_sign_method)
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TuckerLayer)}
+        made = combine(layers, adapters, weights, recipe)
+        self.peft_config[adapter_name] = config_of([self.peft_config[name] for name in adapters], made, layers)
+        self.inject_adapter(self.model, adapter_name)
+        fill(layers, adapter_name, made)
 
     def merge_adapter(self, *args, **kwargs) -> None:
         super().merge_adapter(*args, **kwargs)

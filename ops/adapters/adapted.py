@@ -74,21 +74,29 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
     Factors stand side by side and the cores on the diagonal of a larger one; modes that are the identity in every term
     stay so. The inputs see one dropout mask, at the largest rate of the terms.
     """
+    cores, lists = zip(*(_wide(t.core, t.factors) for _, t in terms))
     if len(terms) == 1:
         weight, t = terms[0]
-        return weight * t.scale, t.core, t.factors, t.dropout
+        return weight * t.scale, cores[0], lists[0], t.dropout
     modes = range(len(terms[0][1].shape))
-    shared = [all(t.factors[i] is None for _, t in terms) for i in modes]
-    factors = [None if shared[i] else torch.cat([t.core.new_ones(t.shape[i]).diag() if t.factors[i] is None
-                                                 else t.factors[i] for _, t in terms], 1) for i in modes]
-    sizes = [t.core.shape[i] if shared[i] else factors[i].shape[1] for i in modes for t in (terms[0][1],)]
+    shared = [all(factors[i] is None for factors in lists) for i in modes]
+    factors = [None if shared[i] else torch.cat([core.new_ones(core.shape[i]).diag() if own[i] is None else own[i]
+                                                 for core, own in zip(cores, lists)], 1) for i in modes]
+    sizes = [cores[0].shape[i] if shared[i] else factors[i].shape[1] for i in modes]
     core, before = 0, [0] * len(sizes)
-    for weight, t in terms:
-        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, t.core.shape)]
+    for (weight, t), own in zip(terms, cores):
+        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, own.shape)]
         pads = [n for p in reversed(pads) for n in (p or (0, 0))]
-        core = core + F.pad(weight * t.scale * t.core, pads)
-        before = [b + r for b, r in zip(before, t.core.shape)]
+        core = core + F.pad(weight * t.scale * own, pads)
+        before = [b + r for b, r in zip(before, own.shape)]
     return 1.0, core, factors, max(t.dropout for _, t in terms)
+
+
+def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """What is kept in half precision is computed with in float32 all the same."""
+    if core.dtype not in HALF:
+        return core, factors
+    return core.float(), [None if f is None else f.float() for f in factors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

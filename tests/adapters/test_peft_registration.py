@@ -87,7 +87,7 @@ def test_the_core_never_imports_peft():
     ({"r": 0}, ValueError, "positive"), ({"r": 2.5}, TypeError, "int"), ({"init": "zeros"}, ValueError, "lecun"),
     ({"kernel_rank": "half"}, TypeError, "kernel_rank"), ({"rank_pattern": {"a": -1}}, ValueError, "positive"),
     ({"alpha_pattern": {"a": float("nan")}}, ValueError, "finite"), ({"dropout": 1.0}, ValueError, "dropout"),
-    ({"bias": "all"}, ValueError, "bias"), ({"scaling": "x"}, ValueError, "scaling"),
+    ({"bias": "some"}, ValueError, "bias"), ({"scaling": "x"}, ValueError, "scaling"),
     ({"r": ["full", "full"]}, ValueError, "full"),
     ({"layers_pattern": "h"}, ValueError, "layers_to_transform"), ({"rank_pattern": [1]}, TypeError, "dict"),
     ({"target_modules": "all-linear", "layers_to_transform": 1}, ValueError, "layers_to_transform"),
