@@ -10,8 +10,7 @@ and a parent that reads a layer's `weight` itself sees the adapter.
 
 peft's list of methods (PeftType) is a closed enum, so it is extended through the members that every enum has. That and
 the rest is tested with peft 0.18 to 0.21; older ones are refused, newer ones warn. Not for this method: PeftMixedModel,
-hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own; nn.MultiheadAttention as a
-whole (its `out_proj` is a layer of its own; `torch_subspace.adapt` takes all of it).
+hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own.
 """
 from __future__ import annotations
 
@@ -55,6 +54,7 @@ from .adapters.config import WORDS  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.parameters import out_of_reach  # noqa: E402
+from .adapters.peft_attention import TuckerAttention, has_adapted_output  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
 from .adapters.peft_parameters import (  # noqa: E402
     UNTIED,
@@ -257,7 +257,8 @@ class TuckerModel(tuners_utils.BaseTuner):
                           and not n.endswith(".base_layer")}
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
                                      or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
-        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters)]
+        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters) and not (
+            isinstance(m, TuckerAttention) and self._check_target_module_exists(config, n))]
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -280,8 +281,7 @@ class TuckerModel(tuners_utils.BaseTuner):
         why = _refusal(current_key, target)
         if why is not None:
             raise ValueError(f"tucker: {why}")
-        self._put(layer_kind(target)(target, adapter_name, config, current_key), adapter_name, target, target_name,
-                  parent)
+        self._put(_kind(target)(target, adapter_name, config, current_key), adapter_name, target, target_name, parent)
 
     def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
         done = []
@@ -363,7 +363,7 @@ class TuckerModel(tuners_utils.BaseTuner):
                         majority_sign_method)
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TuckerLayer)}
         made = combine(layers, adapters, weights, recipe)
-        self.peft_config[adapter_name] = config_of([self.peft_config[name] for name in adapters], made, layers)
+        self.peft_config[adapter_name] = config_of([self.peft_config[name] for name in adapters], made)
         self.inject_adapter(self.model, adapter_name)
         fill(layers, adapter_name, made)
 
@@ -384,11 +384,17 @@ class TuckerModel(tuners_utils.BaseTuner):
         yield
 
 
+def _kind(module: nn.Module) -> type[TuckerLayer] | None:
+    return TuckerAttention if isinstance(module, nn.MultiheadAttention) else layer_kind(module)
+
+
 def _refusal(name: str, module: nn.Module) -> str | None:
     """Why peft can't adapt this module with the method; None when it can."""
     if isinstance(module, tuners_utils.BaseTunerLayer):
         return f"{name!r} is adapted by another method already ({type(module).__name__})"
-    if not has_kind(module) or layer_kind(module) is None:
+    if has_adapted_output(module):
+        return f"the output projection of {name!r} has an adapter already: name the whole in that one too, or it in this"
+    if not has_kind(module) or _kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, UNTIED)
 

@@ -71,7 +71,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def narrow(self, adapter_name: str) -> None:
         """Keep an adapter's tensors in the dtype of a half-precision base; they are computed with in float32 anyway."""
-        dtype = self.base_layer._parameters["weight"].dtype
+        dtype = self.base_layer._parameters[next(iter(self.changes(adapter_name)))].dtype
         for p in self.tucker_parts[adapter_name].parameters() if dtype in HALF else ():
             p.data = p.data.to(dtype)
 

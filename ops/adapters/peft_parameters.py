@@ -103,11 +103,15 @@ class TuckerParameters(TuckerLayer):
         base = modules.get("base_layer")
         if "tucker_parts" in modules and base is not None and base._parameters.get(name) is not None:
             weight = base._parameters[name]
+            if self._disable_adapters and self.merged:  # merged while disabled
+                return dict(self._original).get(name, weight)
             return self._composed(name, base=weight) if name in self._adapted() else weight
         return super().__getattr__(name)
 
     weight = property(lambda self: self.__getattr__("weight"))  # peft's layers have these two of their own
     bias = property(lambda self: self.__getattr__("bias"))
+    in_features = property(lambda self: self.base_layer.in_features)
+    out_features = property(lambda self: self.base_layer.out_features)
 
     def get_delta_weight(self, adapter_name: str, parameter: str | None = None) -> Tensor:
         """The change of a parameter; it need not be named where the adapter has but one."""

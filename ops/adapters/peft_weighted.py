@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..tucker.tucker import tucker_compose
 from .adapted import combined
 from .peft_layer import TuckerLayer
-from .targets import weights_of
 
 SUMS = {"svd": merge_utils.task_arithmetic, "linear": merge_utils.task_arithmetic, "ties": merge_utils.ties,
         "dare_linear": merge_utils.dare_linear, "dare_ties": merge_utils.dare_ties,
@@ -26,6 +25,7 @@ KINDS = ("cat", *SUMS, *(f"{kind}_svd" for kind in SUMS if kind not in ("svd", "
 SAME = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 Parts = tuple[Tensor, list[Tensor | None]]  # a core and its factors
+Place = tuple[str, str]  # a layer's name and a parameter of it
 
 
 @dataclasses.dataclass
@@ -70,28 +70,32 @@ def check_adapters(model: nn.Module, configs: dict, names: Sequence[str], weight
 
 @torch.no_grad()
 def combine(layers: dict[str, TuckerLayer], names: Sequence[str], weights: Sequence[float],
-            recipe: Recipe) -> dict[str, Parts]:
+            recipe: Recipe) -> dict[Place, Parts]:
     """Core and factors of the new adapter for every layer that has one of these."""
     result = {}
-    for key, layer in layers.items():
-        here = [(float(w), name) for name, w in zip(names, weights, strict=True) if name in layer.tucker_parts]
-        parts = [layer.tucker_parts[name] for _, name in here]
-        terms = [(w * layer.scaling[name], layer.tucker_parts[name]) for w, name in here]
-        if not here:
-            continue
+    places = {(key, p): layer for key, layer in layers.items() for name in names if name in layer.tucker_parts
+              for p in layer.changes(name)}
+    for place, layer in places.items():
+        here = [(float(w), layer.scaling[name], layer.changes(name)[place[1]])
+                for name, w in zip(names, weights, strict=True) if name in layer.tucker_parts]
+        terms = [(w * scale, change) for w, scale, change in here]
         if recipe.sum in ("linear", "cat") and len(here) == 1:
             scale, core, factors, _ = combined(terms)
             core, factors = scale * core, [None if f is None else f.clone() for f in factors]
         elif recipe.kind == "cat":
             core, factors = _folded(*combined(terms)[1:3])
         else:
-            ranks = _ranks(key, [p.ranks for p in parts], recipe)
-            core, factors = _truncated(_change(layer, terms, here, recipe), ranks, recipe)
+            ranks = _ranks(place[0], [[_rank(f) for f in change.factors] for _, _, change in here], recipe)
+            core, factors = _truncated(_change(terms, here, recipe), ranks, recipe)
         padding = getattr(layer.base_layer, "padding_idx", None)
         if padding is not None and factors[0] is not None:
             factors[0][padding] = 0  # the padding row never changes
-        result[key] = core, factors
+        result[place] = core, factors
     return result
+
+
+def _rank(factor: Tensor | None) -> int | None:
+    return None if factor is None else factor.shape[1]
 
 
 def _ranks(key, of_parts, recipe) -> list[int | None]:
@@ -102,12 +106,16 @@ def _ranks(key, of_parts, recipe) -> list[int | None]:
     return [recipe.rank if i < 2 and r is not None and recipe.rank else r for i, r in enumerate(ranks)]
 
 
-def _change(layer, terms, here, recipe) -> Tensor:
+def _composed(terms) -> Tensor:
+    scale, core, factors, _ = combined(terms)
+    return tucker_compose(core, factors, scale=scale)
+
+
+def _change(terms, here, recipe) -> Tensor:
     if not recipe.prunes:
-        scale, core, factors, _ = combined(terms)
-        return tucker_compose(core, factors, scale=scale)
-    changes = [layer.get_delta_weight(name) for _, name in here]
-    weights = torch.tensor([w for w, _ in here], device=changes[0].device, dtype=changes[0].dtype)
+        return _composed(terms)
+    changes = [_composed([(scale, change)]) for _, scale, change in here]
+    weights = torch.tensor([w for w, _, _ in here], device=changes[0].device, dtype=changes[0].dtype)
     majority = (recipe.majority,) if recipe.sum.endswith("ties") else ()
     return SUMS[recipe.sum](changes, weights, recipe.density, *majority)
 
@@ -139,28 +147,30 @@ def _folded(core, factors) -> Parts:
     return core, result
 
 
-def config_of(configs: Sequence, made: dict[str, Parts], layers: dict[str, TuckerLayer]):
+def config_of(configs: Sequence, made: dict[Place, Parts]):
     """The new adapter's config: the first one's, with scale 1, these layers and these ranks."""
     targets = [config.target_modules for config in configs]
     same = all(getattr(c, key) == getattr(configs[0], key) for c in configs for key in SAME)
     changed = {"target_modules": set().union(*targets)}
+    plain = {place: place[0].replace(".base_layer", "") for place in made}
     if not same or not all(isinstance(t, set) for t in targets):
-        changed = {"target_modules": "|".join(map(re.escape, made)), **dict.fromkeys(SAME)}
-    ranks = {key: ["full" if f is None else f.shape[1] for f in factors] for key, (_, factors) in made.items()}
+        changed = {"target_modules": "|".join(map(re.escape, dict.fromkeys(plain.values()))), **dict.fromkeys(SAME)}
+    ranks = {place: ["full" if f is None else f.shape[1] for f in factors] for place, (_, factors) in made.items()}
     highest = max(n for r in ranks.values() for n in r[:2] if n != "full")
     config = dataclasses.replace(configs[0], r=highest, alpha=None, scaling="constant", rank_pattern={},
                                  alpha_pattern={}, init="lecun", **changed)
-    for key, (_, factors) in made.items():
-        wanted = [None if f is None else f.shape[1] for f in factors]
-        if config.layer(key, weights_of(layers[key].base_layer)["weight"])[0] != wanted:
-            config.rank_pattern["^" + re.escape(key)] = ranks[key]
+    for place, (core, factors) in made.items():
+        name = plain[place] if place[1] == "weight" else f"{plain[place]}.{place[1]}"
+        shape = [n if f is None else len(f) for n, f in zip(core.shape, factors)]
+        if config.layer(name, shape)[0] != [_rank(f) for f in factors]:
+            config.rank_pattern["^" + re.escape(name)] = ranks[place]
     return config
 
 
 @torch.no_grad()
-def fill(layers: dict[str, TuckerLayer], name: str, made: dict[str, Parts]) -> None:
-    for key, (core, factors) in made.items():
-        part = layers[key].tucker_parts[name]
+def fill(layers: dict[str, TuckerLayer], name: str, made: dict[Place, Parts]) -> None:
+    for (key, parameter), (core, factors) in made.items():
+        part = layers[key].changes(name)[parameter]
         for own, value in zip((part.core, *part.factors), (core, *factors), strict=True):
             if own is not None:
                 own.copy_(value)

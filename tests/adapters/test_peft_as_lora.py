@@ -1,5 +1,6 @@
 """What users of peft's LoRA are used to: biases, sizes, dtypes, single tokens, adapters that are off while merged."""
 import contextlib
+import copy
 import json
 
 import pytest
@@ -176,3 +177,80 @@ def test_what_is_merged_cannot_be_deleted():
     with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
         adapted.delete_adapter("default")
     assert list(adapted.peft_config) == ["default"] and torch.equal(adapted(i), y)
+
+
+class Sizes(nn.Module):
+    """Attention to keys and values of other sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True, add_bias_kv=True)
+
+    def forward(self, x):
+        return self.mha(x, x[..., :4], x[..., :6])[0]
+
+
+class Encodes(nn.Module):
+    """A parent that reads what is in the attention, and takes torch's fast path where that may be."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+@pytest.mark.parametrize("make,target", [(Attends, "mha"), (Sizes, "mha"), (Encodes, "self_attn")])
+def test_attention_as_a_whole(make, target, tmp_path):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(2, 3, 8)
+    plain = copy.deepcopy(model)
+    base = model(x)
+    adapted = peft.get_peft_model(model, TuckerConfig(r=2, alpha=3.0, target_modules=[target]))
+    assert torch.equal(adapted(x), base)
+    for n, p in adapted.named_parameters():
+        if n.endswith("core"):
+            nn.init.normal_(p, std=0.3)
+    y = adapted(x)
+    y.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    adapted.eval()
+    with torch.no_grad():
+        assert relative(adapted(x), y) < 1e-5  # torch's fast path
+    name = "encoder.layers.0.self_attn" if make is Encodes else target
+    whole = model.get_submodule(name)
+    assert whole.in_proj_bias is whole.base_layer.in_proj_bias and whole.in_features == 8
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    changed = {n for n, p in merged.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
+    inside = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if make is Sizes else ["in_proj_weight"]
+    layers = range(2 if make is Encodes else 1)
+    assert changed == {f"{name.replace('0', str(i))}.{n}" for i in layers for n in (*inside, "out_proj.weight")}
+    adapted.merge_adapter()
+    assert relative(adapted(x), y) < 1e-5
+    with adapted.disable_adapter():
+        assert relative(adapted(x), base) < 1e-6 and torch.equal(model(x), adapted(x))
+    assert relative(adapted(x), y) < 1e-5
+    adapted.save_pretrained(tmp_path)
+    assert relative(peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)(x), y) < 1e-5
+    adapted.add_weighted_adapter(["default"], [-1.0], "minus")
+    adapted.base_model.set_adapter(["default", "minus"])
+    assert relative(adapted(x), base) < 1e-5
+    adapted.set_adapter("default")
+    assert relative(adapted.merge_and_unload()(x), y) < 1e-5
+    assert type(model.get_submodule(name)) is nn.MultiheadAttention
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_attention_as_a_whole_or_its_output():
+    """Each in an adapter of its own would write files that don't fit a plain model."""
+    adapted = peft.get_peft_model(Attends(), TuckerConfig(r=2, target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match="output projection of 'mha' has an adapter already"):
+        adapted.add_adapter("other", TuckerConfig(r=2, target_modules=["mha"]))
+    adapted = peft.get_peft_model(Attends(), TuckerConfig(r=2, target_modules=["mha", "out_proj"]))
+    assert sum(isinstance(m, TuckerLayer) for m in adapted.modules()) == 2
+    adapted.add_adapter("other", TuckerConfig(r=3, target_modules=["mha"]))
+    with pytest.raises(ValueError, match="lies in 'mha'"):
+        adapted.add_adapter("third", TuckerConfig(r=3, target_modules=["out_proj"]))
