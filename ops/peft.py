@@ -29,16 +29,15 @@ try:
 except ImportError as error:
     raise ImportError("torch_subspace.peft needs peft: pip install peft") from error
 
-TESTED = ((0, 18), (0, 21))
-_tested = " to ".join(".".join(map(str, v)) for v in TESTED)
+from .adapters.peft_type import TESTED, add_peft_type, drop_peft_type, tested  # noqa: E402
 
 
 def _check_version(text: str) -> None:
     version = tuple(int(n) for n in re.findall(r"\d+", text)[:2])
     if version < TESTED[0]:
-        raise ImportError(f"torch_subspace.peft is tested with peft {_tested}; {text} is too old")
+        raise ImportError(f"torch_subspace.peft is tested with peft {tested}; {text} is too old")
     if version > TESTED[1]:
-        warnings.warn(f"torch_subspace.peft is tested with peft {_tested}, this is {text}", stacklevel=3)
+        warnings.warn(f"torch_subspace.peft is tested with peft {tested}, this is {text}", stacklevel=3)
 
 
 _check_version(peft.__version__)
@@ -70,41 +69,6 @@ __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_
 
 BIASES = ("none", "all", "tucker_only")
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
-
-
-def _add_peft_type(name: str) -> PeftType:
-    """A new member of a closed enum; undone if the enum doesn't take it as one of its own."""
-    if name in PeftType.__members__:
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-        if config is not None and config.__module__ != __name__:
-            raise ImportError(f"peft {peft.__version__} has a method {name} of its own: {config.__module__}")
-        for table in (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-                      peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING):  # this module is being reloaded
-            table.pop(name, None)
-        return PeftType(name)
-    try:
-        member = str.__new__(PeftType, name)
-        member._name_, member._value_, member.__objclass__ = name, name, PeftType
-        member._sort_order_ = len(PeftType.__members__)
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)  # the enum's own __setattr__ refuses
-        if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
-            raise TypeError("the new member is not found")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _drop_peft_type(name)
-        raise ImportError(f"torch_subspace.peft can't extend PeftType of peft {peft.__version__}, being tested with "
-                          f"{_tested}: {error}") from error
-    return member
-
-
-def _drop_peft_type(name: str) -> None:
-    with contextlib.suppress(AttributeError, ValueError):
-        PeftType._member_names_.remove(name)
-    for table in ("_member_map_", "_value2member_map_"):
-        getattr(PeftType, table, {}).pop(name, None)
-    with contextlib.suppress(AttributeError):
-        type.__delattr__(PeftType, name)
 
 
 @dataclasses.dataclass
@@ -212,7 +176,7 @@ class TuckerConfig(peft.PeftConfig):
         return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key, stacked)
 
 
-_add_peft_type("TUCKER")
+add_peft_type("TUCKER")
 
 
 class TuckerModel(tuners_utils.BaseTuner):
@@ -393,7 +357,7 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     if isinstance(module, tuners_utils.BaseTunerLayer):
         return f"{name!r} is adapted by another method already ({type(module).__name__})"
     if has_adapted_output(module):
-        return f"the output projection of {name!r} has an adapter already: name the whole in that one too, or it in this"
+        return f"the output projection of {name!r} has an adapter already: name the whole there too, or it alone here"
     if not has_kind(module) or _kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, UNTIED)
@@ -411,5 +375,5 @@ def _warn_of_loss(model: nn.Module) -> None:
 try:
     register_peft_method(name="tucker", config_cls=TuckerConfig, model_cls=TuckerModel)
 except BaseException:
-    _drop_peft_type("TUCKER")
+    drop_peft_type("TUCKER")
     raise

@@ -10,7 +10,7 @@ from .targets import weights_of
 
 class TuckerAttention(TuckerParameters):
     """An nn.MultiheadAttention; `tucker_parts[adapter]` has the factors of `in_proj_weight`, or of the projections of
-    query, key and value where they differ in size. `out_proj` is a layer of its own, with adapters of the same names."""
+    query, key and value where they differ in size. `out_proj` is a layer of its own, with the same adapters."""
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
         super().update_layer(adapter_name, config, key, list(weights_of(self.base_layer)))
