@@ -41,7 +41,7 @@ DEFAULTS = {f.name: f.default for f in LORA.__dataclass_fields__.values()}
 # (what the failure says, or the test's name, why it isn't ours), the first that matches
 NOT_OURS = (
     (r"\blora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|'lora_|lora_alpha|init_lora_weights|\.use_dora"
-     r"|has no attribute '(r|_register_custom_module|use_dora)'|test_repr_lora", "LoRA's own names"),
+     r"|has no attribute '(r|_register_custom_module|_restore_weights|use_dora)'|test_repr_lora", "LoRA's own names"),
     (r"adapter_names in a forward|test_mixed_adapter_batches", "adapters mixed in a batch, which the guide excludes"),
     (r"lr = 0\.5|test_(parameters_after_loading_model|disable_adapters)[^\n]*(\n.*)*\bnan, +nan",
      "diverges at a learning rate of 0.5, set for LoRA"),
