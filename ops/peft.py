@@ -10,8 +10,7 @@ and a parent that reads a layer's `weight` itself sees the adapter.
 
 peft's list of methods (PeftType) is a closed enum, so it is extended through the members that every enum has. That and
 the rest is tested with peft 0.18 to 0.21; older ones are refused, newer ones warn. Not for this method: PeftMixedModel,
-hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own; biases; nn.MultiheadAttention as a
-whole (its `out_proj` is a layer of its own; `torch_subspace.adapt` takes all of it).
+hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own.
 """
 from __future__ import annotations
 
@@ -30,16 +29,15 @@ try:
 except ImportError as error:
     raise ImportError("torch_subspace.peft needs peft: pip install peft") from error
 
-TESTED = ((0, 18), (0, 21))
-_tested = " to ".join(".".join(map(str, v)) for v in TESTED)
+from .adapters.peft_type import TESTED, add_peft_type, drop_peft_type, tested  # noqa: E402
 
 
 def _check_version(text: str) -> None:
     version = tuple(int(n) for n in re.findall(r"\d+", text)[:2])
     if version < TESTED[0]:
-        raise ImportError(f"torch_subspace.peft is tested with peft {_tested}; {text} is too old")
+        raise ImportError(f"torch_subspace.peft is tested with peft {tested}; {text} is too old")
     if version > TESTED[1]:
-        warnings.warn(f"torch_subspace.peft is tested with peft {_tested}, this is {text}", stacklevel=3)
+        warnings.warn(f"torch_subspace.peft is tested with peft {tested}, this is {text}", stacklevel=3)
 
 
 _check_version(peft.__version__)
@@ -56,6 +54,7 @@ from .adapters.fingerprint import differs, fingerprint  # noqa: E402
 from .adapters.lora import export_lora, import_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.parameters import full_name, out_of_reach  # noqa: E402
+from .adapters.peft_attention import TuckerAttention, has_adapted_output  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
 from .adapters.peft_parameters import (  # noqa: E402
     UNTIED,
@@ -63,49 +62,16 @@ from .adapters.peft_parameters import (  # noqa: E402
     find_peft_parameters,
     is_layer_place,
 )
-from .adapters.placed import offload_hook, refuse_blocks  # noqa: E402
+from .adapters.peft_weighted import Recipe, check_adapters, combine, config_of, fill  # noqa: E402
+from .adapters.placed import refuse_blocks  # noqa: E402
 from .adapters.targets import has_kind, refusal  # noqa: E402
-from .common import HALF, whole  # noqa: E402
+from .common import HALF, check_word, whole  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
+BIASES = ("none", "all", "tucker_only")
 _HEADS = ("classifier", "score", "qa_outputs")  # what peft saves of whatever model its task types meet
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
-
-
-def _add_peft_type(name: str) -> PeftType:
-    """A new member of a closed enum; undone if the enum doesn't take it as one of its own."""
-    if name in PeftType.__members__:
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-        if config is not None and config.__module__ != __name__:
-            raise ImportError(f"peft {peft.__version__} has a method {name} of its own: {config.__module__}")
-        for table in (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-                      peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING):  # this module is being reloaded
-            table.pop(name, None)
-        return PeftType(name)
-    try:
-        member = str.__new__(PeftType, name)
-        member._name_, member._value_, member.__objclass__ = name, name, PeftType
-        member._sort_order_ = len(PeftType.__members__)
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)  # the enum's own __setattr__ refuses
-        if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
-            raise TypeError("the new member is not found")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _drop_peft_type(name)
-        raise ImportError(f"torch_subspace.peft can't extend PeftType of peft {peft.__version__}, being tested with "
-                          f"{_tested}: {error}") from error
-    return member
-
-
-def _drop_peft_type(name: str) -> None:
-    with contextlib.suppress(AttributeError, ValueError):
-        PeftType._member_names_.remove(name)
-    for table in ("_member_map_", "_value2member_map_"):
-        getattr(PeftType, table, {}).pop(name, None)
-    with contextlib.suppress(AttributeError):
-        type.__delattr__(PeftType, name)
 
 
 @dataclasses.dataclass
@@ -128,7 +94,9 @@ class TuckerConfig(peft.PeftConfig):
             and have a core each. With it target_modules may be empty or None.
         exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
             peft.LoraConfig.
-        bias: "none"; nothing else is supported.
+        bias: biases to train and to save beside the adapter: "none"; "all" of the model; "tucker_only", those of the
+            adapted layers. One adapter of a model may have some, and they stay when it is disabled. Needs peft 0.21.
+        trainable_token_indices: rows of the embedding to train, or {name of an embedding: rows}, as in peft.LoraConfig.
 
     Raises:
         ValueError, TypeError: a value is out of range or of a wrong kind.
@@ -158,11 +126,12 @@ class TuckerConfig(peft.PeftConfig):
     bias: str = "none"
     fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
     target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.TUCKER
-        for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for key in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, key)
             adapter_config.names_of("TuckerConfig", key, value)
             if isinstance(value, str):  # several are no regular expressions
@@ -171,8 +140,9 @@ class TuckerConfig(peft.PeftConfig):
         if several is not None:
             for i in several if isinstance(several, Iterable) else [several]:
                 whole("TuckerConfig", "layers_to_transform", i)
-        if not isinstance(self.bias, str) or self.bias != "none":
-            raise ValueError(f'TuckerConfig: bias must be "none", got {self.bias!r}: biases are not adapted')
+        check_word("TuckerConfig", "bias", self.bias, BIASES)
+        if self.bias != "none" and not hasattr(tuners_utils.BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"TuckerConfig: bias={self.bias!r} needs peft 0.21, {peft.__version__} would not save it")
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             setattr(self, key, set(value) if isinstance(value, (list, tuple)) else value)
@@ -226,7 +196,7 @@ class TuckerConfig(peft.PeftConfig):
         return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key, stacked)
 
 
-_add_peft_type("TUCKER")
+add_peft_type("TUCKER")
 
 
 class TuckerModel(tuners_utils.BaseTuner):
@@ -273,7 +243,8 @@ class TuckerModel(tuners_utils.BaseTuner):
                           and not n.endswith(".base_layer")}
             config.target_modules = {n for n in names if n not in modules or isinstance(modules[n], TuckerLayer)
                                      or _refusal(n, modules[n]) is None and len(places[modules[n]]) == 1}
-        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters)]
+        within = [n + "." for n, m in modules.items() if isinstance(m, TuckerParameters) and not (
+            isinstance(m, TuckerAttention) and self._check_target_module_exists(config, n))]
         inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, tuners_utils.BaseTunerLayer))
         for module, names in places.items():
             meant = [n for n in names if n and not n.startswith(inside)
@@ -318,7 +289,7 @@ class TuckerModel(tuners_utils.BaseTuner):
         why = _refusal(current_key, target)
         if why is not None:
             raise ValueError(f"tucker: {why}")
-        self._put(layer_kind(target), target, target_name, parent, adapter_name, config, current_key)
+        self._put(_kind(target)(target, adapter_name, config, current_key), adapter_name, target, target_name, parent)
 
     def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
         done = []
@@ -332,24 +303,18 @@ class TuckerModel(tuners_utils.BaseTuner):
                 elif isinstance(target, TuckerParameters):
                     target.update_layer(adapter_name, peft_config, plain, parameters)
                 else:
-                    self._put(TuckerParameters, target, target_name, parent, adapter_name, peft_config, plain,
-                              parameters)
+                    layer = TuckerParameters(target, adapter_name, peft_config, plain, parameters)
+                    self._put(layer, adapter_name, target, target_name, parent)
             done += [f"{plain}.{parameter}" for parameter in parameters]
         return done
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, TuckerParameters):  # unloaded: peft would look for its weight
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
-    def _put(self, kind, target, target_name, parent, adapter_name, *how) -> None:
-        layer = kind(target, adapter_name, *how)
-        self._replace_module(parent, target_name, layer, target)
-        if offload_hook(target) is not None:  # peft has sent the factors after the weight, to the meta device
-            layer.update_layer(adapter_name, *how)
+    def _put(self, layer, adapter_name, target, target_name, parent) -> None:
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is chosen
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)  # weights and devices are those of the layer inside
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -387,8 +352,41 @@ class TuckerModel(tuners_utils.BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):
-            raise ValueError(f"tucker: adapter {adapter_name!r} is merged; unmerge first")
+            raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them "
+                             "first.")
         super().delete_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules() if not autocast_adapter_dtype else ():
+            if isinstance(layer, TuckerLayer) and adapter_name in layer.tucker_parts:
+                layer.narrow(adapter_name)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                             combination_type: str = "svd", svd_rank: int | None = None,
+                             svd_clamp: float | None = None, svd_full_matrices: bool = True,
+                             svd_driver: str | None = None, density: float | None = None,
+                             majority_sign_method: str = "total") -> None:
+        """Make a new adapter, not yet active, of the weighted sum of others; arguments as those of peft's LoRA.
+
+        "cat" is exact, its ranks being the sums of the others'. The rest cut the sum of the changes to rank `svd_rank`,
+        by default the largest of theirs; without "svd" in the name ("linear", "ties", ...), which needs equal ranks, to
+        that. One adapter alone is only scaled. An adapter that exists already is left as it is.
+
+        Raises:
+            ValueError: an adapter is unknown, several have the same module in `modules_to_save`, ranks differ where
+                they may not, a `density` is missing, or the type is unknown. Nothing is changed then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        check_adapters(self.model, self.peft_config, adapters, weights)
+        recipe = Recipe("linear" if len(adapters) == 1 else combination_type, svd_rank, svd_clamp, svd_driver, density,
+                        majority_sign_method)
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TuckerLayer)}
+        made = combine(layers, adapters, weights, recipe)
+        self.peft_config[adapter_name] = config_of([self.peft_config[name] for name in adapters], made)
+        self.inject_adapter(self.model, adapter_name)
+        fill(layers, adapter_name, made)
 
     def merge_adapter(self, *args, **kwargs) -> None:
         with self._all_or_nothing():
@@ -427,11 +425,17 @@ class TuckerModel(tuners_utils.BaseTuner):
         yield
 
 
+def _kind(module: nn.Module) -> type[TuckerLayer] | None:
+    return TuckerAttention if isinstance(module, nn.MultiheadAttention) else layer_kind(module)
+
+
 def _refusal(name: str, module: nn.Module) -> str | None:
     """Why peft can't adapt this module with the method; None when it can."""
     if isinstance(module, tuners_utils.BaseTunerLayer):
         return f"{name!r} is adapted by another method already ({type(module).__name__})"
-    if not has_kind(module) or layer_kind(module) is None:
+    if has_adapted_output(module):
+        return f"the output projection of {name!r} has an adapter already: name the whole there too, or it alone here"
+    if not has_kind(module) or _kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, UNTIED)
 
@@ -456,5 +460,5 @@ def _warn_of_loss(model: nn.Module) -> None:
 try:
     register_peft_method(name="tucker", config_cls=TuckerConfig, model_cls=TuckerModel)
 except BaseException:
-    _drop_peft_type("TUCKER")
+    drop_peft_type("TUCKER")
     raise

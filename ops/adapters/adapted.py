@@ -121,8 +121,7 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
 
 
 def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """What a mixed-precision policy of fully_shard has narrowed for a forward is computed with in float32 all the same.
-    """
+    """What is kept narrow, or made so for a forward by fully_shard, is computed with in float32 all the same."""
     if core.dtype in WIDE:
         return core, factors
     return core.float(), [None if f is None else f.float() for f in factors]

@@ -84,12 +84,23 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not any(p.is_meta for p in part.parameters()) and torch.device(device).type != "meta":
             part.to(device)  # core and factors stay wide beside a half-precision base
 
+    def narrow(self, adapter_name: str) -> None:
+        """Keep an adapter's tensors in the dtype of a half-precision base; they are computed with in float32 anyway."""
+        dtype = self.base_layer._parameters[next(iter(self.changes(adapter_name)))].dtype
+        for p in self.tucker_parts[adapter_name].parameters() if dtype in HALF else ():
+            p.data = p.data.to(dtype)
+
     # The forward -----------------------------------------------------------------------------------------------------
 
     def _terms(self, adapter_names=None) -> list:
         if adapter_names is None:
             adapter_names = [] if self._disable_adapters or self.merged else self.active_adapters
         return [(self.scaling[name], self.tucker_parts[name]) for name in adapter_names if name in self.tucker_parts]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:  # here and not in the forward: a parent may read the weight instead
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     def forward(self, *args, **kwargs):
         if self._disable_adapters and self.merged:
@@ -168,6 +179,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         base, terms = own(self.base_layer, "weight"), self._terms()
+        if self._disable_adapters and self.merged:  # merged while disabled
+            return self.before("weight")
         if not terms or is_sharded(base):  # fully_shard's storage between two forwards
             return base
         try:
@@ -176,6 +189,25 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             return effective_weight(*composing(scale, core, factors, whole))
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
+
+    @property
+    def in_features(self) -> int:
+        """Channels that come in, of every kind of layer, as peft's layers say it; an embedding's are its rows."""
+        return self._features()[0]
+
+    @property
+    def out_features(self) -> int:
+        """Channels that go out, of every kind of layer."""
+        return self._features()[1]
+
+    def _features(self) -> tuple[int, int]:
+        base = self.base_layer
+        if isinstance(base, nn.Embedding):
+            return base.num_embeddings, base.embedding_dim
+        if isinstance(base, (*CONVS, *TRANSPOSED)):
+            return base.in_channels, base.out_channels
+        shape = weights_of(base)["weight"]
+        return tuple(shape) if is_conv1d_of_transformers(base) else (shape[1], shape[0])
 
     def __getattr__(self, name: str):
         try:

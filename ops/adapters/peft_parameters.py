@@ -121,6 +121,8 @@ class TuckerParameters(TuckerLayer):
         base = modules.get("base_layer")
         weight = own(base, name) if "tucker_parts" in modules and base is not None else None
         if isinstance(weight, Tensor):
+            if self._disable_adapters and self.merged:  # merged while disabled
+                return self.before(name)
             terms = self._parameter_terms(name)
             if not terms or is_sharded(weight):  # fully_shard's storage between two forwards
                 return weight
@@ -130,6 +132,8 @@ class TuckerParameters(TuckerLayer):
 
     weight = property(lambda self: self.__getattr__("weight"))  # peft's layers have these two of their own
     bias = property(lambda self: self.__getattr__("bias"))
+    in_features = property(lambda self: self.base_layer.in_features)
+    out_features = property(lambda self: self.base_layer.out_features)
 
     def get_delta_weight(self, adapter_name: str, parameter: str | None = None) -> Tensor:
         """The change of a parameter; it need not be named where the adapter has but one."""
