@@ -49,13 +49,13 @@ from peft.utils.other import get_pattern_key  # noqa: E402
 
 from .adapters import config as adapter_config  # noqa: E402
 from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
-from .adapters.config import WORDS, close_names  # noqa: E402
-from .adapters.fingerprint import differs, fingerprint  # noqa: E402
-from .adapters.lora import export_lora, import_lora  # noqa: E402
-from .adapters.merge import LOST, others  # noqa: E402
-from .adapters.parameters import full_name, out_of_reach  # noqa: E402
+from .adapters.config import WORDS  # noqa: E402
+from .adapters.lora import import_lora  # noqa: E402
+from .adapters.lora_export import export_lora  # noqa: E402
+from .adapters.parameters import full_name  # noqa: E402
 from .adapters.peft_attention import TuckerAttention, has_adapted_output  # noqa: E402
-from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
+from .adapters.peft_checks import all_or_nothing, check_names, warn_of_limits, warn_of_loss  # noqa: E402
+from .adapters.peft_layer import TuckerConv, TuckerLayer, layer_kind  # noqa: E402
 from .adapters.peft_parameters import (  # noqa: E402
     UNTIED,
     TuckerParameters,
@@ -64,13 +64,12 @@ from .adapters.peft_parameters import (  # noqa: E402
 )
 from .adapters.peft_weighted import Recipe, check_adapters, combine, config_of, fill  # noqa: E402
 from .adapters.placed import refuse_blocks  # noqa: E402
-from .adapters.targets import has_kind, refusal  # noqa: E402
-from .common import HALF, check_word, whole  # noqa: E402
+from .adapters.targets import has_kind, refusal, weights_of  # noqa: E402
+from .common import check_word, whole  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
 BIASES = ("none", "all", "tucker_only")
-_HEADS = ("classifier", "score", "qa_outputs")  # what peft saves of whatever model its task types meet
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
 
 
@@ -260,27 +259,12 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {plain[0]!r} is or lies in {outer[:-1]!r}, whose parameters are adapted, "
                                  "and peft adapts no layer there; torch_subspace.adapt takes it")
         names = [n for names in places.values() for n in names if n and not n.startswith(inside)]
-        self._check_names(config, asked, names, [n for plain, own in parameters.values()
-                                                 for n in (plain, *(full_name(plain, p) for p in own))])
-
-    def _check_names(self, config, asked, names, parameters) -> None:
-        """ValueError for names in the config that match nothing; a warning for targets, as lists of them are shared
-        between architectures."""
-        targeted = [n for n in names if self._check_target_module_exists(config, n)] + parameters
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(config, key) if targeted else ():
-                if not any(get_pattern_key([pattern], n) == pattern for n in targeted):
-                    raise ValueError(f"tucker: {key} {pattern!r} matches none of the adapted layers"
-                                     f"{close_names([pattern], targeted)}")
-        lost = {key: _unmatched(value, names) for key, value in (
-            ("exclude_modules", config.exclude_modules), ("target_modules", asked),
-            ("modules_to_save", config.modules_to_save))}
-        for key, patterns in lost.items():
-            text = patterns and f"tucker: {key} {patterns[0]!r} matches nothing{close_names(patterns[:1], names)}"
-            if text and key == "target_modules":
-                warnings.warn(text, stacklevel=2)
-            elif text:
-                raise ValueError(text)
+        more = [n for plain, own in parameters.values() for n in (plain, *(full_name(plain, p) for p in own))]
+        for n, m in modules.items():
+            m = getattr(m, "base_layer", m)
+            if isinstance(m, nn.MultiheadAttention) and self._check_target_module_exists(config, n):
+                more += [f"{n}.{p}" for p in (*weights_of(m), "out_proj")]
+        check_names(config, asked, names, more, lambda n: self._check_target_module_exists(config, n))
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, TuckerLayer):
@@ -318,37 +302,7 @@ class TuckerModel(tuners_utils.BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        found = {n: m for n, m in model.named_modules() if isinstance(m, TuckerLayer)}
-        found = {n: m for n, m in found.items() if adapter_name in m.tucker_parts}
-        own = [n for n, m in found.items() if m._fast is None and not isinstance(m, TuckerLinear)]
-        changes = {n: m.changes(adapter_name) for n, m in found.items()}
-        half = [n for n in own if any(found[n].base_layer._parameters[p].dtype in HALF for p in changes[n])]
-        drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
-                and any(part.dropout for part in changes[n].values())]
-        self._compare_bases(adapter_name, found)
-        if half:
-            warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
-                          "precision: base + change is rounded at every forward, which loses most of a small change",
-                          stacklevel=4)
-        if drop:
-            warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
-        share, names = (0, []) if self.peft_config[adapter_name].target_parameters else out_of_reach(model, set())
-        if share > 0.5:
-            names = ", ".join(n.replace(".base_layer", "") for n in names[:4])
-            warnings.warn(f"tucker: {share:.0%} of the weights are in parameters of no layer, which only "
-                          f"target_parameters adapts: {names}", stacklevel=4)
-
-    def _compare_bases(self, adapter_name, found) -> None:
-        """Note what base the adapter is on, and warn where its config comes from a file and says another."""
-        config = self.peft_config[adapter_name]
-        bases = {n if p == "weight" else f"{n}.{p}": fingerprint(m, p) for n, m in found.items()
-                 for p in m.changes(adapter_name)}
-        noted = {} if config.__dict__.get("_has_met_a_base") else config.fingerprint or {}
-        other = [n for n, base in bases.items() if differs(noted.get(n), base)]
-        if other:
-            warnings.warn(f"tucker: adapter {adapter_name!r} was saved with another base model: "
-                          f"{other[0]!r}{others(other)} had other weights than here", stacklevel=5)
-        config.fingerprint, config._has_met_a_base = bases, True
+        warn_of_limits(model, self.peft_config[adapter_name], adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):
@@ -389,34 +343,16 @@ class TuckerModel(tuners_utils.BaseTuner):
         fill(layers, adapter_name, made)
 
     def merge_adapter(self, *args, **kwargs) -> None:
-        with self._all_or_nothing():
+        with all_or_nothing(self.model):
             super().merge_adapter(*args, **kwargs)
-        _warn_of_loss(self.model)
+        warn_of_loss(self.model)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         found = [m for m in self.model.modules() if isinstance(m, TuckerLayer)]
-        with self._all_or_nothing():
+        with all_or_nothing(self.model):
             model = super()._unload_and_optionally_merge(*args, **kwargs)
-        _warn_of_loss(nn.ModuleList(found))
+        warn_of_loss(nn.ModuleList(found))
         return model
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self):
-        """peft merges and unloads layer by layer: where one can't be, those before it are as they were."""
-        children = {m: dict(m._modules) for m in self.model.modules()}
-        merged = {m: list(m.merged_adapters) for m in children if isinstance(m, TuckerLayer)}
-        try:
-            yield
-        except BaseException:
-            for module, before in children.items():
-                module._modules.update(before)
-            for layer, names in merged.items():
-                layer.__dict__.pop("_lost", None)
-                if layer.merged_adapters != names:
-                    layer.unmerge()
-                    if names:
-                        layer.merge(adapter_names=names)
-            raise
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -438,23 +374,6 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     if not has_kind(module) or _kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, UNTIED)
-
-
-def _unmatched(patterns, names) -> list[str]:
-    """Those of the names, or the regular expression, that no module has."""
-    if isinstance(patterns, str):
-        return [] if patterns in WORDS or any(re.fullmatch(patterns, n) for n in names) else [patterns]
-    return sorted(p for p in patterns or () if p not in (*WORDS, *_HEADS)
-                  and not any(n == p or n.endswith("." + p) for n in names))
-
-
-def _warn_of_loss(model: nn.Module) -> None:
-    lost = {n: m.__dict__.pop("_lost") for n, m in model.named_modules() if "_lost" in m.__dict__}
-    lost = {n: part for n, part in lost.items() if part > LOST}
-    if lost:
-        worst = max(lost, key=lost.get)
-        warnings.warn(f"tucker: half precision swallows {lost[worst]:.0%} of the change of {worst!r}{others(lost)}; "
-                      "merge into a float32 model to keep it", stacklevel=3)
 
 
 try:

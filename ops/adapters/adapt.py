@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common import HALF, NOT_NEGATIVE, check_module, check_number, told, wide_dtype
+from ..common import HALF, NOT_NEGATIVE, check_module, check_number, told
 from ..grassmann.groups import param_groups
-from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
-from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
+from .adapted import Adapted, become_adapted, become_plain
+from .config import TuckerConfig, check_patterns, close_names, matches
+from .factors import TuckerFactors
 from .merge import others
-from .parameters import find_parameters, full_name, input_mode_of, is_stacked, out_of_reach, shape_of
-from .placed import home, is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes, values_of
+from .parameters import find_parameters, full_name, is_stacked, out_of_reach
+from .placed import is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes
 from .replaced import watch
+from .start import padding_row, started
 from .state import (
     active_adapters,
     adapter_names,
@@ -111,32 +113,6 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
     _warn_of_limits(model, made)
     return given
-
-
-def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
-    """Factors beside the parameter `base`, not yet filled."""
-    return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
-
-
-def started(function: str, key: str, module: nn.Module, parameter: str, ranks, scale: float, config) -> TuckerFactors:
-    """Factors of one parameter of the module `key`, as `config.init` has them start; raises in `function`'s voice."""
-    base, values, shape = module._parameters[parameter], values_of(module, parameter), shape_of(module, parameter)
-    if config.init == "svd" and (is_packed(base) or values.is_meta):
-        why = "on the meta device" if values.is_meta else "packed"
-        raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r}, which is {why}')
-    part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base))
-    row = padding_row(module) if parameter == "weight" and part.factors[0] is not None else None
-    part.start = config.init, input_mode_of(module, parameter), row
-    init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
-    if row is not None:
-        with torch.no_grad():
-            part.factor0[row] = 0
-    return part
-
-
-def padding_row(module) -> int | None:
-    """The row of an embedding's change that stays zero."""
-    return module.padding_idx if isinstance(module, nn.Embedding) else None
 
 
 def _modules_to_save(model, config, made) -> list[nn.Module]:

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common import FLOATS, WIDE
-from ..tucker.tucker import tucker_compose
+from ..common import FLOATS
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
-from .config import init_factors
+from .factors import TuckerFactors, combined, composing
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
 from .weight import effective_weight
 
@@ -30,120 +29,10 @@ MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_saved", "tucker_liv
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class WideFactors(nn.Module):
-    """Parameters of changes, wide also beside a half-precision base."""
-
-    def _apply(self, fn, recurse=True):
-        """model.half() and the like move them, and leave them wide; what leaves the meta device starts anew."""
-
-        def wide(t):
-            new = fn(t)
-            return new if new.dtype in WIDE or not new.is_floating_point() else t.to(new.device)
-
-        was_meta = any(p.is_meta for p in self._parameters.values() if p is not None)
-        super()._apply(wide, recurse)
-        if was_meta and not any(p.is_meta for p in self._parameters.values() if p is not None):
-            self.reset_parameters()
-        return self
-
-
-@torch.no_grad()
-def restart(core: Tensor, factors: list[Tensor | None], start: tuple[str, int, int | None]) -> None:
-    """No change, and factors as they start: (init, the input's mode, the row that stays zero). "svd", which needs the
-    base, as "lecun"."""
-    init, input_mode, zero_row = start
-    core.zero_()
-    init_factors(factors, "lecun" if init == "svd" else init, core, input_mode)
-    if zero_row is not None:
-        factors[0][zero_row] = 0
-
-
-class TuckerFactors(WideFactors):
-    """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
-
-    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too. `start` is
-    how the factors do: (init, the input's mode, the row that stays zero). Calling it gives core and factors, so that
-    hooks which bring and take parameters have their turn.
-    """
-
-    start = ("lecun", 1, None)
-
-    def __init__(self, shape, ranks, scale: float, dropout: float, device, dtype):
-        super().__init__()
-        self.shape, self.scale, self.dropout = tuple(shape), float(scale), float(dropout)
-        sizes = [d if r is None else r for d, r in zip(shape, ranks, strict=True)]
-        self.core = nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype))
-        for i, (d, r) in enumerate(zip(shape, ranks, strict=True)):
-            factor = None if r is None else nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
-            self.register_parameter(f"factor{i}", factor)
-
-    def forward(self) -> tuple[Tensor, list[Tensor | None]]:
-        return self.core, self.factors
-
-    def reset_parameters(self) -> None:
-        restart(self.core, self.factors, self.start)
-
-    @property
-    def ranks(self) -> list[int | None]:
-        return [None if f is None else f.shape[1] for f in self.factors]
-
-    @property
-    def factors(self) -> list[Tensor | None]:
-        return [getattr(self, f"factor{i}") for i in range(len(self.shape))]
-
-    def extra_repr(self) -> str:
-        text = f"{self.shape}, ranks={self.ranks}, scale={self.scale:g}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "")
-
-
-def combined(terms: list[tuple[float, TuckerFactors]]):
-    """A weighted sum of changes as one: (scale, core, factors, dropout).
-
-    Factors stand side by side and the cores on the diagonal of a larger one; modes that are the identity in every term
-    stay so. The inputs see one dropout mask, at the largest rate of the terms.
-    """
-    cores, lists = zip(*(_wide(*t()) for _, t in terms))
-    if len(terms) == 1:
-        weight, t = terms[0]
-        return weight * t.scale, cores[0], lists[0], t.dropout
-    modes = range(len(terms[0][1].shape))
-    shared = [all(factors[i] is None for factors in lists) for i in modes]
-    factors = [None if shared[i] else torch.cat([core.new_ones(core.shape[i]).diag() if own[i] is None else own[i]
-                                                 for core, own in zip(cores, lists)], 1) for i in modes]
-    sizes = [cores[0].shape[i] if shared[i] else factors[i].shape[1] for i in modes]
-    core, before = 0, [0] * len(sizes)
-    for (weight, t), own in zip(terms, cores):
-        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, own.shape)]
-        pads = [n for p in reversed(pads) for n in (p or (0, 0))]
-        core = core + F.pad(weight * t.scale * own, pads)
-        before = [b + r for b, r in zip(before, own.shape)]
-    return 1.0, core, factors, max(t.dropout for _, t in terms)
-
-
-def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """What is kept narrow, or made so for a forward by fully_shard, is computed with in float32 all the same."""
-    if core.dtype in WIDE:
-        return core, factors
-    return core.float(), [None if f is None else f.float() for f in factors]
-
-
 def own(layer, name: str) -> Tensor | None:
     """The layer's parameter itself; DataParallel's replicas have plain tensors instead, as attributes."""
     found = layer._parameters.get(name)
     return layer.__dict__.get(name) if found is None else found
-
-
-def composing(scale, core, factors, base):
-    """(a function, its arguments) of base + change, the base first."""
-    modes = [i for i, f in enumerate(factors) if f is not None]
-
-    def compose(base, core, *some):
-        whole = [None] * len(factors)
-        for i, f in zip(modes, some, strict=True):
-            whole[i] = f
-        return tucker_compose(core, whole, scale=scale, base=base)
-
-    return compose, base, core, *(factors[i] for i in modes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +106,7 @@ def is_conv1d_of_transformers(module) -> bool:
 
 @contextlib.contextmanager
 def packed_as_it_is(layer):
-    """The layer's own methods see its packed weight; everyone else base + change."""
+    """The layer's own methods see its parameters as they are, packed ones say; everyone else base + change."""
     before, layer.tucker_inside = layer.tucker_inside, True
     try:
         yield
@@ -424,9 +313,20 @@ def _effective(name: str) -> property:
     return property(read, write, delete, doc=f"The base `{name}` plus the change of the active adapters.")
 
 
+def _on_the_base(name: str):
+    """The layer's own method that writes into its parameters: into those themselves, whatever adapter is active."""
+
+    def method(self, *args, **kwargs):
+        with packed_as_it_is(self):
+            return getattr(super(Adapted, self), name)(*args, **kwargs)
+
+    return method
+
+
 @functools.cache
 def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
     members = {name: _effective(name) for name in names}
+    members |= {n: _on_the_base(n) for n in ("reset_parameters", "_reset_parameters") if hasattr(cls, n)}
     members |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "tucker_original": cls, "tucker_names": names}
     return type(f"Tucker{cls.__name__}", (Adapted, cls), members)
 

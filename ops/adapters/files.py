@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common import check_module
 from ..files import check_path, write_whole
-from .adapt import attach, delete_adapter, new_factors, set_adapter
+from .adapt import attach, delete_adapter, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
 from .fingerprint import differs, fingerprint
@@ -25,6 +25,7 @@ from .merge import others
 from .names import canonical, places
 from .parameters import full_name, parameter_refusal, shape_of
 from .placed import home, offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
+from .start import new_factors
 from .state import (
     adapter_names,
     check_known,

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..common import FLOATS, HALF
 from ..tucker.tucker import tucker_compose
-from .adapted import adapted_names, become_plain, combined
+from .adapted import adapted_names, become_plain
+from .factors import combined
 from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
 from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
 from .weight import compose_reads
@@ -81,6 +82,12 @@ def stays_finite(before, after) -> bool:
     return bool(finite.all()) or not bool((torch.isfinite(before) & ~finite).any())
 
 
+def lost_in_rounding(before, after, change) -> float:
+    """The part of a change that is not in `after`."""
+    size = torch.linalg.vector_norm(change)
+    return float(torch.linalg.vector_norm(after.float() - before.float() - change) / size) if size > 0 else 0.0
+
+
 def others(names) -> str:
     """What to add to the name of the first."""
     return f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -100,12 +107,7 @@ def _merge_weight(layer, parameter) -> float:
     scale, core, factors, _ = combined(terms)
     before = like(base, core)
     after = tucker_compose(core, factors, scale=scale, base=before)
-    lost = 0.0
-    if base.dtype in HALF:
-        change = tucker_compose(core, factors, scale=scale)
-        size = torch.linalg.vector_norm(change)
-        if size > 0:
-            lost = float(torch.linalg.vector_norm(after.float() - before.float() - change) / size)
+    lost = lost_in_rounding(before, after, tucker_compose(core, factors, scale=scale)) if base.dtype in HALF else 0.0
     put(base, after)
     return lost
 

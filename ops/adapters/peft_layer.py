@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
-from .adapt import started
 from .adapted import (
     CONVS,
     TRANSPOSED,
-    combined,
-    composing,
     fast_forward,
     is_conv1d_of_transformers,
     is_packed,
     own,
     unpacked,
 )
+from .factors import combined, composing
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
-from .merge import stays_finite
+from .merge import lost_in_rounding, stays_finite
 from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp
 from .replaced import watch
+from .start import started
 from .targets import weights_of
 from .weight import effective_weight
 
@@ -248,7 +247,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
             broken = ", ".join(names)  # in peft's words, for infinities too
             raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
-        self._lost = lost_in_rounding(before, changed, self._value("weight", merged))
+        half = before.dtype in HALF
+        self._lost = lost_in_rounding(before, changed, self._value("weight", merged)) if half else 0.0
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]
         self.merged_adapters.extend(names)
@@ -298,13 +298,6 @@ def check_mergeable(module, parameter: str, before: Tensor) -> None:
                          "change; model.merge_adapter() brings offloaded ones")
     if is_packed(before):
         raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
-
-
-def lost_in_rounding(before, after, change) -> float:
-    if before.dtype not in HALF:
-        return 0.0
-    size = torch.linalg.vector_norm(change)
-    return float(torch.linalg.vector_norm(after.float() - before.float() - change) / size) if size > 0 else 0.0
 
 
 class TuckerLinear(TuckerLayer):

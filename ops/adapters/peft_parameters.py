@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
-from .adapt import started
-from .adapted import TuckerFactors, WideFactors, combined, composing, own, restart
+from .adapted import own
 from .config import close_names
+from .factors import TuckerFactors, WideFactors, combined, composing, restart
 from .hooks import inside_accelerate, is_hooked_by_accelerate
-from .merge import stays_finite
+from .merge import lost_in_rounding, stays_finite
 from .parameters import full_name, is_stacked, parameter_refusal, shape_of
-from .peft_layer import TuckerLayer, check_mergeable, layer_kind, lost_in_rounding
+from .peft_layer import TuckerLayer, check_mergeable, layer_kind
 from .placed import home, is_sharded
+from .start import started
 from .weight import effective_weight
 
 

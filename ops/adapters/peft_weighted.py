@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor, nn
 
 from ..tucker.tucker import tucker_compose
-from .adapted import combined
+from .factors import combined
 from .peft_layer import TuckerLayer
 
 SUMS = {"svd": merge_utils.task_arithmetic, "linear": merge_utils.task_arithmetic, "ties": merge_utils.ties,

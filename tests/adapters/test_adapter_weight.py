@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import torch_subspace as ts
-from torch_subspace.adapters import adapted as of_layers
+from torch_subspace.adapters import factors as of_layers
 from torch_subspace.adapters import weight as of_weights
 
 
