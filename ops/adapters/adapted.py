@@ -244,8 +244,8 @@ class Adapted:
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
-        if name in adapted_names(self) and not self.tucker_inside and param is not self._parameters.get(name):
-            base = self._parameters[name]
+        base = self._parameters.get(name, param)  # FullyShardedDataParallel takes it away and brings it again
+        if name in adapted_names(self) and not self.tucker_inside and param is not base:
             if self.tucker_terms(name):
                 raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
                                    "change would have the change in it twice. Assign inside `with disabled(model)`, "
@@ -314,7 +314,7 @@ def _effective(name: str) -> property:
 
 
 def _on_the_base(name: str):
-    """The layer's own method that writes into its parameters: into those themselves, whatever adapter is active."""
+    """The layer's own method that fills its parameters, which fills those themselves, whatever adapter is active."""
 
     def method(self, *args, **kwargs):
         with packed_as_it_is(self):

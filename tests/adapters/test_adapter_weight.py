@@ -159,10 +159,14 @@ def test_what_reads_it_is_not_refused(make):
     assert type(nn.Parameter(w.detach().clone())) is nn.Parameter
 
 
-def test_resetting_an_adapted_layer_is_refused_and_disabled_allows_it():
+def test_filling_an_adapted_weight_is_refused_but_by_the_layer_itself_or_disabled():
     model = of_ours()
+    before = model.layer._parameters["weight"].detach().clone()
     with pytest.raises(RuntimeError, match="kaiming_uniform_ would write"):
-        model.layer.reset_parameters()
+        nn.init.kaiming_uniform_(model.layer.weight)
+    assert torch.equal(model.layer._parameters["weight"], before)
+    model.layer.reset_parameters()
+    assert (model.layer._parameters["weight"] != before).any()
     with ts.disabled(model):
         nn.init.zeros_(model.layer.weight)
         model.layer.weight = nn.Parameter(model.layer.weight + 1)
