@@ -46,12 +46,18 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def transformed() -> bool:
     """Where an op registered from outside torch cannot take part, and the plain formula serves: inside torch.func's
-    transforms and forward-mode AD (its tangent would silently be zero), and in a trace, which others are to run."""
+    transforms and forward-mode AD (its tangent would silently be zero), and in a trace or an ONNX graph, which others
+    are to run."""
     if torch.compiler.is_compiling():
-        return False
+        return exporting() and torch.onnx.is_in_onnx_export()
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """In torch.export, whose programs others are to run too: heads and adapters, which predict, are plain formulas."""
+    return torch.compiler._is_exporting_flag  # is_exporting() is true in all that torch 2.11 compiles
 
 
 # What numbers may be: from, to, in words.
@@ -143,7 +149,8 @@ _STRIDED = torch.strided
 
 def check_floating(name: str, what: str, t: object) -> None:
     """Raises in `name`'s voice unless `what` is a dense tensor of a dtype that the kernels read."""
-    if not isinstance(t, Tensor) or t.layout is not _STRIDED or t.is_nested:
+    compiling = torch.compiler.is_compiling()  # a strict export asks no layouts in a backward
+    if not isinstance(t, Tensor) or (not compiling and (t.layout is not _STRIDED or t.is_nested)):
         check_dense(name, what, t)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")

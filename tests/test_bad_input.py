@@ -54,7 +54,8 @@ X = torch.randn(4, 6)
 
 
 @pytest.mark.parametrize("dims", [[2, 1, 1], range(2, 3), torch.Size([2, 1, 1]), np.array([2, 1, 1]),
-                                  torch.tensor([2, 1, 1]), (k for k in (2, 1, 1)), (np.int64(2), 1, 1)], ids=repr)
+                                  torch.tensor([2, 1, 1]), (k for k in (2, 1, 1)), (np.int64(2), 1, 1)],
+                         ids=lambda dims: type(dims).__name__)
 def test_integers_of_any_kind_are_dims(dims):
     if isinstance(dims, range):
         weight, dims, expected = HEAD.weight[:2], dims, ts.subspace_logits(X, HEAD.weight[:2], dims=(2,))

@@ -48,7 +48,7 @@ static void FN(accumulate)(void *arg, const panels *p, const tile *t, void *z, i
     (void)z, (void)ld;
 
     for (int64_t i = 0; i < nc * nb; i++) y[i] *= gamma;
-    if (a->soft) FN(panels_gather)(t, tau, a->f.dtype, a->soft, a->f.c);
+    if (a->soft) FN(panels_gather)(t, tau, IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64, a->soft, a->f.c);
 
     for (int64_t i0 = 0; i0 < nb; i0 += LANES) {
         const int64_t m = MIN(LANES, nb - i0);
@@ -122,7 +122,7 @@ static void FN(make_dz)(void *arg, const panels *p, const tile *t, void *z, int6
     const T *lse = (const T *)a->stats + t->b0, *tau_sum = lse + b, *dloss = (const T *)a->dloss + t->b0;
     T *dy = panels_spare(p, t);
 
-    if (a->soft) FN(panels_gather)(t, dy, a->f.dtype, a->soft, a->f.c);
+    if (a->soft) FN(panels_gather)(t, dy, IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64, a->soft, a->f.c);
     for (int64_t c = t->c0; c < t->c1; c++) {
         const T w = (T)class_weight(a, c), even = w * (T)(a->label_smoothing / (double)a->f.c);
         const T scale = a->soft ? w * (T)(1 - a->label_smoothing) : 0;

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(EPILOGUE_THREADS) accumulate(tile t, view<acc_
     }
     for (int64_t c0 = first; c0 < MIN(first + strip, t.c1); c0 += CLASSES) {
         const int64_t c = c0 + threadIdx.y;
-        if (target.soft) panels_gather(t, c0, i0, soft, (const T *)target.soft, target.classes);
+        if (target.soft) panels_gather(t, c0, i0, soft, (const A *)target.soft, target.classes);
         if (i < t.nb && c < t.c1) {
             projections<A> p;
             panels_read(t, v, z, ldz, c, i, &p);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(EPILOGUE_THREADS)
     const int64_t c = c0 + threadIdx.y, i = i0 + 4 * threadIdx.x;
     projections<A> p;
     if (i < t.nb && c < t.c1) panels_read(t, v, z, ldz, c, i, &p);
-    if (target.soft) panels_gather(t, c0, i0, soft, (const T *)target.soft, target.classes);
+    if (target.soft) panels_gather(t, c0, i0, soft, (const A *)target.soft, target.classes);
     if (i >= t.nb || c >= t.c1) return;
     A dy[4];
     for (int j = 0; j < 4; j++) {

@@ -42,13 +42,13 @@ def own(layer, name: str) -> Tensor | None:
 
 def _linear(layer, scale, core, factors, dropout, input):
     u, v = factors
-    return tucker_linear(input, own(layer, "weight"), layer.bias, core, u, v.mT, scale=scale, dropout=dropout,
+    return tucker_linear(input, own(layer, "weight"), layer.bias, core, u, v.t(), scale=scale, dropout=dropout,
                          training=layer.training)
 
 
 def _conv1d_of_transformers(layer, scale, core, factors, dropout, x):
     v, u = factors  # its weight is (in, out)
-    return tucker_linear(x, own(layer, "weight").mT, layer.bias, core.mT, u, v.mT, scale=scale, dropout=dropout,
+    return tucker_linear(x, own(layer, "weight").t(), layer.bias, core.t(), u, v.t(), scale=scale, dropout=dropout,
                          training=layer.training)
 
 
@@ -57,7 +57,7 @@ def _packed_linear(layer, scale, core, factors, dropout, input):
     with packed_as_it_is(layer):
         y = super(Adapted, layer).forward(input) if layer.tucker_forward is None else layer.tucker_forward(input)
     with torch.autocast(input.device.type, enabled=False):
-        return y + tucker_linear(input, None, None, core, u, v.mT, scale=scale, dropout=dropout,
+        return y + tucker_linear(input, None, None, core, u, v.t(), scale=scale, dropout=dropout,
                                  training=layer.training).to(y.dtype)
 
 
@@ -89,7 +89,7 @@ def _embedding(layer, scale, core, factors, dropout, input):
     y = F.embedding(input, own(layer, "weight"), layer.padding_idx)
     rows = F.embedding(input, u, layer.padding_idx)
     with torch.autocast(y.device.type, enabled=False):
-        change = scale * rows @ (core @ v.mT)
+        change = scale * rows @ (core @ v.t())
     if layer.scale_grad_by_freq:  # the gradient of a row is divided by how often it was picked
         share = torch.bincount(input.flatten(), minlength=len(u))[input].reciprocal()[..., None].to(change.dtype)
         change = share * change + ((1 - share) * change).detach()

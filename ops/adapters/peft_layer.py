@@ -160,8 +160,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             return self.base_layer._conv_forward(F.dropout(input, dropout, self.training), delta, None)
         u, v = factors
         if is_conv1d_of_transformers(self.base_layer):
-            (v, u), core = factors, core.mT
-        return tucker_linear(input, None, None, core, u, v.mT, scale=scale, dropout=dropout, training=self.training)
+            (v, u), core = factors, core.t()
+        return tucker_linear(input, None, None, core, u, v.t(), scale=scale, dropout=dropout, training=self.training)
 
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)

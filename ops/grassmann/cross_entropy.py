@@ -50,6 +50,9 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         reduction: "mean" (over the class weights of the labels that count, or over rows for
             probabilities), "sum" or "none".
 
+    Under autocast features and frames are cast to its dtype, as for a linear layer; probabilities and class weights
+    keep theirs, up to the loss's.
+
     Returns:
         the loss, a scalar or (...,); float32 for half inputs. The mean over no rows at all is 0, where
         torch's own gives NaN.
@@ -85,11 +88,11 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing,
                                      reduction)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    flat_target = target.reshape(-1) if labels else target.detach().to(x.dtype).reshape(-1, classes)
+    flat_target = target.reshape(-1) if labels else target.detach().to(wide_dtype(x.dtype)).reshape(-1, classes)
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
     if transformed():
-        loss = _eager(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma), bool(normalize),
+        loss = _eager(flat, weight, dims, flat_target, scale, float(gamma), bool(normalize),
                       int(ignore_index), float(label_smoothing))
     else:
         loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
@@ -141,7 +144,9 @@ def _check_class_weight(class_weight: Tensor, classes: int, device: torch.device
 
 
 def _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing, reduction):
-    logits = subspace_logits(x, weight, gamma=gamma, normalize=normalize, dims=dims).to(wide_dtype(x.dtype))
+    wide = wide_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = subspace_logits(x.to(wide), weight.to(wide), gamma=gamma, normalize=normalize, dims=dims)
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), target.to(logits.dtype).reshape(-1, logits.shape[-1]),
         weight=None if class_weight is None else class_weight.detach().to(logits.dtype),
@@ -179,8 +184,8 @@ torch.library.register_autograd("torch_subspace::cross_entropy", _backward, setu
 
 
 # The same in plain torch operations, a loss a row: for the second derivative and for `transformed()`.
-def _eager(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
-    logits = eager_logits(x, weight, start, gamma, normalize).to(wide_dtype(x.dtype))
+def _eager(x, weight, ragged, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
+    logits = eager_logits(x, weight, ragged, gamma, normalize).to(wide_dtype(x.dtype))
     labels = not target.is_floating_point()
     return torch.nn.functional.cross_entropy(
         logits, target if labels else target.to(logits.dtype), reduction="none",

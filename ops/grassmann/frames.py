@@ -4,13 +4,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common import check_floating, told
+from ..common import check_floating, told, whole
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
@@ -20,6 +21,10 @@ def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | Non
     """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice. Returns the dims."""
     check_floating(name, "x", x)
     check_floating(name, "weight", weight)
+    if is_sharded(weight) and not is_sharded(x):
+        raise TypeError(f"{name}: weight is sharded over processes, and whole only inside the forward of a module that "
+                        "was given to fully_shard: shard the head as well, and tell its other methods by "
+                        "torch.distributed.fsdp.register_fsdp_forward_method(head, 'loss')")
     if x.dtype != weight.dtype:
         raise TypeError(f"{name}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
@@ -69,6 +74,58 @@ def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
                         ) from None
 
 
+def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
+    """The checked dimensions of ragged classes, None for a single int."""
+    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {told(subspace_dim)}"
+    ragged = isinstance(subspace_dim, Iterable) and getattr(subspace_dim, "ndim", 1) > 0
+    if isinstance(subspace_dim, (str, bytes, Mapping, set)):
+        raise TypeError(rule)
+    try:
+        dims = [whole("", "", k, -(1 << 63)) for k in (subspace_dim if ragged else [subspace_dim])]
+    except TypeError:
+        raise TypeError(rule) from None
+    except ValueError:
+        raise ValueError(rule) from None
+    if ragged and len(dims) != num_classes:
+        raise ValueError(f"{rule} ({len(dims)} of them)")
+    for k in dims:
+        if not 1 <= k <= in_features:
+            raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
+    return tuple(dims) if ragged else None
+
+
+# Of a weight that is sharded over processes each one steps the classes that it has; the layer's own methods take all.
+def is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process has of it, in the same memory; under no_grad."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def gathered(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
+def put(weight: Tensor, frames: Tensor) -> None:
+    """weight <- frames that were changed in `gathered(weight)`; of several processes' frames, the first one's."""
+    if is_sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
+
+        weight.copy_(distribute_tensor(frames, weight.device_mesh, weight.placements))
+
+
+def per_class(weight: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(classes,) of zeros, sharded like the weight."""
+    if not is_sharded(weight):
+        return weight.new_zeros(classes, dtype=dtype)
+    own = local(weight)
+    zeros = own.new_zeros(own.shape[0] if own.dim() == 3 else classes, dtype=dtype)
+    return type(weight).from_local(zeros, weight.device_mesh, weight.placements, run_check=False, shape=(classes,),
+                                   stride=(1,))
+
+
 def starts(dims: Sequence[int] | None, device: torch.device) -> Tensor:
     """First row of each class and one past the last, as the kernels want it; empty for uniform frames."""
     if dims is None:
@@ -91,6 +148,7 @@ def _starts(dims: tuple[int, ...], device: torch.device) -> Tensor:
 # Which tensors are frames, by identity, with their dims and the version at which they were last taken for orthonormal.
 # A layer enters its weight: so optimisers know it in any group, and a forward can tell that others have moved it.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def know(weight: Tensor, dims: Sequence[int] | None) -> None:
@@ -102,8 +160,17 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version  # what inference mode has made counts none
 
 
+def enter_layer(layer: torch.nn.Module) -> None:
+    """Enter a layer itself: some (accelerate, FSDP) put another weight in it without a word."""
+    _layers.add(layer)
+
+
 def is_known(weight: Tensor) -> bool:
-    """Has a layer entered this weight?"""
+    """Is this the weight of a layer?"""
+    if weight not in _known:
+        for layer in list(_layers):
+            if layer._parameters.get("weight") is weight:
+                know(weight, layer.dims)
     return weight in _known
 
 

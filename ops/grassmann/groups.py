@@ -21,7 +21,7 @@ from ..common import (
     check_word,
     told,
 )
-from .frames import RETRACTIONS, TRANSPORTS, is_known, known_dims
+from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, known_dims
 
 
 def param_groups(
@@ -161,6 +161,7 @@ def check_group(name, group):
         raise ValueError(f"{name}: frames are stepped in place: differentiable=True is for Euclidean groups only")
     dims = group.get("dims")
     for p in group["params"]:
+        check_shards(name, p, dims)
         shape = tuple(p.shape)
         if p.dtype not in WIDE:
             raise TypeError(
@@ -173,6 +174,21 @@ def check_group(name, group):
         if dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
             raise ValueError(f"{name}: frames in params with dims {dims} must be (sum of dims, n) with 0 < dims <= n, "
                              f"got {shape}")
+
+
+def check_shards(name, p, dims):
+    """Raises where the classes of a sharded weight are not whole."""
+    if not is_sharded(p):
+        return
+    cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
+    if dims is not None and cut:
+        raise ValueError(
+            f"{name}: frames with dims are cut within classes where they are sharded: take one subspace_dim for all "
+            "classes, or keep them whole by fully_shard(..., ignored_params={head.weight}) and average their "
+            "gradient yourself"
+        )
+    if not all(p.placements[i].is_shard(0) for i in cut):
+        raise ValueError(f"{name}: frames must be sharded by class, along dimension 0, got {p.placements}")
 
 
 def scalar(lr):

@@ -38,7 +38,7 @@ def _channels_last(what: str, t: Tensor) -> Tensor:
 def logits_of_pointwise_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool,
                               dims: tuple[int, ...] | None) -> Tensor:
     """What the layer computes, one call in the graphs of torch.fx."""
-    return logits_of_layer(_channels_last("x", x), weight, gamma, normalize, dims).movedim(-1, 1)
+    return logits_of_layer(_channels_last("x", x), weight, gamma, normalize, dims).movedim(x.dim() - 1, 1)
 
 
 torch.fx.wrap("logits_of_pointwise_layer")
@@ -245,11 +245,13 @@ def _new_head(old, num_classes, subspace_dim, gamma, normalize, init):
     count = _num_classes(old) if num_classes is None else num_classes
     weight = old.weight
     dtype = torch.float32 if weight.dtype in HALF else weight.dtype
-    new = cls(n, count, subspace_dim, gamma=gamma, normalize=normalize, device=weight.device, dtype=dtype)
+    new = cls._empty(weight.device, n, count, subspace_dim, gamma=gamma, normalize=normalize, dtype=dtype)
     if not isinstance(init, str):
         new.init_from_features(*init)
     elif init == "linear" and new.num_classes == _num_classes(old) and getattr(old, "dims", None) is None:
         new.init_from_vectors(weight if isinstance(old, GrassmannLinear) else weight.flatten(1))
+    else:
+        new.reset_parameters()
     return new.train(old.training)
 
 

@@ -5,7 +5,7 @@ onto their span. The frames are parameters on the Grassmannian: train them with 
 whose `param_groups` finds the layer by its type.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,64 +25,12 @@ from ..common import (
 )
 from . import watch
 from .cross_entropy import subspace_cross_entropy
-from .frames import is_known, know
+from .frames import class_dims, enter_layer, gathered
+from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
+from .module import FramesModule
 
 __all__ = ["GrassmannLinear"]
-
-CHUNK = 2**24  # entries of the frames that are reckoned with at a time, 128 MiB in float64
-
-
-def nearest_frame(a: Tensor) -> Tensor:
-    """Polar factor of each (..., k, n) matrix, k <= n: the frame nearest to it, also where its rows are dependent."""
-    q, r = torch.linalg.qr(a.mT)  # a = rᵀqᵀ, so only the k×k factor needs an SVD
-    u, _, vh = torch.linalg.svd(r.mT)
-    return u @ vh @ q.mT
-
-
-def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """(..., j, n) rows -> frames (..., k, n): the frame nearest to `a`, then k-j random directions orthogonal to it."""
-    n = a.shape[-1]
-    if a.shape[-2]:
-        a = nearest_frame(a)
-    rest = torch.randn(*a.shape[:-2], k - a.shape[-2], n, generator=generator, dtype=a.dtype, device=a.device)
-    if not rest.shape[-2]:
-        return a
-    for _ in range(2):  # twice, as one pass leaves a trace of `a` when little else remains (k near n)
-        rest = nearest_frame(rest - rest @ a.mT @ a)
-    return torch.cat([a, rest], -2)
-
-
-def principal_directions(x: Tensor, k: int) -> Tensor:
-    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), by its smaller Gram."""
-    if not x.any():
-        return x[:0]
-    m, n = x.shape
-    x = x / x.abs().amax()
-    energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
-    rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
-    u = u[:, -min(k, rank) :].flip(1).mT
-    return nearest_frame(u @ x) if m < n else u
-
-
-def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
-    """The checked dimensions of ragged classes, None for a single int."""
-    rule = f"GrassmannLinear: subspace_dim must be an int or {num_classes} ints, got {told(subspace_dim)}"
-    ragged = isinstance(subspace_dim, Iterable) and getattr(subspace_dim, "ndim", 1) > 0
-    if isinstance(subspace_dim, (str, bytes, Mapping, set)):
-        raise TypeError(rule)
-    try:
-        dims = [whole("", "", k, -(1 << 63)) for k in (subspace_dim if ragged else [subspace_dim])]
-    except TypeError:
-        raise TypeError(rule) from None
-    except ValueError:
-        raise ValueError(rule) from None
-    if ragged and len(dims) != num_classes:
-        raise ValueError(f"{rule} ({len(dims)} of them)")
-    for k in dims:
-        if not 1 <= k <= in_features:
-            raise ValueError(f"GrassmannLinear: need 1 <= subspace_dim <= in_features = {in_features}, got {k}")
-    return tuple(dims) if ragged else None
 
 
 def weight_for(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,7 +60,7 @@ def check_device(name: str, device: torch.device | str | int | None) -> None:
 torch.fx.wrap("logits_of_layer")
 
 
-class GrassmannLinear(nn.Module):
+class GrassmannLinear(FramesModule):
     """Classification layer with one subspace per class: logit ``y_c = γ ‖W_c x̂‖``.
 
     Takes features (..., `in_features`) to logits (..., `num_classes`), in [0, `gamma`] when `normalize`; there
@@ -132,8 +80,9 @@ class GrassmannLinear(nn.Module):
         dims: the classes' dimensions, a tuple of C ints when ragged, else None.
 
     Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)` leave
-    them (and their gradients) in float32; only `dtype=` makes half frames. A half-precision batch meets float32 frames
-    as under autocast: they are rounded for the product, and the logits have the batch's dtype.
+    them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half frames. A
+    half-precision batch meets float32 frames as under autocast: they are rounded for the product, and the logits have
+    the batch's dtype.
 
     Weights need not be orthonormal when they are loaded. `state_dict` also takes the layout of the paper's code: a
     matrix (C·k, n), under `weight` or `fc.weight`.
@@ -167,16 +116,17 @@ class GrassmannLinear(nn.Module):
         check_device("GrassmannLinear", device)
         self.gamma = float(gamma)
         self.normalize = bool(normalize)
+        if dtype is None and torch.get_default_dtype() in HALF:  # as from_pretrained(dtype=...) sets it
+            dtype = torch.float32
         shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
         self.weight = nn.Parameter(torch.empty(*shape, self.in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None)  # those who look for a linear layer's find that there is none
+        enter_layer(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
-        with torch.no_grad():
-            self.weight.normal_()
-        self._set_frames(lambda classes, a: nearest_frame(a))
+        self._draw()
 
     @torch.no_grad()
     def orthonormalize_(self) -> "GrassmannLinear":
@@ -184,9 +134,9 @@ class GrassmannLinear(nn.Module):
 
         Raises ValueError, before anything is changed, when a class has a non-finite entry.
         """
-        bad = []
+        bad, weight = [], gathered(self.weight)
         for classes, i in self._chunks():
-            bad += classes[~self.weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
+            bad += classes[~weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
         if bad:
             raise ValueError(f"orthonormalize_: non-finite weight in {len(bad)} classes: {sorted(bad)[:8]}")
         self._set_frames(lambda classes, a: nearest_frame(a))
@@ -199,10 +149,10 @@ class GrassmannLinear(nn.Module):
         `dtype` is what it is reckoned in, by default float64.
         """
         check_dtype("frame_error", dtype)
-        dtype = dtype or self._wide
-        error = self.weight.new_zeros((), dtype=dtype)
+        dtype, weight = dtype or self._wide, gathered(self.weight)
+        error = weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
-            a = self.weight[i].to(dtype)
+            a = weight[i].to(dtype)
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
         return error
@@ -252,8 +202,15 @@ class GrassmannLinear(nn.Module):
         check_generator("from_linear", generator)
         dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         num_classes, n = weight.shape
-        layer = cls(n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, device=weight.device, dtype=dtype)
+        layer = cls._empty(weight.device, n, num_classes, subspace_dim, gamma=gamma, normalize=normalize, dtype=dtype)
         return layer.init_from_vectors(weight, generator=generator).train(linear.training)
+
+    @classmethod
+    def _empty(cls, device, *sizes, **options) -> "GrassmannLinear":
+        """A layer on the device whose frames are still to be drawn."""
+        layer = cls(*sizes, **options, device="meta")
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device))
+        return layer
 
     @torch.no_grad()
     def init_from_vectors(self, vectors: Tensor, *, generator: torch.Generator | None = None) -> "GrassmannLinear":
@@ -275,13 +232,18 @@ class GrassmannLinear(nn.Module):
         if not vectors.is_meta and not vectors.isfinite().all():
             raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
-        def frames(classes, a):
-            v = vectors[classes.to(vectors.device), : a.shape[1]].to(a)
-            random = torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
-            v = torch.where(v.any(-1, keepdim=True), v, random)
-            return completed_frame(nn.functional.normalize(v, dim=-1), a.shape[1], generator)
+        vectors = vectors[:, : max(self.dims or (self.subspace_dim,), default=0)]
 
-        self._set_frames(frames)
+        def first(classes, k):
+            v = vectors[classes.to(vectors.device), :k].to(self.weight.device, self._wide)
+            largest = v.abs().amax(-1, keepdim=True)
+            if (zero := largest == 0).any():
+                random = torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
+                v, largest = torch.where(zero, random, v), torch.where(zero, 1, largest)
+            v = nn.functional.normalize(v / largest, dim=-1)
+            return v if v.shape[1] <= 1 else nearest_frame(v)
+
+        self._draw(first, generator)
         return self
 
     @torch.no_grad()
@@ -359,52 +321,6 @@ class GrassmannLinear(nn.Module):
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, subspace_dim={k}"
         return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}"
 
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.float32 if self.weight.device.type == "mps" else torch.float64
-
-    def _chunks(self):
-        """Classes of equal k with the index that gathers their frames (c, k, n), a bounded number at a time."""
-        dims = self.dims or (self.subspace_dim,) * self.num_classes
-        dims = torch.tensor(dims, dtype=torch.int64, device="cpu")
-        starts = dims.cumsum(0) - dims
-        for k in dims.unique().tolist():
-            for classes in (dims == k).nonzero()[:, 0].split(max(1, CHUNK // (k * self.in_features))):
-                rows = starts[classes, None] + torch.arange(k, device="cpu")
-                yield classes, (classes if self.dims is None else rows)
-
-    @torch.no_grad()
-    def _set_frames(self, frames) -> None:
-        """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
-        if self.weight.is_meta:
-            return
-        for classes, i in self._chunks():
-            self.weight[i] = frames(classes, self.weight[i].to(self._wide)).to(self.weight.dtype)
-        know(self.weight, self.dims)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        super().register_parameter(name, param)  # also where a weight is assigned, or loaded with assign=True
-        self._enter()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # copied or unpickled
-        self._enter()
-
-    def _enter(self) -> None:
-        """The optimisers shall know the weight."""
-        weight = self._parameters.get("weight")
-        if weight is not None and not is_known(weight):
-            know(weight, self.dims)
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(t):
-            out = fn(t)
-            return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
-
-        applied = super()._apply(keep_wide, recurse)
-        self._enter()
-        return applied
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         error_msgs = args[-1]
         key, gcr_key = prefix + "weight", prefix + "fc.weight"
@@ -424,4 +340,5 @@ class GrassmannLinear(nn.Module):
                         "GrassmannLinear.from_linear or init_from_vectors"
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._undrawn = self._undrawn and key not in state_dict
         watch.again(self)

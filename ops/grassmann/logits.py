@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common import autocast, check_flag, check_number, second_derivative, transformed, wide_dtype
+from ..common import autocast, check_flag, check_number, exporting, second_derivative, transformed, wide_dtype
 from .frames import check_frames, starts
 
 _op = torch.ops.torch_subspace
@@ -56,8 +56,8 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     check_number("subspace_logits", "gamma", gamma)
     check_flag("subspace_logits", "normalize", normalize)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    if transformed():
-        logits = eager_logits(flat, weight, starts(dims, weight.device), gamma, normalize)
+    if transformed() or exporting():
+        logits = eager_logits(flat, weight, dims, gamma, normalize)
         return logits.view(*x.shape[:-1], logits.shape[1])
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     rows = weight.shape[0] if dims is not None else weight.shape[0] * weight.shape[1]
@@ -103,16 +103,26 @@ def _backward(ctx, dlogits, _dproj):
 torch.library.register_autograd("torch_subspace::logits", _backward, setup_context=_setup)
 
 
+def _owners(ragged: Sequence[int] | Tensor, weight: Tensor) -> Tensor:
+    """The class of each row."""
+    if isinstance(ragged, Tensor):
+        return torch.repeat_interleave(ragged.diff(), output_size=weight.shape[0])
+    return torch.tensor([c for c, k in enumerate(ragged) for _ in range(k)], dtype=torch.int64, device=weight.device)
+
+
 # The same formula in plain torch operations: for the second derivative (gradient penalties) and for `transformed()`.
-def eager_logits(x: Tensor, weight: Tensor, start: Tensor, gamma: float, normalize: bool) -> Tensor:
+# Of ragged frames it asks dims, or the first rows that the op was given.
+def eager_logits(x: Tensor, weight: Tensor, ragged: Sequence[int] | Tensor | None, gamma: float,
+                 normalize: bool) -> Tensor:
     if normalize:
         x = torch.nn.functional.normalize(x, dim=-1)
     squares = torch.nn.functional.linear(x, weight.reshape(-1, weight.shape[-1])).square()
     if weight.dim() == 3:
         squares = squares.view(x.shape[0], weight.shape[0], -1).sum(-1)
     else:
-        owner = torch.repeat_interleave(start.diff())
-        squares = squares.new_zeros(x.shape[0], start.numel() - 1).index_add(1, owner, squares)
+        owner = _owners(ragged, weight)
+        classes = len(ragged) - isinstance(ragged, Tensor)
+        squares = squares.new_zeros(x.shape[0], classes).scatter_add(1, owner.expand_as(squares), squares)
     return gamma * torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
 
 

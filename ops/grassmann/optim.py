@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import told
-from .frames import as_dims
+from .frames import as_dims, local, per_class
 from .groups import (
     adam_rates,
     check_group,
@@ -154,12 +154,12 @@ class _WholeModel:
         """
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and found is None:
-            return [p.grad for p in frames]
+            return [local(p.grad) for p in frames]
         device = frames[0].device
         factor = torch.ones((), device=device) if scale is None else scale.to(device).reciprocal()
         if found is not None:
             factor = torch.where(found.to(device) > 0, torch.nan, factor)
-        return [p.grad * factor.to(p.dtype) for p in frames]
+        return [local(p.grad) * factor.to(p.dtype) for p in frames]
 
     # torch 2.11 cannot trace attributes set on an optimiser. torch.compiler.disable would load the compiler at import;
     # this is what torch.optim itself uses.
@@ -276,9 +276,9 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
             if group["momentum"] != 0:
                 for p in part if not moving else ():
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in part]
-            dampening = group["dampening"] if moving else 0.0
-            skipped = skipped + grassmann_step_(part, self._grads(part), buffers, dampening=dampening, **rule)
+                buffers = [local(self.state[p]["momentum_buffer"]) for p in part]
+            rule["dampening"], own = group["dampening"] if moving else 0.0, [local(p) for p in part]
+            skipped = skipped + grassmann_step_(own, self._grads(part), buffers, **rule)
         return skipped
 
 
@@ -286,7 +286,8 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
     """Adam for a whole model: `torch.optim.AdamW`, with Riemannian Adam steps for groups of frames.
 
     Frames keep the running mean of their horizontal gradient and, per class, one of its squared norm over k n. A
-    rotation within the subspace leaves that alone, where Adam's entrywise one would depend on the basis.
+    rotation within the subspace leaves that alone, where Adam's entrywise one would depend on the basis. geoopt's
+    RiemannianAdam sums where this takes the mean: its lr and eps, divided by sqrt(k n), give the same steps here.
 
     Args:
         params: as for `RiemannianSGD`.
@@ -359,14 +360,15 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
             state = self.state[p]
             if not state:
                 classes = p.shape[0] if dims is None else len(dims)
-                state["step"] = torch.zeros(classes, device=p.device)  # per class: a skipped one does not age
+                state["step"] = per_class(p, classes, torch.float32)  # a skipped one does not age
                 state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = p.new_zeros(classes)
+                state["exp_avg_sq"] = per_class(p, classes, p.dtype)
                 if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = p.new_zeros(classes)
+                    state["max_exp_avg_sq"] = per_class(p, classes, p.dtype)
             elif state["step"].device != p.device:  # torch leaves "step" where the checkpoint had it
                 state["step"] = state["step"].to(p.device)
-            grad, square = horizontal_gradient(p, grad, dims)
+            own, state = local(p), {key: local(t) for key, t in state.items()}
+            grad, square = horizontal_gradient(own, grad, dims)
             rates = adam_rates(
                 square,
                 state["step"],
@@ -377,7 +379,7 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
                 eps=group["eps"],
             )
             skipped = skipped + grassmann_step_(
-                p,
+                own,
                 grad,
                 state["exp_avg"],
                 lr=rates,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..common import check_floating, check_number, told, transformed, wide_dtype
+from ..common import check_floating, check_number, exporting, told, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_compose"
@@ -52,7 +52,7 @@ def tucker_compose(core: Tensor, factors: Sequence[Tensor | None], *, scale: flo
     shape, wide = _check(core, factors, scale, base)
     if out is not None:
         return _into(core, factors, scale, base, out, shape, wide)
-    if transformed():
+    if transformed() or exporting():
         return _eager(core, factors, scale, base, wide)
     if base is not None and wide == torch.float64 != base.dtype:  # a base that the kernel would not widen so far
         return (base.double() + tucker_compose(core, factors, scale=scale)).to(base.dtype)

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import FLOATS, HALF, WIDE, autocast, check_dense, check_flag, check_word, transformed, wide_dtype
+from ..common import (
+    FLOATS,
+    HALF,
+    WIDE,
+    autocast,
+    check_dense,
+    check_flag,
+    check_word,
+    exporting,
+    transformed,
+    wide_dtype,
+)
 from .tucker import as_factors, tucker_compose
 from .tucker_conv_forms import Chain, Composed, in_format, is_last, plain
 from .tucker_linear import check_options, draw_seed
@@ -124,7 +135,7 @@ def chain_is_cheaper(batch: int, inside: int, outside: int, weight, ranks, trans
 
 def _chain_wanted(form, x, weight, core, factors, how, dropout):
     stride, padding, dilation, transposed, output_padding, groups = how
-    if groups > 1 or form != "auto":
+    if groups > 1 or form != "auto" or exporting():  # composed is all torch's own
         return form == "chain"
     if dropout or x.dtype in HALF:  # composed would be a second dense convolution
         return True

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import BELOW_1, autocast, check_flag, check_floating, check_number, transformed, wide_dtype
+from ..common import BELOW_1, autocast, check_flag, check_floating, check_number, exporting, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_linear"
@@ -59,7 +59,7 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
     _check(x, weight, bias, core, u, v, scale, dropout, training)
     core, u, v = (t.to(wide_dtype(x.dtype)) for t in (core, u, v))
     dropout = float(dropout) if training else 0.0
-    if transformed():
+    if transformed() or exporting():
         return _eager(x, weight, bias, core, u, v, F.dropout(torch.ones_like(x), dropout), float(scale))
     flat = x.view(-1, x.shape[-1]) if x.dim() > 2 and x.is_contiguous() else x  # as torch's own linear does
     y = _TuckerLinear.apply(flat, weight, bias, core, u, v, draw_seed(dropout, x.device), float(scale), dropout)
@@ -175,7 +175,7 @@ def _differentiable(ctx, dy) -> list[Tensor | None]:
 
 def _eager(x, weight, bias, core, u, v, mask, scale) -> Tensor:
     """The formula in plain torch operations."""
-    change = ((scale * ((x * mask).to(core.dtype) @ v.mT) @ core.mT) @ u.mT).to(x.dtype)
+    change = F.linear(F.linear(scale * F.linear((x * mask).to(core.dtype), v), core), u).to(x.dtype)
     return change if weight is None else F.linear(x, weight, bias) + change
 
 

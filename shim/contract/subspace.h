@@ -73,7 +73,7 @@ typedef struct subspace_logits_args {
 typedef struct subspace_cross_entropy_args {
     subspace_logits_args f;   /* the logits; its logits, proj and dlogits are not used */
     const int64_t *label;     /* [b]    in, or NULL: soft targets */
-    const void *soft;         /* [b, c] in, of f.dtype, or NULL: labels */
+    const void *soft;         /* [b, c] in, of the type of loss, or NULL: labels */
     const void *class_weight; /* [c]    in, float64, or NULL: ones */
     int64_t ignore_index;     /* rows with this label have loss 0 and no gradient */
     double label_smoothing;

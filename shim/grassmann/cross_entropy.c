@@ -1,15 +1,15 @@
 /* cross_entropy.c - torch.ops.torch_subspace.cross_entropy and its backward. */
 #include "shim.h"
 
-/* target: int64 [b] or floating [b, c]; class_weight: float64 [c], or empty for ones. */
+/* target: int64 [b] or [b, c] of the loss's dtype; class_weight: float64 [c], or empty for ones. */
 static bool target_args(call *c, const tensor *x, const tensor *target, const tensor *class_weight,
                         subspace_cross_entropy_args *a)
 {
     const bool labels = target->dtype == aoti_torch_dtype_int64();
     if (!require(c,
                  labels ? target->dim == 1 && target->numel == a->f.b
-                        : dtype_of(target) == (int)a->f.dtype && target->numel == a->f.b * a->f.c,
-                 "target must be int64 [b] or [b, c] of x's dtype, with b=%lld, c=%lld", (long long)a->f.b,
+                        : target->dtype == wide_dtype(x) && target->numel == a->f.b * a->f.c,
+                 "target must be int64 [b] or [b, c] of the loss's dtype, with b=%lld, c=%lld", (long long)a->f.b,
                  (long long)a->f.c) ||
         !require(c,
                  class_weight->numel == 0 ||

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import frame_error
+from helpers import frame_error, optional
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -95,6 +95,53 @@ def test_the_average_that_torch_keeps(decay, subspace_dim):
         torchs.update_parameters(model)
     assert ours.module[1].frame_error() < 1e-6 < 1e-3 < torchs.module[1].frame_error()
     torch.testing.assert_close(ours.module[0].weight, torchs.module[0].weight)
+
+
+@pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+def test_averages_of_timm_take_the_nearest_frames(kind):
+    """Its classes average entry by entry; `orthonormalize_` is the docs' line for them."""
+    utils = optional("timm.utils")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), ts.GrassmannLinear(8, 4, 2))
+    average = getattr(utils, kind)(model, decay=0.9)
+    optimiser = ts.RiemannianSGD(model.parameters(), lr=0.5)
+    x, y = torch.randn(16, 6), torch.arange(16) % 4
+    for _ in range(2):  # and it goes on from there
+        for _ in range(20):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimiser.step()
+            average.update(model)
+        mean = average.module[1].weight.detach().double()
+        assert average.module[1].frame_error() > 1e-2
+        with pytest.warns(RuntimeWarning, match="orthonormalize_"):
+            average.module(x)
+        for layer in average.module.modules():
+            if isinstance(layer, ts.GrassmannLinear):
+                layer.orthonormalize_()
+        assert average.module[1].frame_error() < 1e-6
+        u, _, vh = torch.linalg.svd(mean, full_matrices=False)
+        torch.testing.assert_close(average.module[1].weight.double(), u @ vh, rtol=0, atol=1e-6)
+        ts.grassmann.watch.again(average.module[1])
+
+
+def test_the_average_of_lightning_swaps_frames():
+    """Its WeightAveraging hands `avg_fn` on to AveragedModel, and swaps the values around a validation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), ts.GrassmannLinear(8, 4, 2))
+    average = AveragedModel(model, device=None, use_buffers=True, avg_fn=FrameAverage(decay=0.9))
+    optimiser = ts.RiemannianAdamW(model.parameters(), lr=0.1)
+    x, y = torch.randn(16, 6), torch.arange(16) % 4
+    for _ in range(10):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+        average.update_parameters(model)
+        for _ in range(2):
+            assert model[2].frame_error() < 1e-6
+            for p, q in zip(model.parameters(), average.module.parameters()):
+                p.data, q.data = q.data.clone(), p.data.clone()
+    assert average.module[2].frame_error() < 1e-6 and not torch.equal(average.module[2].weight, model[2].weight)
 
 
 def test_buffers_that_count():

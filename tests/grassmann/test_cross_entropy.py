@@ -93,9 +93,9 @@ def test_is_torchs_cross_entropy_of_the_logits(reduction, soft):
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 def test_half_types_give_a_float32_loss(dtype, tolerance, soft):
     x, w = features(70, 33, dtype=dtype), frames(20, 4, 33, dtype)
-    ours, truth = both(x, w, probabilities(70, 20, dtype) if soft else labels(70, 20))
+    ours, truth = both(x, w, probabilities(70, 20) if soft else labels(70, 20))
     assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
-    close(ours[:1], truth[:1], 1e-5 if not soft else 1e-2)
+    close(ours[:1], truth[:1], 1e-5)
     close(ours[1:], truth[1:], tolerance)
 
 
@@ -248,6 +248,24 @@ def test_autocast_gives_a_float32_loss():
     assert loss.dtype == x.grad.dtype == w.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "class_weight": torch.arange(1, 21) / 7.0}],
+                         ids=["plain", "smoothed and weighted"])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
+def test_soft_targets_are_not_rounded_to_half(given, options):
+    """Probabilities of 1/20 + i/10^5 can't be told apart in half types: the loss must know them."""
+    layer = ts.GrassmannLinear(33, 20, 4)
+    x, w = features(70, 33).bfloat16().float(), layer.weight.detach().bfloat16().float()
+    target = (0.05 + torch.arange(-10, 10, dtype=torch.float64) / 1e5).expand(70, 20).to(given)
+    options = {"reduction": "none", **options}
+    truth = both(x, w, target.double(), **options)[1][0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [both(x, w, target, **options)[0][0], layer.loss(x, target, **options),
+                 ts.subspace_cross_entropy(x, w, target.clone().requires_grad_(), **options)]
+    found.append(layer.loss(x.bfloat16(), target, **options))
+    for values in found:
+        close([values.detach()], [truth], 1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -281,7 +299,7 @@ def test_the_op_itself_checks_too():
     x, w, none = features(4, 7), frames(3, 2, 7), torch.empty(0, dtype=torch.int64)
     ones, rest = torch.empty(0, dtype=torch.float64), (25.0, True, -100, 0.0)
     for target, words in ((torch.tensor([0, 1, 2, 3]), "target 3 of row 3"), (torch.tensor([0, 1]), "target must be"),
-                          (torch.rand(4, 2).double(), "target must be"), (torch.rand(4, 3), "target must be")):
+                          (torch.rand(4, 2).double(), "target must be"), (torch.rand(4, 3), "of the loss's dtype")):
         with pytest.raises(RuntimeError, match=words):
             OP.cross_entropy(x, w, none, target, ones, *rest)
     with pytest.raises(RuntimeError, match="class_weight"):

@@ -1,18 +1,62 @@
 """GrassmannLinear: the ways to start it, from a linear layer and from features."""
 
 import math
+import time
 
 import pytest
 import torch
 from layers_cases import DOUBLE, assert_frames, rows
 from torch import nn
 
-from torch_subspace import GrassmannLinear
+from torch_subspace import GrassmannLinear, swap_head
 
 
 def contains(w, v, tol=1e-6):
     """Whether the span of the orthonormal rows of w holds v."""
     return (v - v @ w.mT @ w).norm() <= tol * v.norm()
+
+
+class TestDraw:
+    @pytest.mark.parametrize("k", [1, 3, 5, 6, (1, 2, 5, 6, 6) * 40])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_subspaces_are_uniform_in_any_dimension(self, k, dtype):
+        """The mean of their projectors is k/n on the diagonal; frames are exact where k is near n too."""
+        torch.manual_seed(0)
+        layer = GrassmannLinear(6, 200 if isinstance(k, tuple) else 4000, k, dtype=dtype)
+        assert_frames(layer, 4e-7 if dtype == torch.float32 else 1e-14)
+        if not isinstance(k, tuple):
+            mean = torch.einsum("ckn,ckm->nm", layer.weight, layer.weight).double() / 4000
+            torch.testing.assert_close(mean, torch.eye(6).double() * k / 6, rtol=0, atol=0.03)
+            signs = layer.weight.double().mean((0, 1))
+            assert signs.abs().max() < 0.04  # bases lean nowhere
+
+    def test_precision_is_that_of_the_frames_under_autocast(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_frames(GrassmannLinear(64, 10, 4))
+            assert_frames(GrassmannLinear.from_linear(nn.Linear(64, 10), 4))
+
+    def test_products_of_low_precision_are_noticed(self, monkeypatch):
+        product = torch.Tensor.__matmul__
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a, b).bfloat16().to(a.dtype)
+                            if a.dtype == torch.float32 else product(a, b))
+        layers = [GrassmannLinear(64, 10, 4), GrassmannLinear.from_linear(nn.Linear(64, 10), 4)]
+        monkeypatch.undo()
+        for layer in layers:
+            assert_frames(layer)
+
+    def test_costs_a_few_times_the_numbers_alone(self):
+        def seconds(make):
+            best = math.inf
+            for _ in range(3):
+                start = time.process_time()
+                make()
+                best = min(best, time.process_time() - start)
+            return best
+
+        linear = nn.Linear(768, 1000)
+        numbers = seconds(lambda: torch.randn(1000, 8, 768))
+        assert seconds(lambda: GrassmannLinear(768, 1000, 8)) < 8 * numbers
+        assert seconds(lambda: swap_head(nn.Sequential(nn.ReLU(), linear))) < 8 * numbers
 
 
 class TestFromLinear:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import reference as ref
 import torch
-from helpers import frame_error, same
+from helpers import frame_error, optional, same
 from optim_cases import ADAM, OPTIMISERS, SGD, frame, marked, noise
 
 # ------------------------------------------------------------------------------------------------------- frames: SGD
@@ -194,3 +194,24 @@ def test_a_class_with_a_bad_gradient_waits_while_the_others_move(bad, name):
         warnings.simplefilter("error")
         optimiser.step()  # once is enough
     assert optimiser.skipped_frames == 2
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_rates_of_geoopt_convert_by_the_root_of_kn(k, eps):
+    """Its second moment is a sum over k n entries, ours their mean; retractions differ in the third order of a step."""
+    geoopt = optional("geoopt")
+    n, lr = 9, 1e-3
+    w = torch.linalg.qr(noise(torch.empty(5, n, k).double(), 0)).Q
+    x, ours = noise(torch.empty(7, n).double(), 1), w.mT.clone(memory_format=torch.contiguous_format).requires_grad_()
+    theirs = geoopt.ManifoldParameter(w.clone(), manifold=geoopt.EuclideanStiefel())
+    mine = ADAM([{"params": [ours], "manifold": "grassmann"}], lr=lr / math.sqrt(k * n), eps=eps / math.sqrt(k * n))
+    other = geoopt.optim.RiemannianAdam([theirs], lr=lr, eps=eps)
+    for _ in range(5):
+        for opt, frames in ((mine, ours), (other, theirs.mT)):
+            opt.zero_grad()
+            torch.einsum("bn,ckn->bck", x, frames).square().sum(-1).cos().sum().backward()
+            opt.step()
+    moved = (ours.mT @ ours - w @ w.mT).abs().max().detach()
+    assert moved > 5e-4
+    torch.testing.assert_close(ours.mT @ ours, theirs @ theirs.mT, rtol=0, atol=1e-4 * float(moved))

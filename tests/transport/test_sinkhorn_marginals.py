@@ -127,11 +127,11 @@ def test_zeros_under_compile_and_torch_func():
     ({"row": torch.tensor([1.0, 0.0, 1.0])}, ValueError, "equal sums"),
     ({"row": torch.zeros(3), "col": torch.zeros(3)}, ValueError, "row must be positive"),
     ({"tol": math.nan}, ValueError, "tol must be a number of at least 0, got nan"),
-    ({"tol": "tight"}, TypeError, "tol must be a number, got str"),
-    ({"eta": None}, TypeError, "eta must be a number, got NoneType"),
+    ({"tol": "tight"}, TypeError, "tol must be a number of at least 0, got str .tight"),
+    ({"eta": None}, TypeError, "eta must be a positive finite number, got None"),
     ({"max_iter": math.inf}, ValueError, "max_iter must be an int of at least 0, got inf"),
     ({"max_iter": math.nan}, ValueError, "max_iter must be"),
-    ({"max_iter": [3]}, TypeError, "max_iter must be a number, got list"),
+    ({"max_iter": [3]}, TypeError, "max_iter must be a number, an int of at least 0, got list"),
 ])
 def test_what_is_no_marginal_and_no_number_is_named(arguments, error, words):
     with pytest.raises(error, match=words):

@@ -1,0 +1,65 @@
+"""How frames begin: nearest to a matrix, random, completed at random, along principal directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def nearest_frame(a: Tensor) -> Tensor:
+    """Polar factor of each (..., k, n) matrix, k <= n: the frame nearest to it, also where its rows are dependent."""
+    q, r = torch.linalg.qr(a.mT)  # a = rᵀqᵀ, so only the k×k factor needs an SVD
+    u, _, vh = torch.linalg.svd(r.mT)
+    return u @ vh @ q.mT
+
+
+def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """(..., j, n) rows -> frames (..., k, n): the frame nearest to `a`, then k-j random directions orthogonal to it."""
+    n = a.shape[-1]
+    if a.shape[-2]:
+        a = nearest_frame(a)
+    rest = torch.randn(*a.shape[:-2], k - a.shape[-2], n, generator=generator, dtype=a.dtype, device=a.device)
+    if not rest.shape[-2]:
+        return a
+    for _ in range(2):  # twice, as one pass leaves a trace of `a` when little else remains (k near n)
+        rest = nearest_frame(rest - rest @ a.mT @ a)
+    return torch.cat([a, rest], -2)
+
+
+def drawn_frames(
+    shape: Sequence[int], first: Tensor | None, generator: torch.Generator | None, device, dtype, wide
+) -> Tensor:
+    """Frames (c, k, n): orthonormal rows `first` (c, j, n), if any, then random directions, uniformly distributed.
+
+    Cholesky-QR, which keeps the first rows, twice: four products in `dtype`, on numbers that are still in the cache.
+    Where rows are too near to dependent (k near n), or products less precise than their dtype, by QR in `wide`.
+    """
+    a = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    if first is not None:
+        a[:, : first.shape[1]] = first
+    w, eye = a, torch.eye(shape[1], dtype=wide, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for _ in range(2):
+            gram = (w @ w.mT).to(wide)
+            inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, eye, upper=False)
+            w = inverse.to(dtype) @ w
+    bad = ~((gram - eye).abs().amax((1, 2)) < 1e-4)  # what the first time left
+    if bad.any():
+        a = a[bad].to(wide)
+        a = nearest_frame(a) if first is None else completed_frame(a[:, : first.shape[1]], shape[1], generator)
+        w[bad] = a.to(dtype)
+    return w
+
+
+def principal_directions(x: Tensor, k: int) -> Tensor:
+    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), by its smaller Gram."""
+    if not x.any():
+        return x[:0]
+    m, n = x.shape
+    x = x / x.abs().amax()
+    energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
+    rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
+    u = u[:, -min(k, rank) :].flip(1).mT
+    return nearest_frame(u @ x) if m < n else u

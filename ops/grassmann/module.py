@@ -1,0 +1,115 @@
+"""A module whose weight is frames: drawn where it has no values, known to the optimisers, never rounded to half."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common import HALF
+from .frames import enter_layer, gathered, is_known, know, put
+from .initial import drawn_frames
+
+CHUNK = 2**24  # entries of the frames that are reckoned with at a time, 128 MiB in float64
+BLOCK = 2**19  # that are drawn at a time on a CPU: they stay in its cache
+
+
+class FramesModule(nn.Module):
+    """`weight`, (num_classes, subspace_dim, in_features), or with `dims` (their sum, in_features)."""
+
+    in_features: int
+    num_classes: int
+    subspace_dim: int | tuple[int, ...]
+    dims: tuple[int, ...] | None
+    weight: nn.Parameter
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float32 if self.weight.device.type == "mps" else torch.float64
+
+    def _chunks(self, entries: int | None = None):
+        """Classes of equal k with the index that gathers their frames (c, k, n), a bounded number at a time."""
+        dims = self.dims or (self.subspace_dim,) * self.num_classes
+        dims = torch.tensor(dims, dtype=torch.int64, device="cpu")
+        starts = dims.cumsum(0) - dims
+        for k in dims.unique().tolist():
+            most = max(1, (entries or CHUNK) // (k * self.in_features))
+            for classes in (dims == k).nonzero()[:, 0].split(most):
+                rows = starts[classes, None] + torch.arange(k, device="cpu")
+                yield classes, (slice(int(classes[0]), int(classes[-1]) + 1) if self.dims is None else rows)
+
+    @torch.no_grad()
+    def _draw(self, first=None, generator: torch.Generator | None = None) -> None:
+        """weight <- random frames, those of classes of dimension k beginning with the rows of `first(classes, k)`."""
+        if self.weight.is_meta:
+            return
+        weight, on_cpu = gathered(self.weight), self.weight.device.type == "cpu"
+        dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else self._wide
+        for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
+            shape = weight[i].shape
+            rows = None if first is None else first(classes, shape[1]).to(dtype)
+            weight[i] = drawn_frames(shape, rows, generator, weight.device, dtype, self._wide).to(weight.dtype)
+        self._drawn(weight)
+
+    @torch.no_grad()
+    def _set_frames(self, frames) -> None:
+        """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
+        if self.weight.is_meta:
+            return
+        weight = gathered(self.weight)
+        for classes, i in self._chunks():
+            weight[i] = frames(classes, weight[i].to(self._wide)).to(weight.dtype)
+        self._drawn(weight)
+
+    def _drawn(self, frames: Tensor) -> None:
+        put(self.weight, frames)
+        know(self.weight, self.dims)
+        self._undrawn = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        was_meta = self._is_meta()
+        super().register_parameter(name, param)  # also where a weight is assigned, or loaded with assign=True
+        self._enter()
+        if name == "weight":
+            self._undrawn = was_meta and not self._is_meta()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copied or unpickled
+        enter_layer(self)
+        self._enter()
+
+    # Weights on the meta device have no values. Where real memory takes their place, transformers' from_pretrained
+    # assigns parameters, and marks a module once it has been through the model's `_init_weights`, which knows torch's
+    # layers alone: a weight that was not in the checkpoint has no mark then, and is drawn. Elsewhere see `_apply`.
+    _undrawn = False
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_is_hf_initialized"] = value
+        if value and self._undrawn and not getattr(self.weight, "_is_hf_initialized", False):
+            self.reset_parameters()
+
+    def _is_meta(self) -> bool:
+        weight = self._parameters.get("weight")
+        return weight is not None and weight.is_meta
+
+    def _enter(self) -> None:
+        """The optimisers shall know the weight."""
+        weight = self._parameters.get("weight")
+        if weight is not None and not is_known(weight):
+            know(weight, self.dims)
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(t):
+            out = fn(t)
+            return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
+
+        was_meta = self._is_meta()
+        applied = super()._apply(keep_wide, recurse)
+        self._enter()
+        if was_meta and not self._is_meta():  # to_empty: never leave what the memory held
+            self.reset_parameters()
+        return applied
