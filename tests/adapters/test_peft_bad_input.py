@@ -34,7 +34,7 @@ add("TuckerConfig", call(
     layers_to_transform=bad.optional(bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1])),
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),
-    fine="layers_to_transform: a number, a dict; rank_pattern: None; alpha_pattern: None")
+    fine="layers_to_transform: a number, a dict; rank_pattern: None; alpha_pattern: None; scaling: None")
 add("import_lora", call(import_lora, model=lambda: plain(), source=lambda: checkpoint(), name="new", standalone=True),
     ("load_adapter",), model=bad.module, name=bad.name, standalone=bad.flag, source=bad.those(
         list=[1], folder=str(Path(__file__).parent), empty="", one=({},), nones=(None, None), lists=([1], [2]),
