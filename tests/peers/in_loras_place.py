@@ -86,22 +86,25 @@ def _skip(config):
         pytest.skip("LoRA's own option: " + ", ".join(sorted(config.of_lora_alone)))
 
 
-def _stirred(update_layer):
-    """Where LoRA is asked for a start other than zero, a core other than zero."""
+def _stirred(inject_adapter):
+    """Where LoRA is asked for a start other than zero, cores other than zero."""
 
-    def update(self, adapter_name, config, key):
+    def inject(self, model, adapter_name, *args, **kwargs):
+        config = self.peft_config[adapter_name]
         _skip(config)
-        update_layer(self, adapter_name, config, key)
-        if getattr(config, "stirred", False):
-            with torch.no_grad():
-                self.tucker_parts[adapter_name].core.normal_()
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+        layers = [m for m in model.modules() if isinstance(m, TuckerLayer) and adapter_name in m.tucker_parts]
+        for layer in layers if getattr(config, "stirred", False) else ():
+            for name, p in layer.tucker_parts[adapter_name].named_parameters():
+                if name.endswith("core"):
+                    torch.nn.init.normal_(p)
 
-    return update
+    return inject
 
 
 _running = []
 TuckerConfig.__init__ = _as_ours(TuckerConfig.__init__)
-TuckerLayer.update_layer = _stirred(TuckerLayer.update_layer)
+TuckerModel.inject_adapter = _stirred(TuckerModel.inject_adapter)
 peft.LoraConfig, peft.LoraModel = TuckerConfig, TuckerModel
 
 

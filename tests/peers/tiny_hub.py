@@ -22,8 +22,8 @@ SIZES = {
     "num_layers": 3, "num_decoder_layers": 3, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300,
     "max_position_embeddings": 128, "n_positions": 128, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_mel_bins": 16,
-    "max_source_positions": 20, "max_target_positions": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-    "decoder_start_token_id": 1, "begin_suppress_tokens": None, "suppress_tokens": None}
+    "max_source_positions": 20, "max_target_positions": 64, "pad_token_id": 3, "bos_token_id": 0, "eos_token_id": 2,
+    "decoder_start_token_id": 3, "begin_suppress_tokens": None, "suppress_tokens": None}
 
 
 def kind_of(name: str) -> str | None:
@@ -72,12 +72,12 @@ def _tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    special = ["<s>", "<unk>", "</s>", "<pad>"]  # 1 is a word in the tests, so it is not the padding
     words = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(w, special=True) for w in special])
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special))
+    names = dict(zip(("bos_token", "unk_token", "eos_token", "pad_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=128, **names)
 
 
