@@ -287,7 +287,8 @@ class TuckerModel(tuners_utils.BaseTuner):
                           stacklevel=4)
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
-        share, names = (0, []) if self.peft_config[adapter_name].target_parameters else out_of_reach(model, set())
+        ours = {id(p) for m in model.modules() if isinstance(m, TuckerLayer) for p in m.tucker_parts.parameters()}
+        share, names = (0, []) if self.peft_config[adapter_name].target_parameters else out_of_reach(model, ours)
         if share > 0.5:
             names = ", ".join(n.replace(".base_layer", "") for n in names[:4])
             warnings.warn(f"tucker: {share:.0%} of the weights are in parameters of no layer, which only "
