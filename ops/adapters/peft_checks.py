@@ -63,7 +63,8 @@ def warn_of_limits(model: nn.Module, config, adapter_name: str) -> None:
                       stacklevel=5)
     if drop:
         warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=5)
-    share, names = (0, []) if config.target_parameters else out_of_reach(model, set())
+    ours = {id(p) for m in model.modules() if isinstance(m, TuckerLayer) for p in m.tucker_parts.parameters()}
+    share, names = (0, []) if config.target_parameters else out_of_reach(model, ours)
     if share > 0.5:
         names = ", ".join(n.replace(".base_layer", "") for n in names[:4])
         warnings.warn(f"tucker: {share:.0%} of the weights are in parameters of no layer, which only "

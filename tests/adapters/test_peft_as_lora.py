@@ -179,6 +179,14 @@ def test_what_is_merged_cannot_be_deleted():
     assert list(adapted.peft_config) == ["default"] and torch.equal(adapted(i), y)
 
 
+def test_factors_are_no_weights_out_of_reach(recwarn):
+    """Those of another adapter, frozen, are not what target_parameters is for."""
+    adapted = peft.get_peft_model(net()[0], TuckerConfig(r=8, target_modules="all-conv"))
+    for name in "abcd":
+        adapted.add_adapter(name, TuckerConfig(r=8, target_modules="all-conv"))
+    assert not [w for w in recwarn if "in parameters of no layer" in str(w.message)]
+
+
 class Sizes(nn.Module):
     """Attention to keys and values of other sizes."""
 

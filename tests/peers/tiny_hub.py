@@ -18,12 +18,12 @@ SIZES = {
     "pooler_hidden_size": 32, "intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "d_ff": 64, "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64, "moe_intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "n_head": 4, "num_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "rotary_dim": 4, "num_hidden_layers": 3, "n_layer": 3,
+    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "rotary_dim": 4, "num_hidden_layers": 3, "n_layer": 5,
     "num_layers": 3, "num_decoder_layers": 3, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300,
     "max_position_embeddings": 128, "n_positions": 128, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_mel_bins": 16,
-    "max_source_positions": 20, "max_target_positions": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-    "decoder_start_token_id": 1, "begin_suppress_tokens": None, "suppress_tokens": None}
+    "max_source_positions": 20, "max_target_positions": 64, "pad_token_id": 3, "bos_token_id": 0, "eos_token_id": 2,
+    "decoder_start_token_id": 3, "begin_suppress_tokens": None, "suppress_tokens": None}
 
 
 def kind_of(name: str) -> str | None:
@@ -56,6 +56,8 @@ def _save(name: str, folder: Path) -> None:
     cls = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind]
     plain = cls()
     config = cls(**{k: v for k, v in SIZES.items() if hasattr(plain, k) or k.endswith("token_id")})
+    if "125m" in name:  # as deep as the real one: tests name its layers
+        config.num_hidden_layers = 12
     named = re.search(r"[A-Z]\w*(For[A-Z]\w+|LMHeadModel|Model)\b", name.split("/")[-1])
     model_cls = getattr(transformers, named.group(), None) if named else None
     if model_cls is None:
@@ -72,12 +74,12 @@ def _tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    special = ["<s>", "<unk>", "</s>", "<pad>"]  # 1 is a word in the tests, so it is not the padding
     words = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(w, special=True) for w in special])
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special))
+    names = dict(zip(("bos_token", "unk_token", "eos_token", "pad_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=128, **names)
 
 
