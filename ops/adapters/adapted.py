@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..common import FLOATS
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
-from .factors import TuckerFactors, combined, composing
+from .factors import TuckerFactors, combined
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
-from .weight import effective_weight
+from .weight import check_assigned, effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -244,17 +244,8 @@ class Adapted:
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
-        base = self._parameters.get(name, param)  # FullyShardedDataParallel takes it away and brings it again
-        if name in adapted_names(self) and not self.tucker_inside and param is not base:
-            if self.tucker_terms(name):
-                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
-                                   "change would have the change in it twice. Assign inside `with disabled(model)`, "
-                                   "or after merge_and_unload")
-            if base is not None and (param is None or param.shape != base.shape):
-                what = None if param is None else tuple(param.shape)
-                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {what}")
-            if self.tucker_merged is not None and name in self.tucker_merged:
-                self.tucker_merged[name] = None  # there is no way back
+        if name in adapted_names(self) and not self.tucker_inside and not read_by_a_mover(3):  # past __setattr__
+            check_assigned(self, name, param)
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
@@ -299,7 +290,7 @@ def _effective(name: str) -> property:
             if key not in kept:
                 scale, core, factors, _ = combined(terms)
                 whole = unpacked(base) if self.tucker_packed or base.dtype not in FLOATS else base
-                kept[key] = effective_weight(*composing(scale, core, factors, whole))
+                kept[key] = effective_weight(scale, core, factors, whole)
             return kept[key]
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error

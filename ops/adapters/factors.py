@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common import WIDE
-from ..tucker.tucker import tucker_compose
 from .config import init_factors
 
 
@@ -108,16 +107,3 @@ def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tens
     if core.dtype in WIDE:
         return core, factors
     return core.float(), [None if f is None else f.float() for f in factors]
-
-
-def composing(scale, core, factors, base):
-    """(a function, its arguments) of base + change, the base first."""
-    modes = [i for i, f in enumerate(factors) if f is not None]
-
-    def compose(base, core, *some):
-        whole = [None] * len(factors)
-        for i, f in zip(modes, some, strict=True):
-            whole[i] = f
-        return tucker_compose(core, whole, scale=scale, base=base)
-
-    return compose, base, core, *(factors[i] for i in modes)

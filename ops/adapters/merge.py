@@ -12,7 +12,7 @@ from .adapted import adapted_names, become_plain
 from .factors import combined
 from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
 from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
-from .weight import compose_reads
+from .weight import compose_waiting
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
 
@@ -45,7 +45,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not found:
         raise ValueError("merge: no adapter is active")
     check_shapes("merge", found)
-    compose_reads()
+    compose_waiting()
     packed = [key for key, layer in found.items() if layer.tucker_packed or
               any(layer._parameters[p].dtype not in FLOATS for p in _active_parameters(layer))]
     if packed:

@@ -20,7 +20,7 @@ from .adapted import (
     own,
     unpacked,
 )
-from .factors import combined, composing
+from .factors import combined
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
 from .merge import lost_in_rounding, stays_finite
 from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp
@@ -185,7 +185,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         try:
             scale, core, factors, _ = combined(terms)
             whole = unpacked(base) if is_packed(base) else base
-            return effective_weight(*composing(scale, core, factors, whole))
+            return effective_weight(scale, core, factors, whole)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 

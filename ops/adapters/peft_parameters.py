@@ -13,7 +13,7 @@ from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from .adapted import own
 from .config import close_names
-from .factors import TuckerFactors, WideFactors, combined, composing, restart
+from .factors import TuckerFactors, WideFactors, combined, restart
 from .hooks import inside_accelerate, is_hooked_by_accelerate
 from .merge import lost_in_rounding, stays_finite
 from .parameters import full_name, is_stacked, parameter_refusal, shape_of
@@ -128,7 +128,7 @@ class TuckerParameters(TuckerLayer):
             if not terms or is_sharded(weight):  # fully_shard's storage between two forwards
                 return weight
             scale, core, factors, _ = combined(terms)
-            return effective_weight(*composing(scale, core, factors, weight))
+            return effective_weight(scale, core, factors, weight)
         return super().__getattr__(name)
 
     weight = property(lambda self: self.__getattr__("weight"))  # peft's layers have these two of their own

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..common import transformed
+from ..tucker.tucker import tucker_compose
 
 _KNOWN = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size,
           Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, torch.numel,
@@ -29,14 +30,23 @@ _FAST_PATHS = {f.__code__ for f in (nn.MultiheadAttention.forward, nn.Transforme
 _waiting: weakref.WeakValueDictionary[int, EffectiveWeight] = weakref.WeakValueDictionary()
 
 
-def effective_weight(compose: Callable[..., Tensor], *parts: Tensor) -> Tensor:
-    """`compose(*parts)`, like the first of them; later, or at once for what traces or transforms, and for torch's fast
+def effective_weight(scale: float, core: Tensor, factors: Sequence[Tensor | None], base: Tensor) -> Tensor:
+    """base + scale * core x_0 factors[0] ..., later; or at once for what traces or transforms, and for torch's fast
     paths (the caller's caller)."""
+    modes = [i for i, f in enumerate(factors) if f is not None]
+
+    def compose(base, core, *some):
+        whole = [None] * len(factors)
+        for i, f in zip(modes, some, strict=True):
+            whole[i] = f
+        return tucker_compose(core, whole, scale=scale, base=base)
+
+    parts = (base, core, *(factors[i] for i in modes))
     if torch.compiler.is_compiling() or transformed() or sys._getframe(2).f_code in _FAST_PATHS:
         return compose(*parts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in parts):
         return _Read.apply(compose, *parts)
-    return EffectiveWeight(parts[0], compose=compose, parts=parts)
+    return EffectiveWeight(base, compose=compose, parts=parts)
 
 
 class _Read(torch.autograd.Function):
@@ -124,7 +134,7 @@ def _no_hooks():
     return contextlib.nullcontext()
 
 
-def compose_reads() -> None:
+def compose_waiting() -> None:
     """Compose what has been read and not yet been computed with, before weights change."""
     for weight in list(_waiting.values()):
         weight.composed()
@@ -165,3 +175,19 @@ def _share(a, b) -> bool:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # inside a transform tensors have no storage
         return False
+
+
+def check_assigned(layer, name: str, param: nn.Parameter | None) -> None:
+    """Raises unless `layer.name = param` can be the base of its adapters from now on."""
+    base = layer._parameters.get(name)
+    if param is base:
+        return
+    if layer.tucker_terms(name):
+        raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + change would "
+                           "have the change in it twice. Assign inside `with disabled(model)`, or after "
+                           "merge_and_unload")
+    if base is not None and (param is None or param.shape != base.shape):
+        got = None if param is None else tuple(param.shape)
+        raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {got}")
+    if layer.tucker_merged is not None and name in layer.tucker_merged:
+        layer.tucker_merged[name] = None  # there is no way back

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_subspace as ts
 import torch_subspace.adapters.adapted as machinery
-import torch_subspace.adapters.factors as factors
+import torch_subspace.adapters.weight as weights
 
 
 def by_hand(model, name="default"):
@@ -33,8 +33,8 @@ def by_hand(model, name="default"):
 @pytest.fixture
 def composed(monkeypatch):
     """Counts what is composed."""
-    calls, compose = [], factors.tucker_compose
-    monkeypatch.setattr(factors, "tucker_compose", lambda *a, **k: calls.append(1) or compose(*a, **k))
+    calls, compose = [], weights.tucker_compose
+    monkeypatch.setattr(weights, "tucker_compose", lambda *a, **k: calls.append(1) or compose(*a, **k))
     return calls
 
 

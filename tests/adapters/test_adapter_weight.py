@@ -13,7 +13,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import torch_subspace as ts
-from torch_subspace.adapters import factors as of_layers
 from torch_subspace.adapters import weight as of_weights
 
 
@@ -46,7 +45,7 @@ def bases(model):
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_a_forward_asks_of_a_weight_composes_nothing(make, grad, monkeypatch):
     layer = make().layer
-    monkeypatch.setattr(of_layers, "tucker_compose", None)  # whoever called it would fail
+    monkeypatch.setattr(of_weights, "tucker_compose", None)  # whoever called it would fail
     with torch.set_grad_enabled(grad):
         w = layer.weight
         assert isinstance(w, torch.Tensor) and not isinstance(w, nn.Parameter) and w.requires_grad == grad
@@ -68,7 +67,7 @@ def test_t5_reads_the_dtype_of_its_weights(make, monkeypatch):
 
         model = peft.get_peft_model(model, TuckerConfig(r=2, target_modules=["wo"])).base_model.model
     want = model["layer"](x)
-    monkeypatch.setattr(of_layers, "tucker_compose", None)
+    monkeypatch.setattr(of_weights, "tucker_compose", None)
     assert torch.equal(model["layer"](x), want)
 
 
@@ -159,14 +158,21 @@ def test_what_reads_it_is_not_refused(make):
     assert type(nn.Parameter(w.detach().clone())) is nn.Parameter
 
 
-def test_filling_an_adapted_weight_is_refused_but_by_the_layer_itself_or_disabled():
+def test_a_layer_resets_its_base():
     model = of_ours()
-    before = model.layer._parameters["weight"].detach().clone()
-    with pytest.raises(RuntimeError, match="kaiming_uniform_ would write"):
-        nn.init.kaiming_uniform_(model.layer.weight)
-    assert torch.equal(model.layer._parameters["weight"], before)
+    before, part = bases(model)[0], copy.deepcopy(parts_of(model)["layer.weight"].state_dict())
+    torch.manual_seed(3)
     model.layer.reset_parameters()
-    assert (model.layer._parameters["weight"] != before).any()
+    torch.manual_seed(3)
+    assert torch.equal(model.layer._parameters["weight"], nn.Linear(6, 5).weight) and not torch.equal(
+        model.layer._parameters["weight"], before)
+    assert all(torch.equal(t, part[n]) for n, t in parts_of(model)["layer.weight"].state_dict().items())
+    attention, _, _ = adapted("attention")
+    attention.layer._reset_parameters()
+
+
+def test_writing_inside_disabled():
+    model = of_ours()
     with ts.disabled(model):
         nn.init.zeros_(model.layer.weight)
         model.layer.weight = nn.Parameter(model.layer.weight + 1)
