@@ -25,6 +25,7 @@ from .adapted import CONVS, is_conv1d_of_transformers, is_packed
 from .config import TuckerConfig
 from .files import put_adapter
 from .names import places
+from .placed import settle
 from .state import check_new_name, refuse_merged, unwrapped
 from .targets import has_kind, weights_of
 
@@ -269,6 +270,7 @@ def _saved(rest, config, modules, made, at) -> tuple[dict[str, dict[str, Tensor]
 def _put_on(model, name, made, scales, saved, config) -> nn.Module:
     """As a file of ours with this adapter would be."""
     check_new_name("import_lora", name)
+    settle("import_lora", unwrapped(model))
     refuse_merged("import_lora", model)
     dropout = float(config.get("lora_dropout") or 0)
     described = {key: {parameter: {"shape": shape, "ranks": ranks, "scale": scales[key], "dropout": dropout}}

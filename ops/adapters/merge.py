@@ -56,11 +56,7 @@ def merge(model: nn.Module) -> nn.Module:
         for key, layer in found.items():
             done[layer] = {p: layer._parameters[p].detach().clone() for p in _active_parameters(layer)}
             for p in done[layer]:
-                part = _merge_weight(layer, p)
-                if not stays_finite(done[layer][p], layer._parameters[p]):
-                    active = ", ".join(map(repr, layer.tucker_active))
-                    raise ValueError(f"merge: the change of {key!r} by {active} is not finite (NaN or infinity); "
-                                     "nothing is merged")
+                part = _merge_weight(key, layer, p)
                 if part > LOST:
                     lost[key] = part
     except BaseException:
@@ -98,7 +94,7 @@ def _active_parameters(layer) -> list[str]:
             if any(name in layer.tucker and p in layer.tucker[name] for name in layer.tucker_active)]
 
 
-def _merge_weight(layer, parameter) -> float:
+def _merge_weight(key, layer, parameter) -> float:
     """Add the change in place; returns the part of it that rounding has lost."""
     base = layer._parameters[parameter]
     enabled, layer.tucker_enabled = layer.tucker_enabled, True
@@ -107,6 +103,9 @@ def _merge_weight(layer, parameter) -> float:
     scale, core, factors, _ = combined(terms)
     before = like(base, core)
     after = tucker_compose(core, factors, scale=scale, base=before)
+    if not stays_finite(before, after):
+        active = ", ".join(map(repr, layer.tucker_active))
+        raise ValueError(f"merge: the change of {key!r} by {active} is not finite (NaN or infinity); nothing is merged")
     lost = lost_in_rounding(before, after, tucker_compose(core, factors, scale=scale)) if base.dtype in HALF else 0.0
     put(base, after)
     return lost
