@@ -50,8 +50,10 @@ from peft.utils.other import get_pattern_key  # noqa: E402
 
 from .adapters import config as adapter_config  # noqa: E402
 from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
-from .adapters.config import WORDS  # noqa: E402
-from .adapters.lora import export_lora, import_lora  # noqa: E402
+from .adapters.config import WORDS, close_names  # noqa: E402
+from .adapters.fingerprint import differs, fingerprint  # noqa: E402
+from .adapters.lora import import_lora  # noqa: E402
+from .adapters.lora_export import export_lora  # noqa: E402
 from .adapters.merge import LOST, others  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerEmbedding, TuckerLayer, TuckerLinear, layer_kind  # noqa: E402
 from .adapters.placed import offload_hook, refuse_blocks  # noqa: E402
@@ -60,6 +62,7 @@ from .common import HALF, whole  # noqa: E402
 
 __all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
 
+_HEADS = ("classifier", "score", "qa_outputs")  # what peft saves of whatever model its task types meet
 _WHOLE = sys.maxsize  # stands for "full": a rank above any size
 
 
@@ -107,7 +110,8 @@ class TuckerConfig(peft.PeftConfig):
             mode without a factor; or one for every dimension of the weight. Clamped to the mode's size.
         kernel_rank: of a convolution's kernel modes: "full" for no factor, an int, or one per mode.
         alpha: numerator of the scale; None for scale 1.
-        scaling: "constant": scale = alpha. "lora": alpha / r. "rslora": alpha / √r. r is the smaller channel rank.
+        scaling: "constant", the default: scale = alpha. "lora": alpha / r, as peft's lora_alpha. "rslora": alpha / √r.
+            r is the smaller channel rank. An alpha of r or more without a scaling warns.
         dropout: on the layer's input on the adapter's way; of linear and convolutional layers.
         init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
@@ -131,7 +135,7 @@ class TuckerConfig(peft.PeftConfig):
     r: Any = 16
     kernel_rank: Any = "full"
     alpha: float | None = None
-    scaling: str = "constant"
+    scaling: str | None = None
     dropout: float = 0.0
     init: str = "lecun"
     target_modules: list[str] | str | None = None
@@ -142,6 +146,7 @@ class TuckerConfig(peft.PeftConfig):
     alpha_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules_to_save: list[str] | None = None
     bias: str = "none"
+    fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
 
     def __post_init__(self):
         super().__post_init__()
@@ -170,6 +175,7 @@ class TuckerConfig(peft.PeftConfig):
                 raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
             setattr(self, key, dict(getattr(self, key) or {}))
             adapter_config.check_patterns("TuckerConfig", key, getattr(self, key))
+        asked, self.scaling = self.scaling, "constant" if self.scaling is None else self.scaling
         self._core(self.r, self.alpha)
         for key, r, alpha in [*((f"rank_pattern[{k!r}]", r, self.alpha) for k, r in self.rank_pattern.items()),
                               *((f"alpha_pattern[{k!r}]", self.r, a) for k, a in self.alpha_pattern.items())]:
@@ -177,6 +183,8 @@ class TuckerConfig(peft.PeftConfig):
                 self._core(r, alpha)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error} as {key}") from None
+        numbers = [n for n in (self.r if isinstance(self.r, (list, tuple)) else [self.r]) if n != "full"]
+        adapter_config.default_scaling(asked, self.alpha, numbers)
 
     def _core(self, r, alpha) -> adapter_config.TuckerConfig:
         """These ranks and this alpha as the config of `torch_subspace.adapt`, which checks them."""
@@ -220,6 +228,7 @@ class TuckerModel(tuners_utils.BaseTuner):
     def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
         refuse_blocks("tucker", model)
+        asked = config.target_modules
         found = config.target_modules
         words = {found} & set(WORDS) if isinstance(found, str) else set(found or ()) & set(WORDS)
         places = {}
@@ -245,6 +254,27 @@ class TuckerModel(tuners_utils.BaseTuner):
                 raise ValueError(f"tucker: {', '.join(map(repr, names))} are one module, and peft adapts one place")
             if meant and _refusal(meant[0], module) is not None:
                 raise ValueError(f"tucker: {_refusal(meant[0], module)}")
+        names = [n for names in places.values() for n in names if n and not n.startswith(inside)]
+        self._check_names(config, asked, names)
+
+    def _check_names(self, config, asked, names) -> None:
+        """ValueError for names in the config that match nothing; a warning for targets, as lists of them are shared
+        between architectures."""
+        targeted = [n for n in names if self._check_target_module_exists(config, n)]
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, key) if targeted else ():
+                if not any(get_pattern_key([pattern], n) == pattern for n in targeted):
+                    raise ValueError(f"tucker: {key} {pattern!r} matches none of the adapted layers"
+                                     f"{close_names([pattern], targeted)}")
+        lost = {key: _unmatched(value, names) for key, value in (
+            ("exclude_modules", config.exclude_modules), ("target_modules", asked),
+            ("modules_to_save", config.modules_to_save))}
+        for key, patterns in lost.items():
+            text = patterns and f"tucker: {key} {patterns[0]!r} matches nothing{close_names(patterns[:1], names)}"
+            if text and key == "target_modules":
+                warnings.warn(text, stacklevel=2)
+            elif text:
+                raise ValueError(text)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, TuckerLayer):
@@ -268,6 +298,7 @@ class TuckerModel(tuners_utils.BaseTuner):
         half = [n for n in own if found[n].base_layer._parameters["weight"].dtype in HALF]
         drop = [n for n, m in found.items() if (n in own or isinstance(m, TuckerEmbedding))
                 and m.tucker_parts[adapter_name].dropout]
+        self._compare_bases(adapter_name, found)
         if half:
             warnings.warn(f"tucker: {half[0]!r}{others(half)} computes with its weight in its own way, in half "
                           "precision: base + change is rounded at every forward, which loses most of a small change",
@@ -275,20 +306,51 @@ class TuckerModel(tuners_utils.BaseTuner):
         if drop:
             warnings.warn(f"tucker: dropout has no effect on {drop[0]!r}{others(drop)}", stacklevel=4)
 
+    def _compare_bases(self, adapter_name, found) -> None:
+        """Note what base the adapter is on, and warn where its config comes from a file and says another."""
+        config = self.peft_config[adapter_name]
+        bases = {n: fingerprint(m, "weight") for n, m in found.items()}
+        noted = {} if config.__dict__.get("_has_met_a_base") else config.fingerprint or {}
+        other = [n for n, base in bases.items() if differs(noted.get(n), base)]
+        if other:
+            warnings.warn(f"tucker: adapter {adapter_name!r} was saved with another base model: "
+                          f"{other[0]!r}{others(other)} had other weights than here", stacklevel=5)
+        config.fingerprint, config._has_met_a_base = bases, True
+
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, TuckerLayer)):
             raise ValueError(f"tucker: adapter {adapter_name!r} is merged; unmerge first")
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, *args, **kwargs) -> None:
-        super().merge_adapter(*args, **kwargs)
+        with self._all_or_nothing():
+            super().merge_adapter(*args, **kwargs)
         _warn_of_loss(self.model)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         found = [m for m in self.model.modules() if isinstance(m, TuckerLayer)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        with self._all_or_nothing():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
         _warn_of_loss(nn.ModuleList(found))
         return model
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self):
+        """peft merges and unloads layer by layer: where one can't be, those before it are as they were."""
+        children = {m: dict(m._modules) for m in self.model.modules()}
+        merged = {m: list(m.merged_adapters) for m in children if isinstance(m, TuckerLayer)}
+        try:
+            yield
+        except BaseException:
+            for module, before in children.items():
+                module._modules.update(before)
+            for layer, names in merged.items():
+                layer.__dict__.pop("_lost", None)
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -304,6 +366,14 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     if not has_kind(module) or layer_kind(module) is None:
         return f"{name!r} is a {type(module).__name__}, which has no Tucker adapter in peft"
     return refusal(name, module, _Untied())
+
+
+def _unmatched(patterns, names) -> list[str]:
+    """Those of the names, or the regular expression, that no module has."""
+    if isinstance(patterns, str):
+        return [] if patterns in WORDS or any(re.fullmatch(patterns, n) for n in names) else [patterns]
+    return sorted(p for p in patterns or () if p not in (*WORDS, *_HEADS)
+                  and not any(n == p or n.endswith("." + p) for n in names))
 
 
 class _Untied(dict):

@@ -24,6 +24,7 @@ from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_pa
 from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
 from .merge import others
 from .placed import home, is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes, values_of
+from .replaced import watch
 from .state import (
     active_adapters,
     adapter_names,
@@ -137,6 +138,8 @@ def _modules_to_save(model, config, made) -> list[nn.Module]:
 def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFactors]], saved: list[nn.Module],
            config: dict) -> None:
     """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
+    put_live("adapt", model, "")  # what is to be saved may share tensors with what is live
+    watch()
     note(model, name, config)
     for key, parts in made.items():
         module = model.get_submodule(key)
@@ -191,7 +194,7 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
         check_known("set_adapter", model, name)
         check_number("set_adapter", f"which: the weight of {name!r}", weight)
     saved = saved_modules(model).values()
-    put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
+    put_live("set_adapter", model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
     for layer in layers(model).values():
         layer.tucker_active = {name: float(weight) for name, weight in chosen.items()}
         layer.tucker_unchecked = several_processes()
@@ -232,13 +235,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer in before:
             layer.tucker_enabled = False
-        put_live(model, "")
+        put_live("disabled", model, "")
         yield model
     finally:
         for layer, enabled in before.items():
             if isinstance(layer, Adapted):
                 layer.tucker_enabled = enabled
-        put_live(model, live)
+        put_live("disabled", model, live)
         if versions:
             torch._C._autograd._unsafe_set_version_counter(tuple(versions), tuple(versions.values()))
 
@@ -316,9 +319,13 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
                 for local, p in part.named_parameters():
                     groups.setdefault(multiplier(f"{key}.{local}", key), []).append(p)
     result = [({"params": params}, m) for m, params in groups.items()]
+    seen = set()  # of saved modules that share tensors each once
     for key, module in saved_modules(model).items():
         for group in param_groups(module) if module.tucker_live else ():
-            result.append((group, multiplier(key)))
+            group["params"] = [p for p in group["params"] if id(p) not in seen]
+            seen.update(map(id, group["params"]))
+            m = multiplier(key)
+            result += [(group, m)] if group["params"] else []
     if not result:
         raise ValueError(f"adapter_parameters: no adapter is active; there are {adapter_names(model)}")
     unused = [p for p in multipliers if p not in used]

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common import FLOATS, WIDE
-from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .config import init_factors
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
+from .weight import effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -266,9 +266,9 @@ def fast_forward(module):
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
-    Writing into `layer.weight` in place writes into a temporary while an adapter is active: write inside `disabled`.
-    What replaces a weight by one made of it (quantising, pruning) belongs before `adapt`: later it would take the
-    change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    While an adapter is active, `layer.weight` can be neither written into nor assigned to: write inside `disabled`.
+    What replaces a weight by one made of it (quantising, pruning, fusing) belongs before `adapt` or after a merge:
+    else it would take the change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
     """
 
     tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
@@ -298,6 +298,20 @@ class Adapted:
         if not terms:
             return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
+
+    def register_parameter(self, name, param):
+        if name in adapted_names(self) and not self.tucker_inside and param is not self._parameters.get(name):
+            base = self._parameters.get(name)
+            if self.tucker_terms(name):
+                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
+                                   "change would have the change in it twice. Assign inside `with disabled(model)`, "
+                                   "or after merge_and_unload")
+            if base is not None and (param is None or param.shape != base.shape):
+                what = None if param is None else tuple(param.shape)
+                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {what}")
+            if self.tucker_merged is not None and name in self.tucker_merged:
+                self.tucker_merged[name] = None  # there is no way back
+        super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
         with packed_as_it_is(self):
@@ -331,7 +345,7 @@ def _effective(name: str) -> property:
             scale, core, factors, _ = combined(terms)
             if self.tucker_packed or base.dtype not in FLOATS:
                 base = unpacked(base)
-            return tucker_compose(core, factors, scale=scale, base=base)
+            return effective_weight(scale, core, factors, base)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 

@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,9 @@ class TuckerConfig:
         init: of the factors; the core starts at zero. "lecun": N(0, 1/size) for the input mode, N(0, 1/rank) for the
             others. "kaiming": kaiming_normal with a = √3, as FLoRA's code does. "svd": the leading left singular
             vectors of the base weight's unfoldings, the directions that SVFit trains.
-        scaling: "constant": scale = alpha, as FLoRA's s. "lora": alpha / r. "rslora": alpha / √r. r is the smaller of
-            the two channel ranks asked for.
+        scaling: "constant", the default: scale = alpha, as FLoRA's s. "lora": alpha / r, as LoRA's lora_alpha.
+            "rslora": alpha / √r. r is the smaller of the two channel ranks asked for. An alpha of r or more without
+            a scaling warns, as it is mostly meant as LoRA's.
         dropout: probability of zeroing an entry of a layer's input on the adapter's way. It acts on linear and
             convolutional layers with torch's own forward.
         save_modules: modules to train whole and to keep with the adapter, such as a new head, in the same language.
@@ -61,7 +63,7 @@ class TuckerConfig:
     target_modules: str | Sequence[str] = WORDS
     rank_pattern: Mapping[str, int | Sequence[int]] = dataclasses.field(default_factory=dict)
     init: str = "lecun"
-    scaling: str = "constant"
+    scaling: str | None = None
     dropout: float = 0.0
     save_modules: str | Sequence[str] = ()
     exclude_modules: str | Sequence[str] = ()
@@ -82,6 +84,7 @@ class TuckerConfig:
             if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
                 raise ValueError(f"TuckerConfig: {key} must be a finite number, got {alpha!r}")
         self.alpha = None if self.alpha is None else float(self.alpha)
+        self.scaling = default_scaling(self.scaling, self.alpha, self.rank)
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
         for key in ("target_modules", "exclude_modules", "save_modules"):
             value = getattr(self, key)
@@ -123,6 +126,15 @@ class TuckerConfig:
 
 def _is_number(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def default_scaling(scaling: str | None, alpha: float | None, rank) -> str:
+    """The scaling asked for, or "constant"; warns in the voice of a config's __post_init__."""
+    r = min(rank[:2]) if isinstance(rank, (list, tuple)) else rank
+    if scaling is None and alpha is not None and alpha >= r > 1:
+        warnings.warn(f"TuckerConfig: alpha={alpha:g} is the scale itself; LoRA's alpha / rank, {alpha / r:g} here, is "
+                      'scaling="lora". Give scaling="constant" where the first is meant', stacklevel=4)
+    return "constant" if scaling is None else scaling
 
 
 def _rank(key, rank):

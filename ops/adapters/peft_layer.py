@@ -15,8 +15,11 @@ from .adapt import new_factors, padding_row
 from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, own, unpacked
 from .config import init_factors
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
+from .merge import stays_finite
 from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp, values_of
+from .replaced import watch
 from .targets import input_mode, weights_of
+from .weight import effective_weight
 
 
 class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
@@ -47,6 +50,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self._disable_adapters, self._active_adapter, self._unchecked = False, adapter_name, False
         self.cast_input_dtype_enabled = True  # peft's switch; the input is never cast here
         self._fast = fast_forward(base_layer)
+        watch()
         self.update_layer(adapter_name, config, key)
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
@@ -156,7 +160,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             return base
         try:
             scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if is_packed(base) else base)
+            whole = unpacked(base) if is_packed(base) else base
+            return effective_weight(scale, core, factors, whole)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
@@ -206,8 +211,9 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
         scale, core, factors, _ = combined(self._terms([*self.merged_adapters, *names]))
         changed = tucker_compose(core, factors, scale=scale, base=before)
-        if safe_merge and not torch.isfinite(changed).all():
-            raise ValueError(f"tucker: merging {', '.join(names)} gives weights that are not finite; nothing is merged")
+        if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
+            broken = ", ".join(names)  # in peft's words, for infinities too
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
         self._lost = _lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]

@@ -9,16 +9,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..common import check_module
 from .adapted import Adapted
 from .placed import check_at_hand, offload_hook, put, settle
+from .targets import weights_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and AveragedModel."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -79,6 +81,16 @@ def check_new_name(function: str, name) -> None:
 def refuse_merged(function: str, model: nn.Module) -> None:
     if any(layer.tucker_merged is not None for layer in layers(model).values()):
         raise ValueError(f"{function}: the adapters are merged; `unmerge` first")
+
+
+def check_shapes(function: str, found: Mapping[str, Adapted]) -> None:
+    """ValueError where a weight has been given another shape since `adapt`."""
+    for key, layer in found.items():
+        for parameter, shape in weights_of(layer).items():
+            shapes = {parts[parameter].shape for parts in layer.tucker.values() if parameter in parts}
+            if shapes - {tuple(shape)}:
+                raise ValueError(f"{function}: the {parameter} of {key!r} is {tuple(shape)} and was {shapes.pop()}: it "
+                                 "was resized after `adapt`, and its adapter doesn't fit it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,18 +167,29 @@ def live_name(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def put_live(model: nn.Module, name: str) -> None:
-    """Put the saved modules of adapter `name` in place, and those of before where it has none."""
+def put_live(function: str, model: nn.Module, name: str) -> None:
+    """Put the saved modules of adapter `name` in place, and those of before where it has none.
+
+    Raises in `function`'s voice where a module has another shape than it had, or is out of reach.
+    """
     targets = {n: (m, name if name in m.tucker_saved else "") for n, m in saved_modules(model).items()}
     targets = {n: (m, target) for n, (m, target) in targets.items() if target != m.tucker_live}
     for n, (module, target) in targets.items():
         now, then = ({f"{n}.{k}": t for k, t in tensors.items() if isinstance(t, Tensor)}
                      for tensors in (module.state_dict(), module.tucker_saved[target]))
+        shapes = [{k: tuple(t.shape) for k, t in tensors.items()} for tensors in (now, then)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{function}: {n!r} is {shapes[0]} now and was {shapes[1]}: it was resized after `adapt`, "
+                             "so that what it was can't be put in its place")
         if any(map(offload_hook, module.modules())):
             check_at_hand("saved modules", now.items())
         check_at_hand("saved modules", ((k, t) for k, t in then.items() if not now[k].is_meta))
-    for module, target in targets.values():
-        module.tucker_saved[module.tucker_live] = tensors_of(module)
+    live = {id(t) for m in saved_modules(model).values() if m.tucker_live
+            for t in m.state_dict(keep_vars=True).values()}
+    for module, _ in targets.values():  # all before one is filled: they may share tensors, also with what is live
+        if module.tucker_live or not any(id(t) in live for t in module.state_dict(keep_vars=True).values()):
+            module.tucker_saved[module.tucker_live] = tensors_of(module)
+    for module, target in sorted(targets.values(), key=lambda item: bool(item[1])):
         fill(module, module.tucker_saved[target])
         module.__dict__["tucker_live"] = target
 

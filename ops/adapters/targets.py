@@ -108,6 +108,10 @@ def find_targets(model: nn.Module, config: TuckerConfig) -> dict[str, nn.Module]
             return isinstance(modules[key], (*CONVS, *TRANSPOSED)) and can(key)
         return any(matches(pattern, n) for n in names[key])
 
+    every = [n for ns in names.values() for n in ns]
+    for pattern in config.exclude_modules:
+        if pattern not in WORDS and not any(matches(pattern, n) for n in every):
+            raise ValueError(f"adapt: exclude_modules {pattern!r} matches nothing{close_names([pattern], every)}")
     excluded = {key for key in modules if any(meant(p, key) for p in config.exclude_modules)} | kept
     found, refused, unmatched = {}, [], []
     for pattern in config.target_modules:
@@ -135,6 +139,11 @@ def find_targets(model: nn.Module, config: TuckerConfig) -> dict[str, nn.Module]
             raise ValueError(f"adapt: no layer of {type(model).__name__} can be adapted: {'; '.join(whys[:3])}")
         raise ValueError(f"adapt: no layer of {type(model).__name__} matches target_modules {what}"
                          f"{close_names(unmatched or known, known)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(matches(pattern, n) for n in found):
+                raise ValueError(f"adapt: {key} {pattern!r} matches none of the adapted layers"
+                                 f"{close_names([pattern], found)}")
     order = {names[key][0]: i for i, key in enumerate(modules)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
