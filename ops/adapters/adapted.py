@@ -300,15 +300,14 @@ class Adapted:
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
-        if name in adapted_names(self) and not self.tucker_inside and param is not self._parameters.get(name):
-            base = self._parameters.get(name)
+        base = self._parameters.get(name)
+        if name in adapted_names(self) and not self.tucker_inside and param is not base:
             if self.tucker_terms(name):
-                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + "
-                                   "change would have the change in it twice. Assign inside `with disabled(model)`, "
-                                   "or after merge_and_unload")
+                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active would have its change in twice "
+                                   "if made of it: assign inside `with disabled(model)`, or after merge_and_unload")
             if base is not None and (param is None or param.shape != base.shape):
-                what = None if param is None else tuple(param.shape)
-                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {what}")
+                got = param if param is None else tuple(param.shape)
+                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {got}")
             if self.tucker_merged is not None and name in self.tucker_merged:
                 self.tucker_merged[name] = None  # there is no way back
         super().register_parameter(name, param)
