@@ -20,7 +20,7 @@ from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .config import init_factors
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
-from .weight import effective_weight
+from .weight import check_assigned, effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -109,8 +109,7 @@ def combined(terms: list[tuple[float, TuckerFactors]]):
 
 
 def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """What a mixed-precision policy of fully_shard has narrowed for a forward is computed with in float32 all the same.
-    """
+    """As float32 what a mixed-precision policy of fully_shard has narrowed for a forward."""
     if core.dtype in WIDE:
         return core, factors
     return core.float(), [None if f is None else f.float() for f in factors]
@@ -266,9 +265,8 @@ def fast_forward(module):
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
-    While an adapter is active, `layer.weight` can be neither written into nor assigned to: write inside `disabled`.
-    What replaces a weight by one made of it (quantising, pruning, fusing) belongs before `adapt` or after a merge:
-    else it would take the change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    While an adapter is active, its weight can be neither written into nor assigned to, as quantising, pruning and
+    fusing would. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
     """
 
     tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
@@ -300,16 +298,8 @@ class Adapted:
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
-        base = self._parameters.get(name)
-        if name in adapted_names(self) and not self.tucker_inside and param is not base:
-            if self.tucker_terms(name):
-                raise RuntimeError(f"adapted layer: {name} = … while an adapter is active would have its change in twice "
-                                   "if made of it: assign inside `with disabled(model)`, or after merge_and_unload")
-            if base is not None and (param is None or param.shape != base.shape):
-                got = param if param is None else tuple(param.shape)
-                raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {got}")
-            if self.tucker_merged is not None and name in self.tucker_merged:
-                self.tucker_merged[name] = None  # there is no way back
+        if name in adapted_names(self) and not self.tucker_inside and not read_by_a_mover(3):  # past __setattr__
+            check_assigned(self, name, param)
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
@@ -357,9 +347,18 @@ def _effective(name: str) -> property:
     return property(read, write, delete, doc=f"The base `{name}` plus the change of the active adapters.")
 
 
+def _resetting(name: str):
+    """A layer's own method that fills its parameters, which are the base's to it."""
+    def reset(self):
+        with packed_as_it_is(self):
+            getattr(super(Adapted, self), name)()
+    return reset
+
+
 @functools.cache
 def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
     members = {name: _effective(name) for name in names}
+    members |= {n: _resetting(n) for n in ("reset_parameters", "_reset_parameters") if hasattr(cls, n)}
     members |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "tucker_original": cls, "tucker_names": names}
     return type(f"Tucker{cls.__name__}", (Adapted, cls), members)
 

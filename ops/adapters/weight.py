@@ -175,3 +175,19 @@ def _share(a, b) -> bool:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # inside a transform tensors have no storage
         return False
+
+
+def check_assigned(layer, name: str, param: nn.Parameter | None) -> None:
+    """Raises unless `layer.name = param` can be the base of its adapters from now on."""
+    base = layer._parameters.get(name)
+    if param is base:
+        return
+    if layer.tucker_terms(name):
+        raise RuntimeError(f"adapted layer: {name} = … while an adapter is active: what is made of base + change would "
+                           "have the change in it twice. Assign inside `with disabled(model)`, or after "
+                           "merge_and_unload")
+    if base is not None and (param is None or param.shape != base.shape):
+        got = None if param is None else tuple(param.shape)
+        raise ValueError(f"adapted layer: {name} must stay {tuple(base.shape)}, got {got}")
+    if layer.tucker_merged is not None and name in layer.tucker_merged:
+        layer.tucker_merged[name] = None  # there is no way back

@@ -105,7 +105,7 @@ class TestResized:
         model = ts.adapt(llama(), ts.TuckerConfig(2, target_modules="q_proj", save_modules="embed_tokens"))
         model.resize_token_embeddings(70, mean_resizing=False)  # its parameter stays, and takes the new tensor
         for use in (lambda: ts.disabled(model).__enter__(), lambda: ts.set_adapter(model, None)):
-            with pytest.raises(ValueError, match=r"'model.embed_tokens' is {'weight': \(70, 16\)} now and was .*64"):
+            with pytest.raises(ValueError, match=r"'model.embed_tokens' is {.*: \(70, 16\)} now and was .*64"):
                 use()
         y = model(IDS).logits
         assert ts.active_adapters(model) == {"default": 1.0}

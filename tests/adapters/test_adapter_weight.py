@@ -158,10 +158,21 @@ def test_what_reads_it_is_not_refused(make):
     assert type(nn.Parameter(w.detach().clone())) is nn.Parameter
 
 
-def test_resetting_an_adapted_layer_is_refused_and_disabled_allows_it():
+def test_a_layer_resets_its_base():
     model = of_ours()
-    with pytest.raises(RuntimeError, match="kaiming_uniform_ would write"):
-        model.layer.reset_parameters()
+    before, part = bases(model)[0], copy.deepcopy(parts_of(model)["layer.weight"].state_dict())
+    torch.manual_seed(3)
+    model.layer.reset_parameters()
+    torch.manual_seed(3)
+    assert torch.equal(model.layer._parameters["weight"], nn.Linear(6, 5).weight) and not torch.equal(
+        model.layer._parameters["weight"], before)
+    assert all(torch.equal(t, part[n]) for n, t in parts_of(model)["layer.weight"].state_dict().items())
+    attention, _, _ = adapted("attention")
+    attention.layer._reset_parameters()
+
+
+def test_writing_inside_disabled():
+    model = of_ours()
     with ts.disabled(model):
         nn.init.zeros_(model.layer.weight)
         model.layer.weight = nn.Parameter(model.layer.weight + 1)
