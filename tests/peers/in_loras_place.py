@@ -3,6 +3,7 @@ methods left out, and failures counted by reason."""
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -61,7 +62,9 @@ DEFAULTS = {f.name: f.default for f in LORA.__dataclass_fields__.values()}
 NOT_OURS = (
     (r"\blora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|'lora_|lora_alpha|init_lora_weights|\.use_dora"
      r"|has no attribute '(r|_register_custom_module|_restore_weights|use_dora)'|test_repr_lora|assert 'lora' in"
-     r"|'LoraModel'|'lora\.|'LORA'|test_nb_params|test_model_with_injected_layers", "LoRA's own names and numbers"),
+     r"|'LoraModel'|'lora\.|'LORA'|test_nb_params|test_model_with_injected_layers"
+     r"|`LoraLayer`s|ParamWrapper|param_wrapper|tuners\.lora\.|test_nested_config_survives",
+     "LoRA's own names and numbers"),
     (r"test_save_pretrained_auto|\b768\.", "about the model that the name stands for on the hub"),
     (r"adapter_names in a forward|test_mixed_adapter_batches", "adapters mixed in a batch, which the guide excludes"),
     (r"lr = 0\.5|test_(parameters_after_loading_model|disable_adapters)[^\n]*(\n.*)*\bnan, +nan",
@@ -75,6 +78,7 @@ def _as_ours(init):
     """TuckerConfig's __init__ that understands LoRA's arguments too. What only LoRA has is noted, and skips the test
     that uses it."""
 
+    @functools.wraps(init)
     def translated(self, *args, **kwargs):
         words, own = set(kwargs) - set(TuckerConfig.__dataclass_fields__), []
         if "scaling" not in kwargs:  # it is not a copy of one of ours
