@@ -148,11 +148,14 @@ class TuckerConfig(peft.PeftConfig):
         if isinstance(self.target_parameters, str):
             raise TypeError("TuckerConfig: target_parameters must be a list of strings or None, got "
                             f"{self.target_parameters!r}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("TuckerConfig: layers_pattern needs layers_to_transform")
         words = isinstance(self.target_modules, str) or set(WORDS) & set(self.target_modules or ())
-        if words and self.layers_to_transform is not None:
-            raise ValueError("TuckerConfig: layers_to_transform needs target_modules to be a list of names")
+        for key in ("layers_to_transform", "layers_pattern") if words else ():
+            if getattr(self, key) not in (None, []):
+                raise ValueError(f"TuckerConfig: `{key}` cannot be used when `target_modules` is a str. Nor with "
+                                 "all-linear or all-conv: it needs a list of names")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("TuckerConfig: When `layers_pattern` is specified, `layers_to_transform` must also be "
+                             "specified.")
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, key) or {}, Mapping):
                 raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")

@@ -91,7 +91,8 @@ def test_the_core_never_imports_peft():
     ({"bias": "some"}, ValueError, "bias"), ({"scaling": "x"}, ValueError, "scaling"),
     ({"r": ["full", "full"]}, ValueError, "full"),
     ({"layers_pattern": "h"}, ValueError, "layers_to_transform"), ({"rank_pattern": [1]}, TypeError, "dict"),
-    ({"target_modules": "all-linear", "layers_to_transform": 1}, ValueError, "layers_to_transform"),
+    ({"target_modules": "all-linear", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot"),
+    ({"target_modules": "a|b", "layers_pattern": "h"}, ValueError, "`layers_pattern` cannot be used when"),
 ])
 def test_bad_config(change, error, word):
     with pytest.raises(error, match=word):
