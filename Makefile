@@ -14,7 +14,7 @@ gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 all := CUDAARCHS='$(or $(CUDAARCHS),all)'
 
-.PHONY: c-files help lock demo test test-latest pytest build bench docs lint format asan dist dist-again wheel-check \
+.PHONY: c-files help lock demo test test-latest pytest build bench peers docs lint format asan dist dist-again wheel-check \
     clean cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
@@ -109,6 +109,9 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
+
+peers: build    ## peft's own tests with our config in LoRA's place; slow. PEFT=a checkout, PYTEST_ARGS are obeyed
+	OMP_NUM_THREADS=1 $(py) tests/peers/run.py $(or $(PEFT),-) -n $(or $(JOBS),2) $(PYTEST_ARGS)
 
 docs: build     ## the site of guides and reference, in build/docs
 	$(py) -m sphinx -q -E -W --keep-going -n -b html -d build/docs-cache docs build/docs

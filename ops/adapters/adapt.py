@@ -18,12 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common import HALF, NOT_NEGATIVE, check_module, check_number, told, wide_dtype
+from ..common import HALF, NOT_NEGATIVE, check_module, check_number, told
 from ..grassmann.groups import param_groups
-from .adapted import Adapted, TuckerFactors, become_adapted, become_plain, is_packed
-from .config import TuckerConfig, check_patterns, close_names, init_factors, matches
+from .adapted import Adapted, become_adapted, become_plain
+from .config import TuckerConfig, check_patterns, close_names, matches
+from .factors import TuckerFactors
 from .merge import others
-from .placed import home, is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes, values_of
+from .parameters import find_parameters, full_name, is_stacked, out_of_reach
+from .placed import is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes
+from .replaced import watch
+from .start import padding_row, started
 from .state import (
     active_adapters,
     adapter_names,
@@ -41,7 +45,7 @@ from .state import (
     saved_modules,
     unwrapped,
 )
-from .targets import find_targets, input_mode, is_uninitialised, weights_of
+from .targets import find_targets, has_kind, is_uninitialised, weights_of
 
 
 def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "default") -> nn.Module:
@@ -90,34 +94,25 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     if name in adapter_names(model):
         raise ValueError(f"adapt: the model has an adapter {name!r} already; there are {adapter_names(model)}")
     refuse_merged("adapt", model)
+    targets = {key: weights_of(module) for key, module in find_targets(model, config).items()}
+    for key, shapes in find_parameters(model, config).items():
+        targets[key] = targets.get(key, {}) | shapes
+    names = [n for key, shapes in targets.items() for n in (key, *(full_name(key, p) for p in shapes))]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches(pattern, n) for n in names):
+                raise ValueError(f"adapt: {field} {pattern!r} matches none of the adapted layers"
+                                 f"{close_names([pattern], names)}")
     made = {}
-    for key, module in find_targets(model, config).items():
-        made[key] = {}
-        for parameter, shape in weights_of(module).items():
-            base = module._parameters[parameter]
-            if config.init == "svd" and is_packed(base):
-                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is packed')
-            values = values_of(module, parameter)
-            if config.init == "svd" and values.is_meta:
-                raise ValueError(f'adapt: init="svd" needs the weight of {key!r}, which is on the meta device')
-            part = new_factors(shape, config.ranks(key, shape), config.scale(key), config.dropout, base,
-                               home(module, base))
-            part.start = config.init, input_mode(module), padding_row(module)
-            init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
-            made[key][parameter] = part
+    for key, shapes in targets.items():
+        module, made[key] = model.get_submodule(key), {}
+        for parameter, shape in shapes.items():
+            names, stacked = (full_name(key, parameter), key), is_stacked(module, parameter)
+            made[key][parameter] = started("adapt", key, module, parameter, config.ranks(names, shape, stacked),
+                                           config.scale(names, stacked), config)
     attach(model, name, made, _modules_to_save(model, config, made), config.to_dict())
     _warn_of_limits(model, made)
     return given
-
-
-def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
-    """Factors beside the parameter `base`, not yet filled."""
-    return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
-
-
-def padding_row(module) -> int | None:
-    """The row of an embedding's change that stays zero."""
-    return module.padding_idx if isinstance(module, nn.Embedding) else None
 
 
 def _modules_to_save(model, config, made) -> list[nn.Module]:
@@ -137,18 +132,27 @@ def _modules_to_save(model, config, made) -> list[nn.Module]:
 def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFactors]], saved: list[nn.Module],
            config: dict) -> None:
     """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
+    put_live("adapt", model, "")  # what is to be saved may share tensors with what is live
+    watch()
     note(model, name, config)
     for key, parts in made.items():
         module = model.get_submodule(key)
-        if not isinstance(module, Adapted):
-            become_adapted(module, tuple(weights_of(module)))
-        if padding_row(module) is not None:
+        become_adapted(module, tuple(dict.fromkeys([*(weights_of(module) if has_kind(module) else ()), *parts])))
+        row = padding_row(module)
+        if row is not None and "weight" in parts and parts["weight"].factor0 is not None:
             with torch.no_grad():
-                parts["weight"].factor0[padding_row(module)] = 0
-        module.tucker[name] = nn.ModuleDict(parts).train(module.training)
+                parts["weight"].factor0[row] = 0
+        module.tucker[name] = by_parameter(parts).train(module.training)
     for module in saved:
         keep_saved(module, name)
     set_adapter(model, name)
+
+
+def by_parameter(parts: Mapping[str, TuckerFactors]) -> nn.ModuleDict:
+    """A ModuleDict whose keys may be words of its own: product-key memories call parameters `keys` and `values`."""
+    result = nn.ModuleDict()
+    result._modules.update(parts)
+    return result
 
 
 def _warn_of_limits(model, made) -> None:
@@ -191,7 +195,7 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
         check_known("set_adapter", model, name)
         check_number("set_adapter", f"which: the weight of {name!r}", weight)
     saved = saved_modules(model).values()
-    put_live(model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
+    put_live("set_adapter", model, next((n for n in chosen if any(n in m.tucker_saved for m in saved)), ""))
     for layer in layers(model).values():
         layer.tucker_active = {name: float(weight) for name, weight in chosen.items()}
         layer.tucker_unchecked = several_processes()
@@ -232,13 +236,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer in before:
             layer.tucker_enabled = False
-        put_live(model, "")
+        put_live("disabled", model, "")
         yield model
     finally:
         for layer, enabled in before.items():
             if isinstance(layer, Adapted):
                 layer.tucker_enabled = enabled
-        put_live(model, live)
+        put_live("disabled", model, live)
         if versions:
             torch._C._autograd._unsafe_set_version_counter(tuple(versions), tuple(versions.values()))
 
@@ -282,7 +286,8 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     Args:
         lr: base learning rate to write into the groups; needed with multipliers.
         lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
-            "encoder.fc.factor0", ...), then on its layer's name. The first that matches counts.
+            "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that
+            matches counts.
 
     Raises:
         ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
@@ -312,13 +317,19 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
     for key, layer in found.items():
         for name in layer.tucker_active:
-            for part in layer.tucker[name].values() if name in layer.tucker else ():
+            for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
+                own = full_name(key, parameter)
                 for local, p in part.named_parameters():
-                    groups.setdefault(multiplier(f"{key}.{local}", key), []).append(p)
+                    at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
+                    groups.setdefault(at, []).append(p)
     result = [({"params": params}, m) for m, params in groups.items()]
+    seen = set()  # of saved modules that share tensors each once
     for key, module in saved_modules(model).items():
         for group in param_groups(module) if module.tucker_live else ():
-            result.append((group, multiplier(key)))
+            group["params"] = [p for p in group["params"] if id(p) not in seen]
+            seen.update(map(id, group["params"]))
+            m = multiplier(key)
+            result += [(group, m)] if group["params"] else []
     if not result:
         raise ValueError(f"adapter_parameters: no adapter is active; there are {adapter_names(model)}")
     unused = [p for p in multipliers if p not in used]
@@ -330,6 +341,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
 
 def adapter_summary(model: nn.Module) -> str:
     """A table to print: adapted layers with shapes, ranks and trainable parameters, saved modules, the share of all.
+
+    Where a tenth of the weights or more are frozen matrices of no layer (experts in stacks), which only
+    `TuckerConfig.target_parameters` adapts, a last line says how many and names them.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -354,6 +368,12 @@ def adapter_summary(model: nn.Module) -> str:
     active = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in active_adapters(model).items()) or "none"
     merged = " (merged)" if any(layer.tucker_merged is not None for layer in found.values()) else ""
     lines.append(f"active: {active}{merged}; trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    bases = {id(layer._parameters[p]) for layer in found.values() for parts in layer.tucker.values() for p in parts}
+    share, names = out_of_reach(unwrapped(model), bases)
+    if share >= 0.1:
+        more = f" and {len(names) - 4} others" if len(names) > 4 else ""
+        lines.append(f"{share:.2%} of the weights are in parameters of no layer, which only target_parameters adapts: "
+                     f"{', '.join(names[:4])}{more}")
     return "\n".join(lines)
 
 

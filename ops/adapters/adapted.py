@@ -10,110 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common import FLOATS, WIDE
-from ..tucker.tucker import tucker_compose
+from ..common import FLOATS
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
-from .config import init_factors
+from .factors import TuckerFactors, combined
 from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
+from .weight import check_assigned, effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_saved", "tucker_live")  # not of a layer: see state.py
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-class TuckerFactors(nn.Module):
-    """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
-
-    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too. `start` is
-    how the factors do: (init, the input's mode, the row that stays zero). Calling it gives core and factors, so that
-    hooks which bring and take parameters have their turn.
-    """
-
-    start = ("lecun", 1, None)
-
-    def __init__(self, shape, ranks, scale: float, dropout: float, device, dtype):
-        super().__init__()
-        self.shape, self.scale, self.dropout = tuple(shape), float(scale), float(dropout)
-        sizes = [d if r is None else r for d, r in zip(shape, ranks, strict=True)]
-        self.core = nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype))
-        for i, (d, r) in enumerate(zip(shape, ranks, strict=True)):
-            factor = None if r is None else nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
-            self.register_parameter(f"factor{i}", factor)
-
-    def forward(self) -> tuple[Tensor, list[Tensor | None]]:
-        return self.core, self.factors
-
-    def _apply(self, fn, recurse=True):
-        """model.half() and the like move them, and leave them wide; what leaves the meta device starts anew."""
-
-        def wide(t):
-            new = fn(t)
-            return new if new.dtype in WIDE or not new.is_floating_point() else t.to(new.device)
-
-        was_meta = self.core.is_meta
-        super()._apply(wide, recurse)
-        if was_meta and not self.core.is_meta:
-            self.reset_parameters()
-        return self
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """No change, and factors as they start; "svd", which needs the base, as "lecun"."""
-        init, input_mode, zero_row = self.start
-        self.core.zero_()
-        init_factors(self.factors, "lecun" if init == "svd" else init, self.core, input_mode)
-        if zero_row is not None:
-            self.factor0[zero_row] = 0
-
-    @property
-    def ranks(self) -> list[int | None]:
-        return [None if f is None else f.shape[1] for f in self.factors]
-
-    @property
-    def factors(self) -> list[Tensor | None]:
-        return [getattr(self, f"factor{i}") for i in range(len(self.shape))]
-
-    def extra_repr(self) -> str:
-        text = f"{self.shape}, ranks={self.ranks}, scale={self.scale:g}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "")
-
-
-def combined(terms: list[tuple[float, TuckerFactors]]):
-    """A weighted sum of changes as one: (scale, core, factors, dropout).
-
-    Factors stand side by side and the cores on the diagonal of a larger one; modes that are the identity in every term
-    stay so. The inputs see one dropout mask, at the largest rate of the terms.
-    """
-    cores, lists = zip(*(_wide(*t()) for _, t in terms))
-    if len(terms) == 1:
-        weight, t = terms[0]
-        return weight * t.scale, cores[0], lists[0], t.dropout
-    modes = range(len(terms[0][1].shape))
-    shared = [all(factors[i] is None for factors in lists) for i in modes]
-    factors = [None if shared[i] else torch.cat([core.new_ones(core.shape[i]).diag() if own[i] is None else own[i]
-                                                 for core, own in zip(cores, lists)], 1) for i in modes]
-    sizes = [cores[0].shape[i] if shared[i] else factors[i].shape[1] for i in modes]
-    core, before = 0, [0] * len(sizes)
-    for (weight, t), own in zip(terms, cores):
-        pads = [0 if s else (b, size - b - r) for s, b, size, r in zip(shared, before, sizes, own.shape)]
-        pads = [n for p in reversed(pads) for n in (p or (0, 0))]
-        core = core + F.pad(weight * t.scale * own, pads)
-        before = [b + r for b, r in zip(before, own.shape)]
-    return 1.0, core, factors, max(t.dropout for _, t in terms)
-
-
-def _wide(core: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """What a mixed-precision policy of fully_shard has narrowed for a forward is computed with in float32 all the same.
-    """
-    if core.dtype in WIDE:
-        return core, factors
-    return core.float(), [None if f is None else f.float() for f in factors]
 
 
 def own(layer, name: str) -> Tensor | None:
@@ -193,7 +106,7 @@ def is_conv1d_of_transformers(module) -> bool:
 
 @contextlib.contextmanager
 def packed_as_it_is(layer):
-    """The layer's own methods see its packed weight; everyone else base + change."""
+    """The layer's own methods see its parameters as they are, packed ones say; everyone else base + change."""
     before, layer.tucker_inside = layer.tucker_inside, True
     try:
         yield
@@ -263,12 +176,40 @@ def fast_forward(module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Kept(threading.local):
+    """What this thread has composed for the layers whose forward it is in, {id(layer): (saving, {key: weight})}."""
+
+    def __init__(self):
+        self.of = {}
+
+
+_kept = _Kept()
+
+
+def _saving():
+    """Who takes what autograd saves: a checkpointed region runs again by itself, so it has to compose for itself."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextlib.contextmanager
+def _composed_once(layer):
+    """A parameter that the layer's own forward reads several times, as a loop over experts does, is composed once."""
+    if id(layer) in _kept.of:
+        yield
+        return
+    _kept.of[id(layer)] = _saving(), {}
+    try:
+        yield
+    finally:
+        del _kept.of[id(layer)]
+
+
 class Adapted:
     """Mixed into the class of an adapted layer. `tucker[name][parameter]` are its `TuckerFactors`.
 
-    Writing into `layer.weight` in place writes into a temporary while an adapter is active: write inside `disabled`.
-    What replaces a weight by one made of it (quantising, pruning) belongs before `adapt`: later it would take the
-    change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
+    While an adapter is active, `layer.weight` can be neither written into nor assigned to: write inside `disabled`.
+    What replaces a weight by one made of it (quantising, pruning, fusing) belongs before `adapt` or after a merge:
+    else it would take the change in. `model.get_parameter` meets the property; `named_parameters()` has the parameters.
     """
 
     tucker_form = "auto"  # of convolutions: "chain" or "composed" force one
@@ -296,8 +237,16 @@ class Adapted:
         fast = self.tucker_fast
         terms = self.tucker_terms("weight") if fast is not None else []
         if not terms:
-            return super().forward(*args, **kwargs)
+            if torch.compiler.is_compiling():  # equal nodes of a graph are one
+                return super().forward(*args, **kwargs)
+            with _composed_once(self):
+                return super().forward(*args, **kwargs)
         return fast(self, *combined(terms), *args, **kwargs)
+
+    def register_parameter(self, name, param):
+        if name in adapted_names(self) and not self.tucker_inside and not read_by_a_mover(3):  # past __setattr__
+            check_assigned(self, name, param)
+        super().register_parameter(name, param)
 
     def _save_to_state_dict(self, *args, **kwargs):
         with packed_as_it_is(self):
@@ -315,6 +264,15 @@ class Adapted:
         return _rebuild, (original_class(self), adapted_names(self)), self.__getstate__()
 
 
+def _kept_by(layer, name) -> tuple[dict, tuple]:
+    """Where what is composed for this read may be kept, and under which key."""
+    if torch.compiler.is_compiling() or id(layer) not in _kept.of:
+        return {}, ()
+    saving, weights = _kept.of[id(layer)]
+    key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return weights if saving == _saving() else {}, key
+
+
 def _effective(name: str) -> property:
     def read(self):
         base = own(self, name)
@@ -328,10 +286,12 @@ def _effective(name: str) -> property:
         if is_sharded(base) and all(is_sharded(t.core) for _, t in terms):
             return base  # fully_shard's storage between two forwards; in a forward the tensors are whole
         try:
-            scale, core, factors, _ = combined(terms)
-            if self.tucker_packed or base.dtype not in FLOATS:
-                base = unpacked(base)
-            return tucker_compose(core, factors, scale=scale, base=base)
+            kept, key = _kept_by(self, name)
+            if key not in kept:
+                scale, core, factors, _ = combined(terms)
+                whole = unpacked(base) if self.tucker_packed or base.dtype not in FLOATS else base
+                kept[key] = effective_weight(scale, core, factors, whole)
+            return kept[key]
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
 
@@ -344,9 +304,20 @@ def _effective(name: str) -> property:
     return property(read, write, delete, doc=f"The base `{name}` plus the change of the active adapters.")
 
 
+def _on_the_base(name: str):
+    """The layer's own method that fills its parameters, which fills those themselves, whatever adapter is active."""
+
+    def method(self, *args, **kwargs):
+        with packed_as_it_is(self):
+            return getattr(super(Adapted, self), name)(*args, **kwargs)
+
+    return method
+
+
 @functools.cache
 def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
     members = {name: _effective(name) for name in names}
+    members |= {n: _on_the_base(n) for n in ("reset_parameters", "_reset_parameters") if hasattr(cls, n)}
     members |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "tucker_original": cls, "tucker_names": names}
     return type(f"Tucker{cls.__name__}", (Adapted, cls), members)
 
@@ -365,7 +336,10 @@ def adapted_names(module) -> tuple[str, ...]:
 
 
 def become_adapted(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give a plain layer the adapted class and no adapter yet."""
+    """Give a plain layer the adapted class and no adapter yet; of an adapted one, let further parameters be adapted."""
+    if isinstance(module, Adapted):
+        module.__class__ = _adapted_class(original_class(module), tuple(dict.fromkeys(adapted_names(module) + names)))
+        return
     module.tucker_packed = any(is_packed(module._parameters[name]) for name in names)  # once: export swaps tensors
     module.tucker_fast = fast_forward(module) if "weight" in names else None
     module.tucker_forward = module.__dict__.pop("forward", None) if module.tucker_packed else None
@@ -384,5 +358,5 @@ def become_plain(module: nn.Module) -> None:
     if module.tucker_forward is not None:
         module.__dict__["forward"] = module.tucker_forward
     del module.tucker
-    for key in [k for k in module.__dict__ if k.startswith("tucker_")]:
+    for key in [k for k in module.__dict__ if k.startswith("tucker_") and k not in MODEL_NOTES]:
         del module.__dict__[key]

@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,17 @@ class TuckerConfig:
         init: of the factors; the core starts at zero. "lecun": N(0, 1/size) for the input mode, N(0, 1/rank) for the
             others. "kaiming": kaiming_normal with a = √3, as FLoRA's code does. "svd": the leading left singular
             vectors of the base weight's unfoldings, the directions that SVFit trains.
-        scaling: "constant": scale = alpha, as FLoRA's s. "lora": alpha / r. "rslora": alpha / √r. r is the smaller of
-            the two channel ranks asked for.
+        scaling: "constant", the default: scale = alpha, as FLoRA's s. "lora": alpha / r, as LoRA's lora_alpha.
+            "rslora": alpha / √r. r is the smaller of the two channel ranks asked for. An alpha of r or more without
+            a scaling warns, as it is mostly meant as LoRA's.
         dropout: probability of zeroing an entry of a layer's input on the adapter's way. It acts on linear and
             convolutional layers with torch's own forward.
         save_modules: modules to train whole and to keep with the adapter, such as a new head, in the same language.
+        target_parameters: parameters to adapt that are no layer's weight, by their own names, in the same language
+            ("experts.down_proj"): matrices, and stacks of them such as the experts of a mixture, (experts, out, in) or
+            (experts, in, out). Experts share the two channel factors and have a core each; `rank` is that of the last
+            two dimensions, or one for every dimension. Patterns and ranks go by the parameter's name or its module's.
+            With it `target_modules` may be empty.
 
     Raises:
         ValueError, TypeError: a value is out of range or of a wrong kind.
@@ -61,11 +68,12 @@ class TuckerConfig:
     target_modules: str | Sequence[str] = WORDS
     rank_pattern: Mapping[str, int | Sequence[int]] = dataclasses.field(default_factory=dict)
     init: str = "lecun"
-    scaling: str = "constant"
+    scaling: str | None = None
     dropout: float = 0.0
     save_modules: str | Sequence[str] = ()
     exclude_modules: str | Sequence[str] = ()
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    target_parameters: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.rank = _rank("rank", self.rank)
@@ -82,13 +90,14 @@ class TuckerConfig:
             if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
                 raise ValueError(f"TuckerConfig: {key} must be a finite number, got {alpha!r}")
         self.alpha = None if self.alpha is None else float(self.alpha)
+        self.scaling = default_scaling(self.scaling, self.alpha, self.rank)
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
-        for key in ("target_modules", "exclude_modules", "save_modules"):
+        for key in ("target_modules", "exclude_modules", "save_modules", "target_parameters"):
             value = getattr(self, key)
             value = names_of("TuckerConfig", key, value)
             setattr(self, key, value)
             check_patterns("TuckerConfig", key, value)
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("TuckerConfig: target_modules is empty")
         for key, known in (("init", INITS), ("scaling", SCALINGS)):
             check_word("TuckerConfig", key, getattr(self, key), known)
@@ -96,25 +105,31 @@ class TuckerConfig:
             raise ValueError(f"TuckerConfig: dropout must be in [0, 1), got {self.dropout!r}")
         self.dropout = float(self.dropout)
 
-    def ranks(self, name: str, shape: Sequence[int]) -> list[int | None]:
-        """Rank of every mode of the weight of module `name`; None where the mode has no factor."""
+    def ranks(self, name: str | Sequence[str], shape: Sequence[int], stacked: bool = False) -> list[int | None]:
+        """Rank of every mode of the weight of module `name`, or one of several names; None where there is no factor.
+
+        stacked: the weight is a stack of matrices rather than a convolution's: channels come last.
+        """
         rank = _first(self.rank_pattern, name, self.rank)
         kernels = len(shape) - 2
         ranks = [rank, rank] if isinstance(rank, int) else list(rank)
-        if len(ranks) == 2 and kernels > 0:
+        if stacked and len(ranks) == 2 and kernels == 1:
+            ranks.insert(0, "full")
+        elif not stacked and len(ranks) == 2 and kernels > 0:
             kernel = self.kernel_rank
             ranks += [kernel] * kernels if isinstance(kernel, (int, str)) else list(kernel)
         if len(ranks) != len(shape):
+            name = name if isinstance(name, str) else name[0] if stacked else name[-1]
             raise ValueError(f"adapt: {name!r} has a weight of {len(shape)} dimensions {tuple(shape)}, but "
                              f"{len(ranks)} ranks are given: rank={rank}, kernel_rank={self.kernel_rank}")
         return [None if r == "full" else min(r, d) for r, d in zip(ranks, shape, strict=True)]
 
-    def scale(self, name: str) -> float:
-        """Factor of the change of module `name`."""
+    def scale(self, name: str | Sequence[str], stacked: bool = False) -> float:
+        """Factor of the change of module `name`, or one of several names."""
         alpha, rank = _first(self.alpha_pattern, name, self.alpha), _first(self.rank_pattern, name, self.rank)
         if alpha is None:
             return 1.0
-        r = rank if isinstance(rank, int) else min(rank[:2])
+        r = rank if isinstance(rank, int) else min(rank[-2:] if stacked else rank[:2])
         return float(alpha) / {"constant": 1, "lora": r, "rslora": math.sqrt(r)}[self.scaling]
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +138,15 @@ class TuckerConfig:
 
 def _is_number(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def default_scaling(scaling: str | None, alpha: float | None, rank) -> str:
+    """The scaling asked for, or "constant"; warns in the voice of a config's __post_init__."""
+    r = min(rank[:2]) if isinstance(rank, (list, tuple)) else rank
+    if scaling is None and alpha is not None and alpha >= r > 1:
+        warnings.warn(f"TuckerConfig: alpha={alpha:g} is the scale itself; LoRA's alpha / rank, {alpha / r:g} here, is "
+                      'scaling="lora". Give scaling="constant" where the first is meant', stacklevel=4)
+    return "constant" if scaling is None else scaling
 
 
 def _rank(key, rank):
@@ -138,8 +162,9 @@ def _rank(key, rank):
     return tuple(int(r) for r in rank) if several else int(rank)
 
 
-def _first(patterns: Mapping, name: str, otherwise):
-    return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)
+def _first(patterns: Mapping, name: str | Sequence[str], otherwise):
+    names = [name] if isinstance(name, str) else name
+    return next((value for pattern, value in patterns.items() if any(matches(pattern, n) for n in names)), otherwise)
 
 
 def names_of(function: str, key: str, value: str | Iterable[str] | None) -> tuple[str, ...]:

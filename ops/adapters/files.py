@@ -2,27 +2,35 @@
 
     <layer>.<parameter>.core, <layer>.<parameter>.factor0, ...      the adapter
     <module>.<key of its state_dict>                                modules saved whole
-    metadata: format, version, config (JSON: the TuckerConfig, the adapted layers, the saved modules)
+    metadata: format, version, config (JSON: the TuckerConfig, the adapted layers, the saved modules; which tensors are
+    another's, being tied; a few values of the weights that are adapted)
 """
 from __future__ import annotations
 
 import json
 import math
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ..common import check_module
 from ..files import check_path, write_whole
-from .adapt import attach, delete_adapter, new_factors, set_adapter
+from .adapt import attach, delete_adapter, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
+from .fingerprint import differs, fingerprint
+from .merge import others
+from .names import canonical, places
+from .parameters import full_name, parameter_refusal, shape_of
 from .placed import home, offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
+from .start import new_factors
 from .state import (
     adapter_names,
     check_known,
     check_new_name,
+    check_shapes,
     fill,
     known_layers,
     layers,
@@ -32,7 +40,7 @@ from .state import (
     saved_tensors,
     unwrapped,
 )
-from .targets import owners_of, refusal, weights_of
+from .targets import owners_of
 
 FORMAT, VERSION = "torch_subspace.tucker", 1
 
@@ -58,20 +66,33 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     found = known_layers("save_adapter", model)
     check_known("save_adapter", model, name)
     check_path("save_adapter", path)
-    tensors, described, places = {}, {}, {}
-    for key, layer in found.items():
+    check_shapes("save_adapter", found)
+    tensors, described, bases, live_at = {}, {}, {}, {}
+    for place, layer in found.items():
+        key = canonical(place)
         for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
             described.setdefault(key, {})[parameter] = {"shape": part.shape, "ranks": part.ranks, "scale": part.scale,
                                                         "dropout": part.dropout}
             tensors |= {f"{key}.{parameter}.{n}": p for n, p in part.named_parameters()}
-            places |= {f"{key}.{parameter}.{n}": f"{key}.tucker.{name}.{parameter}.{n}" for n in part._parameters}
-    saved = saved_tensors(model, name)
-    for key, state in saved.items():
-        tensors |= {f"{key}.{n}": t for n, t in state.items()}
-    config = {"config": noted_config(model, name), "layers": described, "saved": {k: list(s) for k, s in saved.items()}}
+            live_at |= {f"{key}.{parameter}.{n}": full_name(place, f"tucker.{name}.{parameter}.{n}")
+                        for n in part._parameters}
+            bases.setdefault(key, {})[parameter] = fingerprint(layer, parameter)
+    saved, seen, tied = {}, {}, {}
+    for place, state in saved_tensors(model, name).items():
+        live = unwrapped(model).get_submodule(place).state_dict(keep_vars=True)
+        key = canonical(place)
+        saved[key] = list(state)
+        for n, t in state.items():
+            first = seen.setdefault(id(live[n]), f"{key}.{n}")
+            live_at[f"{key}.{n}"] = f"{place}.{n}"
+            if first == f"{key}.{n}":
+                tensors[first] = t
+            else:
+                tied[f"{key}.{n}"] = first
+    config = {"config": noted_config(model, name), "layers": described, "saved": saved, "tied": tied, "base": bases}
     metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
     mine = writes(tensors.values())
-    tensors = {key: whole("save_adapter", unwrapped(model), places.get(key, key), t) for key, t in tensors.items()}
+    tensors = {key: whole("save_adapter", unwrapped(model), live_at[key], t) for key, t in tensors.items()}
     if mine:
         write_whole(path, tensors, metadata)
 
@@ -81,7 +102,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
 
     The model may be plain: ranks, scales and layers are in the file. Where the model has an adapter of this name with
     the same layers, ranks and scales, its tensors are filled in place: a compiled model needn't be compiled again.
-    Otherwise the old one is replaced.
+    Otherwise the old one is replaced. Names in the file may have a prefix more or fewer than the model's, if all fit
+    so: it may have been saved from a wrapper, or from the whole of which this is a part.
+
+    Warns when the weights that are adapted are not those that the file was saved with; of the same weights in another
+    precision it doesn't.
 
     Returns:
         model
@@ -106,11 +131,23 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     check_new_name("load_adapter", name)
     settle("load_adapter", model)
     refuse_merged("load_adapter", model)
-    tensors, about = read_adapter(path)
+    put_adapter(model, name, *read_adapter(path), f"load_adapter: {os.fspath(path)!r}")
+    return given
+
+
+def put_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor], about: dict, what: str) -> None:
+    """Put what `read_adapter` gives on a model; `what` begins the error message."""
+    at, hint = places([*about["layers"], *about["saved"]], [n for n, _ in model.named_modules()])
+    tensors, about = _renamed(tensors, about, at)
     problems = _problems(model, name, tensors, about)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"load_adapter: {os.fspath(path)!r} does not fit the model: {problems[0]}{more}")
+        raise ValueError(f"{what} does not fit the model: {problems[0]}{more}{hint}")
+    others_base = [key for key, parts in about.get("base", {}).items() for parameter, noted in parts.items()
+                   if differs(noted, fingerprint(model.get_submodule(key), parameter))]
+    if others_base:
+        where = f"{others_base[0]!r}{others(others_base)}"
+        warnings.warn(f"{what} was saved with another base model: {where} had other weights than here", stacklevel=3)
     made = {}
     for key, parts in about["layers"].items():
         module, made[key] = model.get_submodule(key), {}
@@ -125,14 +162,28 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
             made[key][parameter] = part
     saved = [model.get_submodule(key) for key in about["saved"]]
     if not _filled(model, name, made, saved):
-        refuse_fully_sharded("load_adapter", model, "load before fully_shard, or into an adapter of the same ranks")
-        refuse_blocks("load_adapter", model)
+        function = what.partition(":")[0]
+        refuse_fully_sharded(function, model, "load before fully_shard, or into an adapter of the same ranks")
+        refuse_blocks(function, model)
         if name in adapter_names(model):
             delete_adapter(model, name)
         attach(model, name, made, saved, about["config"])
     for key, keys in about["saved"].items():
         fill(model.get_submodule(key), {k: tensors[f"{key}.{k}"] for k in keys})
-    return given
+
+
+def _renamed(tensors, about, at) -> tuple[dict[str, Tensor], dict]:
+    """The same by the model's names, {the file's: the model's}."""
+    if all(key == n for key, n in at.items()):
+        return tensors, about
+    new = {}
+    for key in [*about["layers"], *about["saved"]]:
+        starts = [f"{key}.{n}" for n in about["layers"].get(key, about["saved"].get(key))]
+        for k, t in tensors.items():
+            if any(k == s or k.startswith(s + ".") for s in starts):
+                new[at.get(key, key) + k.removeprefix(key)] = t
+    return new, about | {kind: {at.get(key, key): value for key, value in about.get(kind, {}).items()}
+                         for kind in ("layers", "saved", "base")}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]:
@@ -160,10 +211,13 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]
         named = {f"{key}.{parameter}.{n}" for key, parts in about["layers"].items() for parameter, d in parts.items()
                  for n in ["core", *(f"factor{i}" for i, r in enumerate(d["ranks"]) if r is not None)]}
         named |= {f"{key}.{n}" for key, names in about["saved"].items() for n in names}
+        _check_notes(about)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         if str(error).startswith("load_adapter"):
             raise
         raise ValueError(f"load_adapter: {path!r} is truncated or not a safetensors file of ours: {error!r}") from error
+    tied = {k: first for k, first in about.get("tied", {}).items() if k in named and first in tensors}
+    tensors |= {k: tensors[first] for k, first in tied.items()}
     if named != set(tensors):
         odd = sorted(named ^ set(tensors))
         raise ValueError(f"load_adapter: {path!r} contradicts itself: {odd[0]!r} is " + (
@@ -182,6 +236,19 @@ def _check_description(d) -> None:
         raise ValueError(f"shape {d['shape']!r} of ranks {d['ranks']!r}")
 
 
+def _check_notes(about) -> None:
+    """Of what is tied and of the base, which files of before don't have."""
+    if not all(isinstance(k, str) and isinstance(first, str) for k, first in about.get("tied", {}).items()):
+        raise ValueError(f"tied {about['tied']!r}")
+    for key, parts in about.get("base", {}).items():
+        for parameter, noted in parts.items():
+            if parameter not in about["layers"][key]:
+                raise ValueError(f"base of {key}.{parameter}")
+            if noted is not None and not (hasattr(torch, noted["dtype"])
+                                          and all(isinstance(v, (int, float)) for v in noted["values"])):
+                raise ValueError(f"base {noted!r}")
+
+
 def _problems(model, name, tensors, about) -> list[str]:
     """Why the file doesn't fit the model, layer by layer."""
     owners, modules, found = owners_of(model), dict(model.named_modules()), []
@@ -189,14 +256,14 @@ def _problems(model, name, tensors, about) -> list[str]:
         module = modules.get(key)
         if module is None:
             found.append(f"the model has no layer {key!r}")
-        elif why := refusal(key, module, owners):
-            found.append(why)
+        elif whys := [why for p in parts if (why := parameter_refusal(key, module, p, owners))]:
+            found += dict.fromkeys(whys)
         elif set(module.__dict__.get("tucker_saved", ())) - {"", name}:
             found.append(f"{key!r} is trained whole by another adapter")
         else:
-            shapes = weights_of(module)
             for parameter, d in parts.items():
-                has = tuple(shapes[parameter]) if parameter in shapes else None
+                has = shape_of(module, parameter)
+                has = None if has is None else tuple(has)
                 if has != tuple(d["shape"]):
                     found.append(f"{key}.{parameter} is {tuple(d['shape'])} in the file and {has} in the model")
                 core = tuple(s if r is None else r for s, r in zip(d["shape"], d["ranks"]))

@@ -1,18 +1,19 @@
-"""Ordinary LoRA checkpoints (adapter_model.safetensors and adapter_config.json) as Tucker adapters, and back.
+"""Ordinary LoRA checkpoints (adapter_model.safetensors and adapter_config.json) as Tucker adapters.
 
 A LoRA of a linear layer, ΔW = s B A, is the Tucker form with core G = I, U = B and V = A. A convolution's, where A has
-the kernel and B is 1 x 1, has core A and one factor, B, on the output mode. The other way, U G V has B = U G and A = V.
-Scales carry over as alpha / r. peft itself is imported only when a model is wrapped by it.
+the kernel and B is 1 x 1, has core A and one factor, B, on the output mode. Scales carry over as
+alpha / r. The other way is in lora_export.py. peft itself is imported only when a model is wrapped by it.
 """
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import json
 import math
 import os
 import re
-import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common import check_flag, check_module, told
-from ..files import check_path
-from ..tucker.tucker import tucker_compose
-from .adapted import CONVS, is_conv1d_of_transformers
+from .adapted import CONVS, is_conv1d_of_transformers, is_packed
 from .config import TuckerConfig
-from .files import FORMAT, VERSION, load_adapter
-from .placed import check_at_hand, refuse_fully_sharded, settle
-from .state import adapter_names, layers, refuse_merged, saved_tensors, unwrapped
+from .files import put_adapter
+from .names import places
+from .placed import settle
+from .state import check_new_name, refuse_merged, unwrapped
 from .targets import has_kind, weights_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,6 +40,10 @@ Source = str | os.PathLike[str] | tuple[Mapping[str, Tensor], Mapping[str, Any] 
 
 def import_lora(model: nn.Module, source: Source, name: str = "default", *, standalone: bool = False) -> nn.Module:
     """Put a LoRA checkpoint on a model as a Tucker adapter with the same change, ready to be trained on.
+
+    Where the checkpoint has base weights too, as peft adds them for embeddings and heads that are adapted or resized,
+    and they aren't the model's: a layer with a LoRA takes them over, any other becomes a saved module. A model of
+    transformers with another vocabulary is resized to the checkpoint's.
 
     Args:
         model: a plain model, or a `PeftModel` with Tucker adapters, which gets one more.
@@ -75,17 +79,23 @@ def import_lora(model: nn.Module, source: Source, name: str = "default", *, stan
     tensors, config = _read(source)
     pairs, rest = _pairs(tensors)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else unwrapped(model)
-    modules = {n.replace(".base_layer", ""): m.base_layer if hasattr(m, "tucker_parts") else m
-               for n, m in inner.named_modules() if not n.endswith(".base_layer")}
-    made = {key: _to_tucker(key, modules.get(key), *pair) for key, pair in pairs.items()}
-    scales = {key: _scale(config, key, pair[0].shape[0]) for key, pair in pairs.items()}
-    saved = _saved(rest, config, modules)
-    if standalone:
-        if hasattr(model, "get_base_model"):
-            raise ValueError("import_lora: standalone=True needs the plain model, this one is peft's")
-        return _put_on(model, name, made, scales, saved, config)
-    asked = {key: [len(a), "full"] if a.dim() > 2 else len(a) for key, (a, _) in pairs.items()}
-    return _wrap(model, name, made, asked, saved, config, modules)
+    if standalone and hasattr(model, "get_base_model"):
+        raise ValueError("import_lora: standalone=True needs the plain model, this one is peft's")
+    with _vocabulary(inner, rest), contextlib.ExitStack() as written:
+        modules = {n.replace(".base_layer", ""): m.base_layer if hasattr(m, "tucker_parts") else m
+                   for n, m in inner.named_modules() if not n.endswith(".base_layer")}
+        at, hint = places([*pairs, *(key.rpartition(".")[0] for key in rest)], modules)
+        made = {at.get(key, key): _to_tucker(key, modules.get(at.get(key)), hint, *pair) for key, pair in pairs.items()}
+        saved, bases = _saved(rest, config, modules, made, at)
+        written.enter_context(_written(bases))
+        alphas = {at[key]: _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)) for key in pairs}
+        if standalone:
+            root = {at[key]: math.sqrt(len(a)) if config.get("use_rslora") else len(a) for key, (a, _) in pairs.items()}
+            model = _put_on(model, name, made, {key: alpha / root[key] for key, alpha in alphas.items()}, saved, config)
+        else:
+            asked = {at[key]: [len(a), "full"] if a.dim() > 2 else len(a) for key, (a, _) in pairs.items()}
+            model = _wrap(model, name, made, asked, alphas, saved, config, modules)
+    return model
 
 
 def _read(source) -> tuple[dict[str, Tensor], dict]:
@@ -125,10 +135,13 @@ def _pairs(tensors) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]
     """{layer: (A, B)} and what belongs to no LoRA layer."""
     found, rest = {}, {}
     for key, tensor in tensors.items():
-        key = key.removeprefix(PREFIX).replace("_orig_mod.", "")
+        key = key.removeprefix(PREFIX).replace("_orig_mod.", "").replace(".base_layer.", ".")
+        if ".original_module." in key:  # of a saved module, which is there too
+            continue
+        key = key.replace(".modules_to_save.", ".")
         match = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight)?", key)
         if match:
-            found.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor
+            found.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in key:
             raise ValueError(f"import_lora: only ordinary LoRA, the checkpoint has {key!r}")
         else:
@@ -140,11 +153,55 @@ def _pairs(tensors) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]
     return {key: (pair["A"], pair["B"]) for key, pair in found.items()}, rest
 
 
-def _to_tucker(key, module, a: Tensor, b: Tensor) -> tuple[str, torch.Size, list[int | None], dict[str, Tensor]]:
+@contextlib.contextmanager
+def _vocabulary(model, rest) -> Iterator[None]:
+    """A model of transformers with as many rows as the checkpoint's embeddings have; as it was, if that is no use."""
+    before, n = None, None
+    if hasattr(model, "resize_token_embeddings"):
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            name = next((n for n, m in model.named_modules() if m is embedding), None)
+            tensor = next((t for k, t in rest.items() if name and _is_end(k.removesuffix(".weight"), name)), None)
+            weight = getattr(embedding, "weight", None)
+            if tensor is not None and weight is not None and tensor.dim() == 2 and len(tensor) != len(weight):
+                before, n = len(weight), len(tensor)
+    if n is not None:
+        fast = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
+        resize = functools.partial(model.resize_token_embeddings, **({"mean_resizing": False} if fast else {}))
+        resize(n)
+    try:
+        yield
+    except BaseException:
+        if n is not None:
+            resize(before)
+        raise
+
+
+@contextlib.contextmanager
+def _written(bases) -> Iterator[None]:
+    """The weights with what the checkpoint has in them; as they were, if that is no use."""
+    before = [weight.detach().clone() for weight, _ in bases]
+    try:
+        with torch.no_grad():
+            for weight, tensor in bases:
+                weight.copy_(tensor)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for (weight, _), old in zip(bases, before):
+                weight.copy_(old)
+        raise
+
+
+def _is_end(a: str, b: str) -> bool:
+    """Is one the last parts of the other?"""
+    return ("." + a).endswith("." + b) or ("." + b).endswith("." + a)
+
+
+def _to_tucker(key, module, hint, a: Tensor, b: Tensor) -> tuple[str, torch.Size, list[int | None], dict[str, Tensor]]:
     """(parameter, its shape, ranks, tensors by name) of one layer, without the scale."""
     if module is None or not has_kind(module):
         what = "there is no such layer" if module is None else f"it is a {type(module).__name__}"
-        raise ValueError(f"import_lora: {key!r} can't take a LoRA: {what} in the model")
+        raise ValueError(f"import_lora: {key!r} can't take a LoRA: {what} in the model{hint}")
     (parameter, shape), *more = weights_of(module).items()
     groups, a, b, r = getattr(module, "groups", 1), a.float(), b.float(), a.shape[0]
     if more or groups > 1 or (len(shape) > 2 and not isinstance(module, CONVS)):
@@ -174,31 +231,47 @@ def _pattern(patterns: Mapping | None, key: str, otherwise):
     return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", key)), otherwise)
 
 
-def _scale(config, key, r) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+def _saved(rest, config, modules, made, at) -> tuple[dict[str, dict[str, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The modules that the checkpoint keeps whole, and [(weight, what the checkpoint has)] of layers with a LoRA.
 
-
-def _saved(rest, config, modules) -> dict[str, dict[str, Tensor]]:
-    """The modules that the checkpoint keeps whole."""
-    saved = {}
+    peft adds the weights of embeddings and heads that are adapted or resized. Those that the model has already are
+    left out; the others make saved modules where there is no LoRA.
+    """
+    saved, bases = {}, []
     for key, tensor in rest.items():
-        at = next((n for n in modules if n and key.startswith(n + ".") and any(
-            n == m or n.endswith("." + m) for m in config.get("modules_to_save") or ())), None)
-        if at is None:
-            raise ValueError(f"import_lora: the checkpoint has {key!r}, which belongs to no LoRA and no saved module")
-        saved.setdefault(at, {})[key[len(at) + 1:]] = tensor
+        owner, _, leaf = key.rpartition(".")
+        n = at.get(owner, owner)
+        module, kept = modules.get(n), next((m for m in modules if m and f"{n}.".startswith(m + ".") and any(
+            m == asked or m.endswith("." + asked) for asked in config.get("modules_to_save") or ())), None)
+        if kept is not None:
+            saved.setdefault(kept, {})[f"{n}.{leaf}"[len(kept) + 1:]] = tensor
+            continue
+        weight = None if module is None else module._parameters.get(leaf)
+        if weight is None or is_packed(weight):
+            what = "is packed in the model" if weight is not None else "belongs to no LoRA and no saved module"
+            raise ValueError(f"import_lora: the checkpoint has {key!r}, which {what}")
+        if weight.shape != tensor.shape:
+            has, got = tuple(weight.shape), tuple(tensor.shape)
+            raise ValueError(f"import_lora: {key!r} is {has} in the model, {got} in the checkpoint")
+        eps = max(torch.finfo(t.dtype).eps for t in (weight, tensor))
+        if torch.allclose(weight.detach().float().cpu(), tensor.float().cpu(), rtol=eps, atol=0):
+            continue
+        if n in made:
+            bases.append((weight, tensor))
+        else:
+            saved[n] = {k: t.detach() for k, t in module.state_dict().items()} | saved.get(n, {}) | {leaf: tensor}
     for key, state in saved.items():
         has, got = ({n: tuple(t.shape) for n, t in d.items()} for d in (modules[key].state_dict(), state))
         if has != got:
             raise ValueError(f"import_lora: saved module {key!r} is {has} in the model, {got} in the checkpoint")
-    return saved
+    return saved, bases
 
 
 def _put_on(model, name, made, scales, saved, config) -> nn.Module:
-    """By way of a file of ours, which `load_adapter` checks against the model."""
-    from safetensors.torch import save_file
-
+    """As a file of ours with this adapter would be."""
+    check_new_name("import_lora", name)
+    settle("import_lora", unwrapped(model))
+    refuse_merged("import_lora", model)
     dropout = float(config.get("lora_dropout") or 0)
     described = {key: {parameter: {"shape": shape, "ranks": ranks, "scale": scales[key], "dropout": dropout}}
                  for key, (parameter, shape, ranks, _) in made.items()}
@@ -208,26 +281,25 @@ def _put_on(model, name, made, scales, saved, config) -> nn.Module:
                         scaling="rslora" if config.get("use_rslora") else "lora", target_modules=tuple(made),
                         save_modules=tuple(saved)).to_dict()
     about = {"config": note, "layers": described, "saved": {key: list(state) for key, state in saved.items()}}
-    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(about)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "lora.safetensors")
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
-        return load_adapter(model, path, name)
+    put_adapter(unwrapped(model), name, tensors, about, "import_lora: the checkpoint")
+    return model
 
 
-def _wrap(model, name, made, asked, saved, config, modules) -> nn.Module:
+def _wrap(model, name, made, asked, alphas, saved, config, modules) -> nn.Module:
     """By way of peft: a config that gives just these ranks, then the tensors."""
     import peft
 
     from ..peft import TuckerConfig as PeftTuckerConfig
 
-    r = int(config.get("r", 8))
+    r, alpha = int(config.get("r", 8)), config.get("lora_alpha", 8)
     ranks = {"^" + re.escape(key): rank for key, rank in asked.items() if rank != r}
-    same = {k: config.get(k) for k in ("alpha_pattern", "task_type", "revision", "base_model_name_or_path")}
+    same = {k: config.get(k) for k in ("task_type", "revision", "base_model_name_or_path")}
+    whole = [*(config.get("modules_to_save") or ()), *saved]
     tucker = PeftTuckerConfig(
-        r=r, alpha=config.get("lora_alpha", 8), scaling="rslora" if config.get("use_rslora") else "lora",
-        dropout=float(config.get("lora_dropout") or 0), target_modules=_targets(made, modules), rank_pattern=ranks,
-        modules_to_save=config.get("modules_to_save"), **same)
+        r=r, alpha=alpha, scaling="rslora" if config.get("use_rslora") else "lora",
+        dropout=float(config.get("lora_dropout") or 0), target_modules=targets_of(made, modules), rank_pattern=ranks,
+        alpha_pattern={"^" + re.escape(key): a for key, a in alphas.items() if a != alpha},
+        modules_to_save=list(dict.fromkeys(whole)) or None, **same)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, tucker)
     else:
@@ -240,125 +312,8 @@ def _wrap(model, name, made, asked, saved, config, modules) -> nn.Module:
     return model
 
 
-def _targets(names, modules) -> list[str] | str:
+def targets_of(names, modules) -> list[str] | str:
     """target_modules that mean these layers and no other: the names, or where one is the end of another a pattern."""
     if any(n not in names and n.endswith(tuple("." + key for key in names)) for n in modules):
         return "|".join(re.escape(key) for key in names)
     return sorted(names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Write a Tucker adapter as a LoRA checkpoint of peft with the same change: B = U G, A = V, alpha = scale · r.
-
-    Args:
-        model: one that `torch_subspace.adapt` or peft with the method `tucker` has adapted.
-        path: the folder to write; made if it isn't there.
-        name: of the adapter.
-
-    Raises:
-        ValueError: there is no such adapter, or peft's LoRA can't say the same: transposed, grouped and dilated
-            convolutions, padding modes other than zeros, attention's joint projections. Nothing is written then.
-
-    Example:
-        >>> import os, tempfile
-        >>> from torch_subspace.peft import export_lora
-        >>> path = tempfile.mkdtemp()
-        >>> export_lora(ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2)), path)
-        >>> sorted(os.listdir(path))
-        ['adapter_config.json', 'adapter_model.safetensors']
-    """
-    from safetensors.torch import save_file
-
-    check_module("export_lora", model)
-    check_path("export_lora", path)
-    if not isinstance(name, str):
-        raise ValueError(f"export_lora: name must be that of an adapter, got {name!r}")
-    settle("export_lora", model)
-    refuse_fully_sharded("export_lora", model, "save the adapter, load it into a plain model, and export that")
-    found, saved = _parts(model, name)
-    check_at_hand("export_lora", ((key, p) for key, (_, _, part) in found.items() for p in part.parameters()))
-    tensors, ranks, alphas = {}, {}, {}
-    for key, (module, scale, part) in found.items():
-        a, b = _from_tucker(key, module, part)
-        ranks[key], alphas[key] = len(a), _alpha(scale, len(a))
-        form = "lora_embedding_{}" if isinstance(module, nn.Embedding) else "lora_{}.weight"
-        tensors |= {f"{PREFIX}{key}.{form.format(n)}": t for n, t in (("A", a), ("B", b))}
-    tensors |= {f"{PREFIX}{key}.{n}": t for key, state in saved.items() for n, t in state.items()}
-    names = [n.removeprefix(PREFIX) for n, m in unwrapped(model).named_modules()]
-    (r, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
-    config = {
-        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none", "inference_mode": True,
-        "lora_dropout": max(part.dropout for _, _, part in found.values()),
-        "fan_in_fan_out": any(is_conv1d_of_transformers(module) for module, _, _ in found.values()),
-        "rank_pattern": {"^" + re.escape(k): n for k, n in ranks.items() if n != r},
-        "alpha_pattern": {"^" + re.escape(k): n for k, n in alphas.items() if n != alpha},
-        "target_modules": _targets(found, names), "modules_to_save": list(saved) or None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-    }
-    task = getattr(getattr(model, "peft_config", {}).get(name), "task_type", None)
-    config["task_type"] = getattr(task, "value", task)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    save_file(tensors, folder / (WEIGHTS + ".part"), {"format": "pt"})
-    os.replace(folder / (WEIGHTS + ".part"), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def _parts(model, name):
-    """{layer: (module, scale, factors)} and the tensors of saved modules, of peft's adapter or of ours."""
-    peft_layers = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if hasattr(m, "tucker_parts")}
-    if peft_layers:
-        found = {n: (m.base_layer, m.scaling[name], m.tucker_parts[name]) for n, m in peft_layers.items()
-                 if name in m.tucker_parts}
-        saved = {n.removeprefix(PREFIX): m.modules_to_save[name].state_dict() for n, m in model.named_modules()
-                 if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict) and name in m.modules_to_save}
-        known = sorted({a for m in peft_layers.values() for a in m.tucker_parts})
-    else:
-        refuse_merged("export_lora", model)
-        found, known = {}, adapter_names(model)
-        for n, m in layers(model).items():
-            parts = dict(m.tucker[name].items()) if name in m.tucker else {}
-            if parts and set(parts) != {"weight"}:
-                raise ValueError(f"export_lora: {n!r} has joint projections, which a LoRA of peft can't adapt alone")
-            if parts:
-                found[n] = (m, parts["weight"].scale, parts["weight"])
-        saved = saved_tensors(model, name)
-    if not found:
-        raise ValueError(f"export_lora: no adapter {name!r}; there are {known}")
-    return found, saved
-
-
-@torch.no_grad()
-def _from_tucker(key, module, part) -> tuple[Tensor, Tensor]:
-    """A and B of one layer."""
-    core, factors = part.core, part.factors
-    if len(factors) == 2:
-        u, v = factors
-        if isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module):  # their weights are (in, out)
-            (v, u), core = factors, core.mT
-        if core.shape[1] <= core.shape[0]:  # the core goes to the side that leaves the smaller rank
-            u = (u.double() @ core.double()).to(core.dtype)
-        else:
-            v = (v.double() @ core.mT.double()).to(core.dtype)
-        return v.mT, u
-    odd = [f"{n}={getattr(module, n)!r}" for n, plain in (("groups", 1), ("padding_mode", "zeros"), ("dilation", None))
-           if (set(getattr(module, n)) != {1} if plain is None else getattr(module, n) != plain)]
-    if odd or not isinstance(module, CONVS):
-        what = " with ".join([type(module).__name__, *odd[:1]])
-        raise ValueError(f"export_lora: {key!r} is a {what}, for which peft's LoRA computes something else")
-    u = torch.eye(len(core), dtype=core.dtype, device=core.device) if factors[0] is None else factors[0]
-    return tucker_compose(core, [None, *factors[1:]]), u.reshape(*u.shape, *[1] * (len(factors) - 2))
-
-
-def _alpha(scale: float, r: int) -> float:
-    """The alpha for which alpha / r is the scale, to the bit where there is one."""
-    alpha = scale * r
-    near = [alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)]
-    alpha = next((a for a in near if a / r == scale), alpha)
-    return int(alpha) if alpha == int(alpha) else alpha

@@ -8,9 +8,11 @@ from torch import nn
 
 from ..common import FLOATS, HALF
 from ..tucker.tucker import tucker_compose
-from .adapted import adapted_names, become_plain, combined
+from .adapted import adapted_names, become_plain
+from .factors import combined
 from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
-from .state import drop_saved, forget, known_layers, refuse_merged
+from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
+from .weight import compose_waiting
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
 
@@ -25,8 +27,8 @@ def merge(model: nn.Module) -> nn.Module:
     Warns when a half-precision weight swallows more than a tenth of its change.
 
     Raises:
-        ValueError: nothing to merge, merged already, or a weight is packed (quantised) or offloaded. Nothing is changed
-            then.
+        ValueError: nothing to merge, merged already, a change that is not finite, or a weight that is packed
+            (quantised), offloaded or was resized after `adapt`. Nothing is changed then.
 
     Example:
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
@@ -42,6 +44,8 @@ def merge(model: nn.Module) -> nn.Module:
     refuse_merged("merge", model)
     if not found:
         raise ValueError("merge: no adapter is active")
+    check_shapes("merge", found)
+    compose_waiting()
     packed = [key for key, layer in found.items() if layer.tucker_packed or
               any(layer._parameters[p].dtype not in FLOATS for p in _active_parameters(layer))]
     if packed:
@@ -52,7 +56,7 @@ def merge(model: nn.Module) -> nn.Module:
         for key, layer in found.items():
             done[layer] = {p: layer._parameters[p].detach().clone() for p in _active_parameters(layer)}
             for p in done[layer]:
-                part = _merge_weight(layer, p)
+                part = _merge_weight(key, layer, p)
                 if part > LOST:
                     lost[key] = part
     except BaseException:
@@ -68,6 +72,18 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def stays_finite(before, after) -> bool:
+    """Are the entries finite that were so before?"""
+    finite = torch.isfinite(after)
+    return bool(finite.all()) or not bool((torch.isfinite(before) & ~finite).any())
+
+
+def lost_in_rounding(before, after, change) -> float:
+    """The part of a change that is not in `after`."""
+    size = torch.linalg.vector_norm(change)
+    return float(torch.linalg.vector_norm(after.float() - before.float() - change) / size) if size > 0 else 0.0
+
+
 def others(names) -> str:
     """What to add to the name of the first."""
     return f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -78,7 +94,7 @@ def _active_parameters(layer) -> list[str]:
             if any(name in layer.tucker and p in layer.tucker[name] for name in layer.tucker_active)]
 
 
-def _merge_weight(layer, parameter) -> float:
+def _merge_weight(key, layer, parameter) -> float:
     """Add the change in place; returns the part of it that rounding has lost."""
     base = layer._parameters[parameter]
     enabled, layer.tucker_enabled = layer.tucker_enabled, True
@@ -87,12 +103,10 @@ def _merge_weight(layer, parameter) -> float:
     scale, core, factors, _ = combined(terms)
     before = like(base, core)
     after = tucker_compose(core, factors, scale=scale, base=before)
-    lost = 0.0
-    if base.dtype in HALF:
-        change = tucker_compose(core, factors, scale=scale)
-        size = torch.linalg.vector_norm(change)
-        if size > 0:
-            lost = float(torch.linalg.vector_norm(after.float() - before.float() - change) / size)
+    if not stays_finite(before, after):
+        active = ", ".join(map(repr, layer.tucker_active))
+        raise ValueError(f"merge: the change of {key!r} by {active} is not finite (NaN or infinity); nothing is merged")
+    lost = lost_in_rounding(before, after, tucker_compose(core, factors, scale=scale)) if base.dtype in HALF else 0.0
     put(base, after)
     return lost
 
@@ -107,6 +121,9 @@ def _restore(snapshots) -> None:
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`, bit for bit.
 
+    Raises:
+        ValueError: nothing is merged, or a weight was replaced meanwhile. Nothing is changed then.
+
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2, init="svd"))
         >>> before = model[0].weight.clone()
@@ -117,6 +134,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     found = {layer: layer.tucker_merged for layer in found if layer.tucker_merged is not None}
     if not found:
         raise ValueError("unmerge: the model's adapters aren't merged")
+    for key, layer in known_layers("unmerge", model).items():
+        for p, before in (layer.tucker_merged or {}).items():
+            if before is None or before.shape != layer._parameters[p].shape:
+                raise ValueError(f"unmerge: the {p} of {key!r} was replaced or resized while it was merged")
     _restore(found)
     for layer in found:
         layer.tucker_merged = None

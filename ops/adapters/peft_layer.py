@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from ..common import HALF
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
-from .adapt import new_factors, padding_row
-from .adapted import CONVS, TRANSPOSED, combined, fast_forward, is_conv1d_of_transformers, is_packed, own, unpacked
-from .config import init_factors
+from .adapted import (
+    CONVS,
+    TRANSPOSED,
+    fast_forward,
+    is_conv1d_of_transformers,
+    is_packed,
+    own,
+    unpacked,
+)
+from .factors import combined
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
-from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp, values_of
-from .targets import input_mode, weights_of
+from .merge import lost_in_rounding, stays_finite
+from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp
+from .replaced import watch
+from .start import started
+from .targets import weights_of
+from .weight import effective_weight
 
 
 class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
@@ -38,7 +49,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     adapter_layer_names = ("tucker_parts",)
     other_param_names = ("scaling", "config_scaling")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str, *parameters):
         super().__init__()
         self.base_layer = base_layer
         self.tucker_parts = nn.ModuleDict()
@@ -47,26 +58,23 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self._disable_adapters, self._active_adapter, self._unchecked = False, adapter_name, False
         self.cast_input_dtype_enabled = True  # peft's switch; the input is never cast here
         self._fast = fast_forward(base_layer)
-        self.update_layer(adapter_name, config, key)
+        watch()
+        self.update_layer(adapter_name, config, key, *parameters)
 
     def update_layer(self, adapter_name: str, config, key: str) -> None:
-        base = self.base_layer
-        weight, shape = base._parameters["weight"], weights_of(base)["weight"]
-        if config.init == "svd" and is_packed(weight):
-            raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is packed')
-        values, row = values_of(base, "weight"), padding_row(base)
-        if config.init == "svd" and values.is_meta:
-            raise ValueError(f'tucker: init="svd" needs the weight of {key!r}, which is on the meta device')
-        ranks, scale = config.layer(key, shape)
-        part = new_factors(shape, ranks, 1.0, config.dropout, weight, home(base, weight))
-        part.start = config.init, input_mode(base), row if part.factors[0] is not None else None
-        init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
-        if part.start[2] is not None:
-            with torch.no_grad():
-                part.factors[0][row] = 0
+        ranks, scale = config.layer(key, weights_of(self.base_layer)["weight"])
+        part = started("tucker", key, self.base_layer, "weight", ranks, 1.0, config)
         self.tucker_parts[adapter_name] = part.train(self.training)
         self.scaling[adapter_name] = self.config_scaling[adapter_name] = scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def changes(self, adapter_name: str) -> dict:
+        """Core and factors of an adapter by the parameter that they change."""
+        return {"weight": self.tucker_parts[adapter_name]}
+
+    def before(self, parameter: str) -> Tensor:
+        """The parameter as it is without adapters."""
+        return self._original[0] if self._original else self.base_layer._parameters[parameter]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
         part, weight = self.tucker_parts[adapter_name], self.base_layer._parameters["weight"]
@@ -75,12 +83,23 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not any(p.is_meta for p in part.parameters()) and torch.device(device).type != "meta":
             part.to(device)  # core and factors stay wide beside a half-precision base
 
+    def narrow(self, adapter_name: str) -> None:
+        """Keep an adapter's tensors in the dtype of a half-precision base; they are computed with in float32 anyway."""
+        dtype = self.base_layer._parameters[next(iter(self.changes(adapter_name)))].dtype
+        for p in self.tucker_parts[adapter_name].parameters() if dtype in HALF else ():
+            p.data = p.data.to(dtype)
+
     # The forward -----------------------------------------------------------------------------------------------------
 
     def _terms(self, adapter_names=None) -> list:
         if adapter_names is None:
             adapter_names = [] if self._disable_adapters or self.merged else self.active_adapters
         return [(self.scaling[name], self.tucker_parts[name]) for name in adapter_names if name in self.tucker_parts]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:  # here and not in the forward: a parent may read the weight instead
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     def forward(self, *args, **kwargs):
         if self._disable_adapters and self.merged:
@@ -111,15 +130,22 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def _composed(self, *args, **kwargs):
         base = self.base_layer
-        scale, core, factors, _ = combined(self._terms())
-        weight = own(base, "weight")
-        changed = tucker_compose(core, factors, scale=scale, base=weight)
-        place = base._parameters if "weight" in base._parameters else base.__dict__
-        place["weight"] = changed
+        weights = {name: own(base, name) for name in self._adapted()}
+        changed = {name: self._value(name, base=weight) for name, weight in weights.items()}
+        _put(base, changed)
         try:
             return base.__dict__.get("_old_forward", base.forward)(*args, **kwargs)
         finally:
-            place["weight"] = weight
+            _put(base, weights)
+
+    def _adapted(self) -> list[str]:
+        """Parameters that have a change now."""
+        return ["weight"]
+
+    def _value(self, parameter: str, adapter_names=None, base: Tensor | None = None) -> Tensor:
+        """The change of a parameter by these adapters, the active ones by default; on top of `base`."""
+        scale, core, factors, _ = combined(self._terms(adapter_names))
+        return tucker_compose(core, factors, scale=scale, base=base)
 
     def _beside(self, input):
         """The layer's own forward, where its weight is packed or comes within, and the change beside it."""
@@ -152,13 +178,35 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         base, terms = own(self.base_layer, "weight"), self._terms()
+        if self._disable_adapters and self.merged:  # merged while disabled
+            return self.before("weight")
         if not terms or is_sharded(base):  # fully_shard's storage between two forwards
             return base
         try:
             scale, core, factors, _ = combined(terms)
-            return tucker_compose(core, factors, scale=scale, base=unpacked(base) if is_packed(base) else base)
+            whole = unpacked(base) if is_packed(base) else base
+            return effective_weight(scale, core, factors, whole)
         except AttributeError as error:  # nn.Module would look further, and hand out the bare base
             raise RuntimeError(f"adapted layer: {error}") from error
+
+    @property
+    def in_features(self) -> int:
+        """Channels that come in, of every kind of layer, as peft's layers say it; an embedding's are its rows."""
+        return self._features()[0]
+
+    @property
+    def out_features(self) -> int:
+        """Channels that go out, of every kind of layer."""
+        return self._features()[1]
+
+    def _features(self) -> tuple[int, int]:
+        base = self.base_layer
+        if isinstance(base, nn.Embedding):
+            return base.num_embeddings, base.embedding_dim
+        if isinstance(base, (*CONVS, *TRANSPOSED)):
+            return base.in_channels, base.out_channels
+        shape = weights_of(base)["weight"]
+        return tuple(shape) if is_conv1d_of_transformers(base) else (shape[1], shape[0])
 
     def __getattr__(self, name: str):
         try:
@@ -178,8 +226,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     # Into the weight and out again ------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        scale, core, factors, _ = combined(self._terms([adapter_name]))
-        return tucker_compose(core, factors, scale=scale)
+        return self._value("weight", [adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return "Linear" in type(self).__name__
@@ -194,21 +241,14 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not names:
             return
         before = self._original[0] if self._original else self.base_layer._parameters["weight"]
-        settle("tucker", self.base_layer)
-        now = self.base_layer._parameters["weight"]
-        if is_sharded(now):
-            raise ValueError("tucker: a weight under fully_shard can't be merged: it would be forgotten at the next "
-                             "forward; save the adapter, and merge it into a plain model")
-        if now.is_meta:
-            raise ValueError("tucker: the weight is on the meta device, without values or offloaded, and can't take a "
-                             "change; model.merge_adapter() brings offloaded ones")
-        if is_packed(before):
-            raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
-        scale, core, factors, _ = combined(self._terms([*self.merged_adapters, *names]))
-        changed = tucker_compose(core, factors, scale=scale, base=before)
-        if safe_merge and not torch.isfinite(changed).all():
-            raise ValueError(f"tucker: merging {', '.join(names)} gives weights that are not finite; nothing is merged")
-        self._lost = _lost_in_rounding(before, changed, tucker_compose(core, factors, scale=scale))
+        check_mergeable(self.base_layer, "weight", before)
+        merged = [*self.merged_adapters, *names]
+        changed = self._value("weight", merged, before)
+        if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
+            broken = ", ".join(names)  # in peft's words, for infinities too
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+        half = before.dtype in HALF
+        self._lost = lost_in_rounding(before, changed, self._value("weight", merged)) if half else 0.0
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
         self._original[:] = [before]
         self.merged_adapters.extend(names)
@@ -241,11 +281,23 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale
 
 
-def _lost_in_rounding(before, after, change) -> float:
-    if before.dtype not in HALF:
-        return 0.0
-    size = torch.linalg.vector_norm(change)
-    return float(torch.linalg.vector_norm(after.float() - before.float() - change) / size) if size > 0 else 0.0
+def _put(module, tensors) -> None:
+    """These in place of its parameters; DataParallel's replicas have attributes instead."""
+    for name, t in tensors.items():
+        (module._parameters if name in module._parameters else module.__dict__)[name] = t
+
+
+def check_mergeable(module, parameter: str, before: Tensor) -> None:
+    settle("tucker", module)
+    now = module._parameters[parameter]
+    if is_sharded(now):
+        raise ValueError("tucker: a weight under fully_shard can't be merged: it would be forgotten at the next "
+                         "forward; save the adapter, and merge it into a plain model")
+    if now.is_meta:
+        raise ValueError("tucker: the weight is on the meta device, without values or offloaded, and can't take a "
+                         "change; model.merge_adapter() brings offloaded ones")
+    if is_packed(before):
+        raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
 
 
 class TuckerLinear(TuckerLayer):

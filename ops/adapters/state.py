@@ -9,16 +9,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..common import check_module
-from .adapted import Adapted
+from .adapted import Adapted, adapted_names
+from .parameters import shape_of
 from .placed import check_at_hand, offload_hook, put, settle
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and AveragedModel."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -79,6 +81,17 @@ def check_new_name(function: str, name) -> None:
 def refuse_merged(function: str, model: nn.Module) -> None:
     if any(layer.tucker_merged is not None for layer in layers(model).values()):
         raise ValueError(f"{function}: the adapters are merged; `unmerge` first")
+
+
+def check_shapes(function: str, found: Mapping[str, Adapted]) -> None:
+    """ValueError where a weight has been given another shape since `adapt`."""
+    for key, layer in found.items():
+        for parameter in adapted_names(layer):
+            shape = shape_of(layer, parameter)
+            shapes = {parts[parameter].shape for parts in layer.tucker.values() if parameter in parts}
+            if shapes - {tuple(shape)}:
+                raise ValueError(f"{function}: the {parameter} of {key!r} is {tuple(shape)} and was {shapes.pop()}: it "
+                                 "was resized after `adapt`, and its adapter doesn't fit it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,18 +168,32 @@ def live_name(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def put_live(model: nn.Module, name: str) -> None:
-    """Put the saved modules of adapter `name` in place, and those of before where it has none."""
-    targets = {n: (m, name if name in m.tucker_saved else "") for n, m in saved_modules(model).items()}
-    targets = {n: (m, target) for n, (m, target) in targets.items() if target != m.tucker_live}
-    for n, (module, target) in targets.items():
-        now, then = ({f"{n}.{k}": t for k, t in tensors.items() if isinstance(t, Tensor)}
-                     for tensors in (module.state_dict(), module.tucker_saved[target]))
-        if any(map(offload_hook, module.modules())):
-            check_at_hand("saved modules", now.items())
-        check_at_hand("saved modules", ((k, t) for k, t in then.items() if not now[k].is_meta))
-    for module, target in targets.values():
-        module.tucker_saved[module.tucker_live] = tensors_of(module)
+def put_live(function: str, model: nn.Module, name: str) -> None:
+    """Put the saved modules of adapter `name` in place, and those of before where it has none.
+
+    Raises in `function`'s voice where a module has another shape than it had, or no values.
+    """
+    targets = {}
+    for key, module in saved_modules(model).items():
+        target = name if name in module.tucker_saved else ""
+        if target == module.tucker_live:
+            continue
+        targets[module] = target
+        now, then = ({n: t for n, t in d.items() if isinstance(t, Tensor)}
+                     for d in (module.state_dict(), module.tucker_saved[target]))
+        shapes, before = ({n: tuple(t.shape) for n, t in d.items()} for d in (now, then))
+        if shapes != before:
+            raise ValueError(f"{function}: {key!r} is {shapes} now and was {before}: it was resized after `adapt`, so "
+                             "that what it was can't be put in its place")
+        offloaded = any(map(offload_hook, module.modules()))
+        check_at_hand(function, ((f"{key}.{n}", t) for n, t in now.items() if offloaded))
+        check_at_hand(function, ((f"{key}.{n}", t) for n, t in then.items() if not now[n].is_meta))
+    live = {id(t) for m in saved_modules(model).values() if m.tucker_live
+            for t in m.state_dict(keep_vars=True).values()}
+    for module in targets:  # all before one is filled: they may share tensors, also with what is live
+        if module.tucker_live or not any(id(t) in live for t in module.state_dict(keep_vars=True).values()):
+            module.tucker_saved[module.tucker_live] = tensors_of(module)
+    for module, target in sorted(targets.items(), key=lambda item: bool(item[1])):
         fill(module, module.tucker_saved[target])
         module.__dict__["tucker_live"] = target
 

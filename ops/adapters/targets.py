@@ -40,11 +40,11 @@ def owners_of(model) -> dict[tuple, list[str]]:
     for name, module in model.named_modules():
         for p in module._parameters.values():
             if p is not None:
-                owners.setdefault(_place(p), []).append(name)
+                owners.setdefault(place(p), []).append(name)
     return owners
 
 
-def _place(p) -> tuple:
+def place(p) -> tuple:
     if is_uninitialised(p) or type(p.data) is not torch.Tensor or p.is_meta or p.numel() == 0:
         return (id(p),)
     return (p.data_ptr(), p.device)
@@ -58,14 +58,16 @@ def refusal(name, module, owners) -> str | None:
     """Why this layer can't be adapted; None when it can."""
     kind = type(module).__name__
     if not has_kind(module):
-        return f"{name!r} is a {kind}, which has no Tucker adapter"
+        stacks = [n for n, p in module._parameters.items() if p is not None and not is_uninitialised(p) and p.dim() > 1]
+        hint = f"; its parameters {', '.join(map(repr, stacks))} are for target_parameters" if stacks else ""
+        return f"{name!r} is a {kind}, which has no Tucker adapter{hint}"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{name!r} is a {kind}: run it once, so that its weight has a shape"
     keys = [k for k in ("weight", *PROJECTIONS) if module._parameters.get(k) is not None]
     if not keys or (isinstance(module, nn.MultiheadAttention) and nn.utils.parametrize.is_parametrized(module)):
         return f"the weight of {name!r} is parametrised, as by weight_norm; remove that first"
     for key in keys:
-        weight, sharers = module._parameters[key], owners[_place(module._parameters[key])]
+        weight, sharers = module._parameters[key], owners[place(module._parameters[key])]
         if len(sharers) > 1:
             return f"the weight of {name!r} is tied: {', '.join(map(repr, sharers))} share it"
         if is_sharded(weight) and not isinstance(module, Adapted):
@@ -108,6 +110,12 @@ def find_targets(model: nn.Module, config: TuckerConfig) -> dict[str, nn.Module]
             return isinstance(modules[key], (*CONVS, *TRANSPOSED)) and can(key)
         return any(matches(pattern, n) for n in names[key])
 
+    every = [n for ns in names.values() for n in ns]
+    if config.target_parameters:
+        every += [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in config.exclude_modules:
+        if pattern not in WORDS and not any(matches(pattern, n) for n in every):
+            raise ValueError(f"adapt: exclude_modules {pattern!r} matches nothing{close_names([pattern], every)}")
     excluded = {key for key in modules if any(meant(p, key) for p in config.exclude_modules)} | kept
     found, refused, unmatched = {}, [], []
     for pattern in config.target_modules:
@@ -126,7 +134,7 @@ def find_targets(model: nn.Module, config: TuckerConfig) -> dict[str, nn.Module]
                     refused += [why] if why else []
     if refused:
         raise ValueError(f"adapt: {'; '.join(dict.fromkeys(refused))}")
-    if unmatched or not found:
+    if unmatched or not (found or config.target_parameters):
         known = [n for key, ns in names.items() for n in ns if has_kind(modules[key]) and key not in kept]
         what = ", ".join(map(repr, unmatched or config.target_modules))
         whys = [why for key in modules if key not in excluded and has_kind(modules[key])
@@ -134,9 +142,15 @@ def find_targets(model: nn.Module, config: TuckerConfig) -> dict[str, nn.Module]
         if not unmatched and whys:
             raise ValueError(f"adapt: no layer of {type(model).__name__} can be adapted: {'; '.join(whys[:3])}")
         raise ValueError(f"adapt: no layer of {type(model).__name__} matches target_modules {what}"
-                         f"{close_names(unmatched or known, known)}")
+                         f"{close_names(unmatched or known, known)}{_parameters_named(model, unmatched)}")
     order = {names[key][0]: i for i, key in enumerate(modules)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _parameters_named(model, patterns) -> str:
+    """What to add for names that are no module's, but a parameter's."""
+    found = [p for p in patterns if any(matches(p, n) for n, _ in model.named_parameters())]
+    return f"; {', '.join(map(repr, found))} names parameters: that is for target_parameters" if found else ""
 
 
 def _is_asked_for(module, pattern) -> bool:

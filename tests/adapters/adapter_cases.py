@@ -196,7 +196,8 @@ def net(seed=0, **kwargs):
 def written(path, name="default", seed=0, **config):
     """A model with an adapter and a changed head, saved to path."""
     model, x = net(seed)
-    disturb(ts.adapt(model, ts.TuckerConfig(**{"rank": 2, "alpha": 3.0, "save_modules": "head"} | config), name))
+    disturb(ts.adapt(model, ts.TuckerConfig(**{"rank": 2, "alpha": 3.0, "scaling": "constant", "save_modules": "head"}
+                                            | config), name))
     with torch.no_grad():
         model.head.bias += 1
     ts.save_adapter(model, path, name)

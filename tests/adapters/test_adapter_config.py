@@ -30,9 +30,21 @@ class TestInit:
 
     @pytest.mark.parametrize("scaling, want", [("constant", 8.0), ("lora", 2.0), ("rslora", 4.0)])
     def test_scale(self, scaling, want):
-        config = ts.TuckerConfig((4, 6), alpha=8, scaling=scaling, target_modules="layer", alpha_pattern={"other": 1})
+        config = ts.TuckerConfig((4, 6), alpha=8, scaling=scaling, target_modules="layer")
         model = ts.adapt(Box(nn.Linear(9, 9)), config)
         assert parts_of(model)["layer.weight"].scale == want
+
+    @pytest.mark.parametrize("config, scale", [({"rank": 8, "alpha": 16}, "2"), ({"rank": (9, 4), "alpha": 4}, "1")])
+    def test_an_alpha_as_of_lora_warns_where_nothing_says_how_it_scales(self, config, scale):
+        with pytest.warns(UserWarning, match=f"LoRA's alpha / rank, {scale} here") as caught:
+            made = ts.TuckerConfig(**config)
+        assert caught[0].filename == __file__ and made.scaling == "constant"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ts.TuckerConfig(**made.to_dict())
+            ts.TuckerConfig(rank=8, alpha=2)
+            for scaling in ("constant", "lora", "rslora"):
+                ts.TuckerConfig(**config, scaling=scaling)
 
     def test_ranks(self):
         model, x = net()
@@ -141,6 +153,17 @@ class TestTargets:
 
     def test_save_modules_that_match_nothing(self):
         assert_refused(net()[0], ts.TuckerConfig(2, save_modules="haed"), "save_modules 'haed' matches nothing.*head")
+
+    @pytest.mark.parametrize("config, match", [
+        ({"exclude_modules": ("stem", "hed")}, "exclude_modules 'hed' matches nothing; candidates: 'head'"),
+        ({"exclude_modules": r"bodi.*"}, "exclude_modules 'bodi"),
+        ({"rank_pattern": {"fcc": 4}}, "rank_pattern 'fcc' matches none of the adapted layers; candidates: 'body.fc'"),
+        ({"rank_pattern": {"fc": 4, r"steem.*": 4}}, "rank_pattern 'steem"),
+        ({"rank_pattern": {"norm": 4}}, "rank_pattern 'norm'"),
+        ({"alpha_pattern": {"head": 2.0}, "save_modules": "head"}, "alpha_pattern 'head' matches none"),
+    ])
+    def test_other_names_that_match_nothing(self, config, match):
+        assert_refused(net()[0], ts.TuckerConfig(2, **config), match)
 
     def test_attention_has_its_output_projection_too(self):
         model = ts.adapt(boxed("attention")[0], ts.TuckerConfig(2, target_modules="layer"))

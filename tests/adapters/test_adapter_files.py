@@ -5,6 +5,9 @@ import io
 import json
 import os
 import pickle
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,9 +24,11 @@ from adapter_cases import (
     state_of,
     written,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import torch_subspace as ts
+from torch_subspace.adapters.fingerprint import fingerprint
+from torch_subspace.files import write_bytes
 
 
 class TestRoundTrip:
@@ -141,25 +146,52 @@ def targets_of(model):
 
 class TestWriting:
     def test_a_crash_leaves_the_old_file(self, path, monkeypatch):
-        import safetensors.torch
-
         model, _ = written(path)
         before = path.read_bytes()
         disturb(model, seed=5)
+        for step, error in (("fsync", OSError("no space left on device")), ("replace", KeyboardInterrupt())):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, step, lambda *args, error=error: (_ for _ in ()).throw(error))
+                with pytest.raises(type(error)):
+                    ts.save_adapter(model, path)
+            assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
-        def crash(tensors, file, metadata=None):
-            with open(file, "wb") as half:
-                half.write(b"half")
-            raise OSError("no space left on device")
+    @pytest.mark.parametrize("step", ["ftruncate", "fsync", "replace"])
+    def test_a_killed_process_leaves_one_name_that_the_next_takes_over(self, path, step, monkeypatch):
+        model, x = written(path)
+        before = path.read_bytes()
+        disturb(model, seed=5)
+        for _ in range(2):
+            child = os.fork()
+            if not child:
+                monkeypatch.setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+                ts.save_adapter(model, path)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+            assert path.read_bytes() == before
+            assert sorted(os.listdir(path.parent)) == [path.name, path.name + ".part"]
+        ts.save_adapter(model, path)
+        assert os.listdir(path.parent) == [path.name]
+        assert torch.equal(ts.load_adapter(net()[0], path)(x), model(x))
 
-        monkeypatch.setattr(safetensors.torch, "save_file", crash)
-        with pytest.raises(OSError, match="no space"):
+    def test_savers_at_once_take_turns(self, tmp_path):
+        contents = [bytes([i]) * 300_000 for i in range(4)]
+
+        def save(content):
+            for _ in range(10):
+                write_bytes(tmp_path / "file", content)
+                assert (tmp_path / "file").read_bytes() in contents
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(save, contents))
+        assert os.listdir(tmp_path) == ["file"]
+
+    def test_a_link_in_the_place_of_the_part_is_not_followed(self, path, tmp_path):
+        model, _ = written(path)
+        (tmp_path / "other").write_text("mine")
+        os.symlink(tmp_path / "other", f"{path}.part")
+        with pytest.raises(OSError):
             ts.save_adapter(model, path)
-        monkeypatch.undo()
-        monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            ts.save_adapter(model, path)
-        assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+        assert (tmp_path / "other").read_text() == "mine"
 
     def test_folders_that_cannot_be_written(self, tmp_path):
         model, _ = written(tmp_path / "ok.safetensors")
@@ -239,3 +271,68 @@ class TestCopies:
         assert not missing.unexpected_keys and all(".tucker." in k for k in missing.missing_keys)
         ts.set_adapter(twin, None)
         assert torch.equal(twin(x), net(seed=4)[0](x))
+
+
+class TestBase:
+    """The file knows the weights that its adapter was made on."""
+
+    @pytest.mark.parametrize("saved, loaded", [
+        (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+    ])
+    def test_another_precision_is_no_other_base(self, saved, loaded, path):
+        model = ts.adapt(net()[0].to(saved), ts.TuckerConfig(2))
+        ts.save_adapter(model, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ts.load_adapter(net()[0].to(saved).to(loaded), path)
+
+    @pytest.mark.parametrize("change", [
+        lambda m: m.body["fc"].weight.normal_(), lambda m: m.body["fc"].weight.mul_(1.001),
+        lambda m: m.body["fc"].weight.add_(1e-4),
+    ])
+    def test_another_base_warns(self, change, path):
+        ts.save_adapter(ts.adapt(net()[0], ts.TuckerConfig(2)), path)
+        other, _ = net()
+        with torch.no_grad():
+            change(other)
+        with pytest.warns(UserWarning, match="saved with another base model: 'body.fc' had other weights") as caught:
+            ts.load_adapter(other, path)
+        assert caught[0].filename == __file__
+        with pytest.warns(UserWarning, match="another base model: 'stem' and 3 others"):
+            ts.load_adapter(net(1)[0], path)
+
+    def test_merged_trained_and_quantised(self, path):
+        model, _ = net()
+        disturb(ts.adapt(model, ts.TuckerConfig(2)))
+        ts.save_adapter(ts.merge(model), path)
+        noted = json.loads(metadata_of(path)["config"])["base"]
+        assert list(noted) == ["stem", "body.conv", "body.fc", "head"] and len(noted["stem"]["weight"]["values"]) == 8
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ts.load_adapter(net()[0], path)
+            ts.load_adapter(model := ts.unmerge(model), path, "again")
+        model = net()[0].to("meta")
+        assert fingerprint(model.stem, "weight") is None
+
+    def test_files_without(self, path):
+        """As those of before are."""
+        model, x = written(path)
+        about = json.loads(metadata_of(path)["config"])
+        assert not about.pop("tied") and about.pop("base")
+        save_file(load_file(path), path, metadata_of(path) | {"config": json.dumps(about)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(ts.load_adapter(net()[0], path)(x), model(x))
+
+    @pytest.mark.parametrize("note", [
+        {"base": {"stem": {"weight": {"dtype": "float32"}}}}, {"base": {"no": {"weight": None}}}, {"tied": {"a": 1}},
+        {"base": {"stem": {"weight": {"dtype": "x", "values": []}}}},
+    ])
+    def test_notes_that_are_broken(self, note, path):
+        written(path)
+        about = json.loads(metadata_of(path)["config"]) | note
+        save_file(load_file(path), path, metadata_of(path) | {"config": json.dumps(about)})
+        with pytest.raises(ValueError, match="truncated or not"):
+            ts.load_adapter(net()[0], path)

@@ -158,3 +158,63 @@ def test_what_lora_cannot_say(tmp_path, kind):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="no adapter 'other'; there are \\['default'\\]"):
         export_lora(adapted, tmp_path, "other")
+
+
+def llama(vocabulary=64, tied=False, rows=None):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=tied)).eval()
+    if rows:
+        torch.manual_seed(7)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+IDS = torch.tensor([[1, 5, 7, 3]])
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+@pytest.mark.parametrize("targets, rows, tied, saved", [
+    (["q_proj", "lm_head"], None, False, None), (["embed_tokens", "lm_head"], None, False, None),
+    (["q_proj"], 70, False, None), (["q_proj"], 70, True, None), (["q_proj", "lm_head"], 70, False, None),
+    (["embed_tokens", "lm_head"], 70, False, None), (["q_proj"], 70, False, ["embed_tokens", "lm_head"]),
+])
+def test_heads_embeddings_and_vocabularies(tmp_path, targets, rows, tied, saved, standalone):
+    original = lora(llama(tied=tied, rows=rows), target_modules=targets, modules_to_save=saved).eval()
+    y = original(IDS).logits
+    original.save_pretrained(tmp_path / "lora", save_embedding_layers=bool(rows) or "auto")
+    for before in (None, rows):
+        ours = import_lora(llama(tied=tied, rows=before), tmp_path / "lora", standalone=standalone).eval()
+        assert relative(ours(IDS).logits, y) < 1e-5
+    if standalone:
+        ts.save_adapter(ours, tmp_path / "ours.safetensors")
+        if "lm_head" not in targets:  # its base is the checkpoint's too, and no part of the adapter
+            back = ts.load_adapter(llama(tied=tied, rows=rows), tmp_path / "ours.safetensors")
+            assert relative(back(IDS).logits, y) < 1e-5
+            assert (back.lm_head.weight is back.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_a_vocabulary_is_as_before_where_the_rest_does_not_fit(tmp_path, standalone):
+    lora(llama(rows=70), target_modules=["q_proj", "lm_head"], modules_to_save=None).save_pretrained(
+        tmp_path, save_embedding_layers=True)
+    model = llama()
+    model.model.layers[0].self_attn.q_proj = nn.Linear(16, 20)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' is \\(20, 16\\) in the model"):
+        import_lora(model, tmp_path, standalone=standalone)
+    assert model.config.vocab_size == 64 and list(model.state_dict()) == list(before)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_a_bare_base_takes_the_lora_of_a_whole_model(tmp_path, standalone):
+    original = lora(llama(), target_modules=["q_proj"], modules_to_save=None, alpha_pattern={"self_attn.q_proj": 3})
+    original.save_pretrained(tmp_path)
+    ours = import_lora(llama().model, tmp_path, standalone=standalone)
+    want = original.base_model.model.model(IDS).last_hidden_state
+    assert relative(ours(IDS).last_hidden_state, want) < 1e-5
+    with pytest.raises(ValueError, match="no such layer in the model"):
+        import_lora(nn.ModuleDict({"q": nn.Linear(16, 16)}), tmp_path, standalone=standalone)

@@ -11,6 +11,7 @@ from peft_cases import net, peft, quiet
 from torch import nn
 
 import torch_subspace.peft as tp
+from torch_subspace.adapters import peft_type
 from torch_subspace.peft import TuckerConfig, TuckerLayer
 
 pytestmark = quiet
@@ -43,19 +44,19 @@ def test_reload_registers_once_more(monkeypatch):
 def test_a_foreign_method_of_this_name_is_refused(monkeypatch):
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "TUCKER", peft.LoraConfig)
     with pytest.raises(ImportError, match="of its own"):
-        tp._add_peft_type("TUCKER")
+        peft_type.add_peft_type("TUCKER")
 
 
 def test_an_enum_that_refuses_is_left_as_it_was(monkeypatch):
     before = list(peft.PeftType)
-    monkeypatch.setattr(tp, "PeftType", type("Closed", (), {"__members__": {}}))
+    monkeypatch.setattr(peft_type, "PeftType", type("Closed", (), {"__members__": {}}))
     with pytest.raises(ImportError, match="can't extend PeftType"):
-        tp._add_peft_type("NEW")
+        peft_type.add_peft_type("NEW")
     monkeypatch.undo()
     real = type.__setattr__
     try:
-        tp._add_peft_type("NEWER")
-        tp._drop_peft_type("NEWER")
+        peft_type.add_peft_type("NEWER")
+        peft_type.drop_peft_type("NEWER")
     finally:
         assert type.__setattr__ is real
     assert list(peft.PeftType) == before and "NEWER" not in peft.PeftType.__members__
@@ -87,10 +88,11 @@ def test_the_core_never_imports_peft():
     ({"r": 0}, ValueError, "positive"), ({"r": 2.5}, TypeError, "int"), ({"init": "zeros"}, ValueError, "lecun"),
     ({"kernel_rank": "half"}, TypeError, "kernel_rank"), ({"rank_pattern": {"a": -1}}, ValueError, "positive"),
     ({"alpha_pattern": {"a": float("nan")}}, ValueError, "finite"), ({"dropout": 1.0}, ValueError, "dropout"),
-    ({"bias": "all"}, ValueError, "bias"), ({"scaling": "x"}, ValueError, "scaling"),
+    ({"bias": "some"}, ValueError, "bias"), ({"scaling": "x"}, ValueError, "scaling"),
     ({"r": ["full", "full"]}, ValueError, "full"),
     ({"layers_pattern": "h"}, ValueError, "layers_to_transform"), ({"rank_pattern": [1]}, TypeError, "dict"),
-    ({"target_modules": "all-linear", "layers_to_transform": 1}, ValueError, "layers_to_transform"),
+    ({"target_modules": "all-linear", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot"),
+    ({"target_modules": "a|b", "layers_pattern": "h"}, ValueError, "`layers_pattern` cannot be used when"),
 ])
 def test_bad_config(change, error, word):
     with pytest.raises(error, match=word):
@@ -98,12 +100,12 @@ def test_bad_config(change, error, word):
 
 
 @pytest.mark.parametrize("target, word", [
-    (["norm", "lin"], "LayerNorm"), (["lin", "attn"], "MultiheadAttention"), (["lin", "tied", "again"], "one module"),
+    (["norm", "lin"], "LayerNorm"), (["lin", "rnn"], "GRU"), (["lin", "tied", "again"], "one module"),
     (["lin", "normed"], "weight_norm"), (["nothing"], "not found"), (["lin", "capped"], "max_norm"),
 ])
 def test_what_cannot_be_adapted_leaves_the_model_alone(target, word):
     model, _ = net()
-    model.attn, model.tied = nn.MultiheadAttention(4, 2), nn.Linear(2, 2)
+    model.rnn, model.tied = nn.GRU(4, 2), nn.Linear(2, 2)
     model.again, model.normed = model.tied, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     model.capped = nn.Embedding(3, 2, max_norm=1.0)
     with pytest.raises(ValueError, match=word):

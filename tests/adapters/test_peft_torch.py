@@ -44,7 +44,7 @@ def test_dropout():
 def test_half_precision_base(kind, dtype):
     model, x = holder(kind, dtype)
     before = model(x)
-    adapted = peft.get_peft_model(model, TuckerConfig(r=3, target_modules=["layer"]), autocast_adapter_dtype=False)
+    adapted = peft.get_peft_model(model, TuckerConfig(r=3, target_modules=["layer"]))
     assert all(p.dtype == torch.float32 for p in model.layer.tucker_parts.parameters())
     assert torch.equal(adapted(x), before)
     y = stir(adapted)(x)

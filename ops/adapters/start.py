@@ -1,0 +1,38 @@
+"""How the factors beside a parameter start."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..common import wide_dtype
+from .adapted import is_packed
+from .config import init_factors
+from .factors import TuckerFactors
+from .parameters import input_mode_of, shape_of
+from .placed import home, values_of
+
+
+def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
+    """Factors beside the parameter `base`, not yet filled."""
+    return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
+
+
+def started(function: str, key: str, module: nn.Module, parameter: str, ranks, scale: float, config) -> TuckerFactors:
+    """Factors of one parameter of the module `key`, as `config.init` has them start; raises in `function`'s voice."""
+    base, values, shape = module._parameters[parameter], values_of(module, parameter), shape_of(module, parameter)
+    if config.init == "svd" and (is_packed(base) or values.is_meta):
+        why = "on the meta device" if values.is_meta else "packed"
+        raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r}, which is {why}')
+    part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base))
+    row = padding_row(module) if parameter == "weight" and part.factors[0] is not None else None
+    part.start = config.init, input_mode_of(module, parameter), row
+    init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
+    if row is not None:
+        with torch.no_grad():
+            part.factor0[row] = 0
+    return part
+
+
+def padding_row(module) -> int | None:
+    """The row of an embedding's change that stays zero."""
+    return module.padding_idx if isinstance(module, nn.Embedding) else None
