@@ -130,13 +130,12 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def _composed(self, *args, **kwargs):
         base = self.base_layer
-        weights = {name: own(base, name) for name in self._adapted()}
-        changed = {name: self._value(name, base=weight) for name, weight in weights.items()}
-        _put(base, changed)
+        before = _put(base, {name: self._value(name, base=own(base, name)) for name in self._adapted()})
         try:
             return base.__dict__.get("_old_forward", base.forward)(*args, **kwargs)
         finally:
-            _put(base, weights)
+            for place, name, weight in before:
+                place[name] = weight
 
     def _adapted(self) -> list[str]:
         """Parameters that have a change now."""
@@ -281,10 +280,14 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale
 
 
-def _put(module, tensors) -> None:
-    """These in place of its parameters; DataParallel's replicas have attributes instead."""
-    for name, t in tensors.items():
-        (module._parameters if name in module._parameters else module.__dict__)[name] = t
+def _put(module, tensors) -> list:
+    """These in place of its parameters, and of the attributes that DataParallel's replicas have instead of them and
+    FullyShardedDataParallel's modules on top; returns [(place, name, what was there)]."""
+    before = [(place, name, place[name]) for name in tensors for place in (module._parameters, module.__dict__)
+              if name in place]
+    for place, name, _ in before:
+        place[name] = tensors[name]
+    return before
 
 
 def check_mergeable(module, parameter: str, before: Tensor) -> None:
