@@ -18,7 +18,7 @@ SIZES = {
     "pooler_hidden_size": 32, "intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "d_ff": 64, "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64, "moe_intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "n_head": 4, "num_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "rotary_dim": 4, "num_hidden_layers": 3, "n_layer": 5,
+    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "rotary_dim": 4, "num_hidden_layers": 3, "n_layer": 3,
     "num_layers": 3, "num_decoder_layers": 3, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300,
     "max_position_embeddings": 128, "n_positions": 128, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_mel_bins": 16,
