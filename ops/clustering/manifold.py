@@ -79,10 +79,10 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         network_: the trained `Network`.
         n_features_in_, feature_names_in_: as in scikit-learn.
 
-    Raises (from fit):
-        ValueError: a parameter of a wrong type (then it is a TypeError, too) or out of range, X with NaN or too few
-            points, an encoder that doesn't fit X.
-        RuntimeError: a loss that is not finite.
+    Raises:
+        ValueError: from fit, a parameter of a wrong type (then it is a TypeError, too) or out of range, X with NaN or
+            too few points, an encoder that doesn't fit X.
+        RuntimeError: from fit, a loss that is not finite.
 
     Fewer distinct points than clusters give as many clusters, and a ConvergenceWarning. Autocast, default dtypes and
     devices, no_grad and inference_mode around a call change nothing.
