@@ -20,7 +20,7 @@ from ..common import FLOATS
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .factors import TuckerFactors, combined
-from .placed import is_sharded, read_by_a_mover, unseen_by_ddp
+from .placed import is_sharded, read_by_a_mover, still_unchecked
 from .weight import check_assigned, effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -217,19 +217,11 @@ class Adapted:
     def tucker_terms(self, parameter: str) -> list[tuple[float, TuckerFactors]]:
         """The changes that are to be seen now, with their weights."""
         if self.tucker_unchecked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.check_averaged()
+            self.tucker_unchecked = still_unchecked("set_adapter", self.tucker_active, self.tucker.parameters())
         if not self.tucker_enabled or self.tucker_merged is not None:
             return []
         return [(weight, self.tucker[name][parameter]) for name, weight in self.tucker_active.items()
                 if name in self.tucker and parameter in self.tucker[name]]
-
-    def check_averaged(self) -> None:
-        """Once after a switch, in the next forward of DistributedDataParallel."""
-        unseen = unseen_by_ddp(self.tucker.parameters())
-        if unseen:
-            raise ValueError(f"set_adapter: {', '.join(self.tucker_active)}: chosen after DistributedDataParallel took "
-                             "the parameters, so that gradients would not be averaged: choose before, or wrap again")
-        self.tucker_unchecked = unseen is None
 
     def forward(self, *args, **kwargs):
         if not isinstance(self, Adapted):  # a hook has kept the method of a layer that is plain again

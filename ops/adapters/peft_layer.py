@@ -23,7 +23,7 @@ from .adapted import (
 from .factors import combined
 from .hooks import has_hooks, inside_accelerate, inside_hooks, is_hooked_by_accelerate
 from .merge import lost_in_rounding, stays_finite
-from .placed import home, is_sharded, settle, several_processes, unseen_by_ddp
+from .placed import home, is_sharded, settle, several_processes, still_unchecked
 from .replaced import watch
 from .start import started
 from .targets import weights_of
@@ -105,7 +105,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if self._disable_adapters and self.merged:
             self.unmerge()
         if self._unchecked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._check_averaged()
+            self._unchecked = still_unchecked("tucker", self.active_adapters, self.tucker_parts.parameters())
         base = self.base_layer
         if not self._terms():
             return base(*args, **kwargs)
@@ -165,14 +165,6 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
         self._unchecked = several_processes()
-
-    def _check_averaged(self) -> None:
-        """Once after a switch, in the next forward of DistributedDataParallel."""
-        unseen = unseen_by_ddp(self.tucker_parts.parameters())
-        if unseen:
-            raise ValueError(f"tucker: {', '.join(self.active_adapters)}: chosen after DistributedDataParallel took "
-                             "the parameters, so that gradients would not be averaged: choose before, or wrap again")
-        self._unchecked = unseen is None
 
     @property
     def weight(self) -> Tensor:
@@ -243,9 +235,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
         check_mergeable(self.base_layer, "weight", before)
         merged = [*self.merged_adapters, *names]
         changed = self._value("weight", merged, before)
-        if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
-            broken = ", ".join(names)  # in peft's words, for infinities too
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+        check_finite(names, before, changed, safe_merge)
         half = before.dtype in HALF
         self._lost = lost_in_rounding(before, changed, self._value("weight", merged)) if half else 0.0
         self.base_layer.weight = nn.Parameter(changed, requires_grad=before.requires_grad)
@@ -259,9 +249,7 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         before, now = self._original.pop(), self.base_layer._parameters["weight"]
-        if (before.device, before.dtype) != (now.device, now.dtype):  # moved meanwhile
-            before.data = before.data.to(now.device, now.dtype)
-        self.base_layer.weight = before
+        self.base_layer.weight = moved_along(before, now)
         self.merged_adapters.clear()
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -301,6 +289,19 @@ def check_mergeable(module, parameter: str, before: Tensor) -> None:
                          "change; model.merge_adapter() brings offloaded ones")
     if is_packed(before):
         raise ValueError("tucker: a quantised weight can't take a change: merge into a model that is not quantised")
+
+
+def check_finite(names, before: Tensor, changed: Tensor, safe_merge: bool) -> None:
+    if not stays_finite(before, changed) or (safe_merge and not torch.isfinite(changed).all()):
+        broken = ", ".join(names)  # in peft's words, for infinities too
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+
+
+def moved_along(before: nn.Parameter, now: Tensor) -> nn.Parameter:
+    """What was kept beside `now`, where the model has been moved to meanwhile."""
+    if (before.device, before.dtype) != (now.device, now.dtype):
+        before.data = before.data.to(now.device, now.dtype)
+    return before
 
 
 class TuckerLinear(TuckerLayer):

@@ -15,9 +15,9 @@ from .adapted import own
 from .config import close_names
 from .factors import TuckerFactors, WideFactors, combined, restart
 from .hooks import inside_accelerate, is_hooked_by_accelerate
-from .merge import lost_in_rounding, stays_finite
+from .merge import lost_in_rounding
 from .parameters import full_name, is_stacked, parameter_refusal, shape_of
-from .peft_layer import TuckerLayer, check_mergeable, layer_kind
+from .peft_layer import TuckerLayer, check_finite, check_mergeable, layer_kind, moved_along
 from .placed import home, is_sharded
 from .start import started
 from .weight import effective_weight
@@ -169,9 +169,7 @@ class TuckerParameters(TuckerLayer):
             merged, weight = [*self.merged_adapters, *names], before.get(name, base._parameters[name])
             check_mergeable(base, name, weight)
             changed[name] = self._value(name, merged, weight)
-            if not stays_finite(weight, changed[name]) or (safe_merge and not torch.isfinite(changed[name]).all()):
-                broken = ", ".join(names)  # in peft's words, for infinities too
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+            check_finite(names, weight, changed[name], safe_merge)
             before[name] = weight
             if weight.dtype in HALF:
                 lost.append(lost_in_rounding(weight, changed[name], self._value(name, merged)))
@@ -188,10 +186,7 @@ class TuckerParameters(TuckerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for name, before in self._original:
-            now = self.base_layer._parameters[name]
-            if (before.device, before.dtype) != (now.device, now.dtype):  # moved meanwhile
-                before.data = before.data.to(now.device, now.dtype)
-            setattr(self.base_layer, name, before)
+            setattr(self.base_layer, name, moved_along(before, self.base_layer._parameters[name]))
         self._original.clear()
         self.merged_adapters.clear()
 

@@ -158,3 +158,13 @@ def unseen_by_ddp(parameters: Iterable[Tensor]) -> bool | None:
         seen = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
         ddp.__dict__["tucker_reduced"] = ddp.reducer, seen
     return any(p.requires_grad and id(p) not in seen for p in parameters)
+
+
+def still_unchecked(function: str, chosen: Iterable[str], parameters: Iterable[Tensor]) -> bool:
+    """Once after a switch, in the next forward of DistributedDataParallel: raises in `function`'s voice where gradients
+    would not be averaged. False when that has been asked."""
+    unseen = unseen_by_ddp(parameters)
+    if unseen:
+        raise ValueError(f"{function}: {', '.join(chosen)}: chosen after DistributedDataParallel took the parameters, "
+                         "so that gradients would not be averaged: choose before, or wrap again")
+    return unseen is None
