@@ -105,6 +105,15 @@ def _conv_backward(dy, x, weight, how, need):
     if not any(need):
         return None, None, None
     sizes = [dy.shape[1]] if need[2] else None
+    stride, padding, *_, transposed, _, _ = how
+    pointwise = math.prod(weight.shape[2:]) == 1 and not any(padding) and not transposed
+    if (need[1] or need[2]) and pointwise and max(stride) > 1:
+        # The weight meets the positions that the strides visit, so they alone are taken. Nor is torch's own way safe: on
+        # processors with AVX2 alone it writes beyond its buffers for fewer than eight channels that come last.
+        visited = x[(..., *(slice(None, None, s) for s in stride))]
+        dx, _, _ = _conv_backward(dy, x, weight, how, [need[0], False, False])
+        _, dweight, dbias = _conv_backward(dy, visited, weight, ([1] * len(stride), *how[1:]), [False, *need[1:]])
+        return dx, dweight, dbias
     if need[1] and x.dtype == torch.float64:  # there torch refuses the gradient of a weight with channels last
         weight = weight.contiguous()
     return _aten.convolution_backward(dy, x, weight, sizes, *how, need)

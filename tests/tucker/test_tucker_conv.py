@@ -112,6 +112,17 @@ def test_identity_factors(form):
         close(*both([x, w, b, full, None, factors[1], None, None], form=form, padding=1), 1e-12)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("channels, ranks", [((6, 8), (3, 3)), ((3, 5), (2, 3))])
+def test_strided_pointwise(channels, ranks, stride, form, last):
+    """ResNets' downsampling: where torch's own weight gradient can write beyond its buffers, time and again."""
+    inputs = problem((16, 8), channels, ranks, (1, 1), dtype=torch.float32, last=last)
+    for _ in range(20):
+        close(*both(inputs, form=form, stride=stride), 1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_strided_inputs(form):
     x, w, b, core, *factors = problem((7, 6), (6, 8))
