@@ -50,8 +50,8 @@ class ParameterFactors(WideFactors):
                 self.register_parameter(f"{name}_{local}", p)
 
     def changes(self) -> dict[str, Change]:
-        return {name: Change(*about, self._parameters[f"{name}_core"],
-                             [self._parameters[f"{name}_factor{i}"] for i in range(len(about[0]))])
+        return {name: Change(*about, own(self, f"{name}_core"),
+                             [own(self, f"{name}_factor{i}") for i in range(len(about[0]))])
                 for name, about in self.about.items()}
 
     def forward(self) -> dict[str, Change]:
