@@ -230,6 +230,10 @@ class TestRefused:
         (lambda: nn.GRUCell(4, 4), "GRUCell"),
         (lambda: nn.Bilinear(4, 4, 4), "Bilinear"),
         (lambda: ts.GrassmannLinear(4, 3, 2), "GrassmannLinear"),
+        (lambda: nn.Linear(0, 4), r"no entries: shape \(4, 0\)"),
+        (lambda: nn.Embedding(0, 4), "no entries"),
+        (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "complex"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex"),
     ])
     def test_layers(self, make, match):
         for pattern in ("layer", r"lay.*"):
