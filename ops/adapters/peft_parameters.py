@@ -138,6 +138,7 @@ class TuckerParameters(TuckerLayer):
 
     def get_delta_weight(self, adapter_name: str, parameter: str | None = None) -> Tensor:
         """The change of a parameter; it need not be named where the adapter has but one."""
+        self._check_known("get_delta_weight", adapter_name)
         found = list(self.changes(adapter_name))
         if parameter is None and len(found) == 1:
             parameter = found[0]
