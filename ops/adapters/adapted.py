@@ -238,19 +238,19 @@ class Adapted:
 
     def register_parameter(self, name, param):
         if isinstance(param, EffectiveWeight):
-            raise RuntimeError(f"adapted layer: {name} = base + change, which is no parameter: prune and the like belong "
-                               "before `adapt` or after merge_and_unload")
+            raise RuntimeError(f"adapted layer: {name} = base + change, which is no parameter: prune and the like "
+                               "belong before `adapt` or after merge_and_unload")
         if name in adapted_names(self) and is_sharded(param) and not is_sharded(own(self, name)):
-            raise RuntimeError(f"adapted layer: {name} = a DTensor: parallelize_module and distribute_module can't have "
-                               "a layer with an adapter: fully_shard can, or merge_and_unload first")
+            raise RuntimeError(f"adapted layer: {name} = a DTensor: parallelize_module and distribute_module can't "
+                               "have a layer with an adapter: fully_shard can, or merge_and_unload first")
         if name in adapted_names(self) and not self.tucker_inside and not read_by_a_mover(3):  # past __setattr__
             check_assigned(self, name, param)
         super().register_parameter(name, param)
 
     def __delattr__(self, name):
         if name in adapted_names(self) and name in self._parameters and not read_by_a_mover():
-            raise RuntimeError(f"adapted layer: del {name}, the base of its adapters: spectral_norm and the like belong "
-                               "before `adapt` or after merge_and_unload")
+            raise RuntimeError(f"adapted layer: del {name}, the base of its adapters: spectral_norm and the like "
+                               "belong before `adapt` or after merge_and_unload")
         super().__delattr__(name)
 
     def _save_to_state_dict(self, *args, **kwargs):

@@ -125,8 +125,8 @@ def refuse_replaced(function: str, model: nn.Module) -> None:
                    and any(True for _ in modules[p].parameters())] if gone else []
             if new:
                 raise ValueError(f"{function}: {new[0]!r} was replaced by a {type(modules[new[0]]).__name__} that "
-                                 f"adapter {name!r} does not see: replace it before `adapt`, or after delete_adapter or "
-                                 "merge_and_unload")
+                                 f"adapter {name!r} does not see: replace it before `adapt`, or after delete_adapter "
+                                 "or merge_and_unload")
 
 
 def noted_config(model: nn.Module, name: str) -> dict:

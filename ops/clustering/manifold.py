@@ -152,8 +152,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self._check_parameters()
         X = self._checked(X, reset=True)
         if len(X) < max(2, self.n_clusters):
-            raise ValueError(f"ManifoldClustering: n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and two "
-                             "at least")
+            raise ValueError(f"ManifoldClustering: n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and "
+                             "two at least")
         draws = check_random_state(self.random_state)
         vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
         with ordinary(torch.device(self.device), True), progress(self.init_epochs + self.epochs, self.verbose) as bar:
@@ -281,8 +281,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             X = X.reshape(len(X), -1)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
         if self.image_shape is not None and X.shape[1] != np.prod(self.image_shape):
-            raise ValueError(f"ManifoldClustering: X has {X.shape[1]} features, image_shape={tuple(self.image_shape)} has "
-                             "others")
+            raise ValueError(f"ManifoldClustering: X has {X.shape[1]} features, image_shape="
+                             f"{tuple(self.image_shape)} has others")
         return X
 
     def _scaled(self, X) -> Tensor:

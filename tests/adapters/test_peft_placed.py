@@ -1,8 +1,8 @@
 """The method `tucker` in peft where the layer inside has hooks, or its parameters are elsewhere."""
 import copy
 import functools
+import importlib
 import pickle
-import sys
 
 import pytest
 import torch
@@ -175,9 +175,7 @@ def test_offloaded_experts(how, first, tmp_path):
 @pytest.fixture
 def replicate(monkeypatch):
     """DataParallel's, with clones in place of its broadcast between GPUs."""
-    import torch.nn.parallel.replicate
-
-    module = sys.modules["torch.nn.parallel.replicate"]
+    module = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape",
                         lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices])
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional=False: device)

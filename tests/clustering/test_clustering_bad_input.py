@@ -48,7 +48,8 @@ add("ManifoldClustering", call(
     reg=bad.number(-1, INF), weight_decay=bad.number(-1, INF), verbose=bad.flag, device=bad.device,
     random_state=bad.optional(bad.whole(-1, 2**32)), encoder=bad.optional(bad.those()),
     invariance=bad.those(one=(1.0,), negative=(1.0, -1.0), strings=("a", "b"), nan=(1.0, math.nan)),
-    augment=bad.optional(lambda good: bad.function(good) | {"another": "word"}), callbacks=bad.optional(bad.those(strings=["a"])),
+    augment=bad.optional(lambda good: bad.function(good) | {"another": "word"}),
+    callbacks=bad.optional(bad.those(strings=["a"])),
     hidden=lambda good: bad.NO_SEQUENCE | {"zero": (0,), "floats": (2.0,), "strings": ("4",)},
     image_shape=bad.optional(bad.those(one=(4,), others=(2, 3), floats=(2.0, 2.0))),
     fine="verbose: a number")
