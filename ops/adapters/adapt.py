@@ -25,7 +25,7 @@ from .config import TuckerConfig, check_patterns, close_names, matches
 from .factors import TuckerFactors
 from .merge import others
 from .parameters import find_parameters, full_name, is_stacked, out_of_reach
-from .placed import is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes
+from .placed import is_sharded, offload_hook, refuse_blocks, refuse_fully_sharded, settle, several_processes
 from .replaced import watch
 from .start import padding_row, started
 from .state import (
@@ -292,7 +292,7 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
             matches counts.
 
     Raises:
-        ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
+        ValueError: no adapter is active, a pattern matches nothing, `lr` is missing, or factors are offloaded.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -322,6 +322,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
         for name in layer.tucker_active:
             for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
                 own = full_name(key, parameter)
+                if offload_hook(part) is not None:
+                    raise ValueError(f"adapter_parameters: the factors of {own!r} are offloaded, and no step would "
+                                     "reach them: offload the model before `adapt`, which then keeps them at hand")
                 for local, p in part.named_parameters():
                     at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
                     groups.setdefault(at, []).append(p)

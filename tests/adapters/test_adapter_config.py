@@ -240,6 +240,11 @@ class TestRefused:
             model = Box(nn.ModuleDict({"good": nn.Linear(4, 4), "layer": make()}))
             assert_refused(model, ts.TuckerConfig(2, target_modules=("good", rf".*{pattern}")), match)
 
+    def test_singular_vectors_of_what_is_not_finite(self):
+        model = Box(nn.Linear(4, 4))
+        model.layer.weight.data[0, 0] = float("nan")
+        assert_refused(model, ts.TuckerConfig(2, init="svd"), "'layer' finite, and it holds NaN or infinity")
+
     def test_tied_weights(self):
         for name, other in (("head", "embedding"), ("embedding", "head"), (r".*", "head")):
             assert_refused(Tied(), ts.TuckerConfig(2, target_modules=name), f"tied.*{other}")
