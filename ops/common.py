@@ -122,11 +122,11 @@ def check_word(name: str, what: str, value: object, words: Iterable[str]) -> Non
         raise ValueError(f"{name}: {what} must be one of {', '.join(words)}, got {value!r}")
 
 
-def check_module(name: str, model: object) -> None:
-    """Raises in `name`'s voice unless the model is a module."""
+def check_module(name: str, model: object, what: str = "model") -> None:
+    """Raises in `name`'s voice unless `what` is a module."""
     if not isinstance(model, torch.nn.Module):
         hint = ", a class: make one of it" if isinstance(model, type) else ""
-        raise TypeError(f"{name}: model must be an nn.Module, got {told(model)}{hint}")
+        raise TypeError(f"{name}: {what} must be an nn.Module, got {told(model)}{hint}")
 
 
 def check_generator(name: str, generator: object) -> None:

@@ -54,7 +54,7 @@ from .adapters.lora import import_lora  # noqa: E402
 from .adapters.lora_export import export_lora  # noqa: E402
 from .adapters.parameters import full_name  # noqa: E402
 from .adapters.peft_attention import TuckerAttention, has_adapted_output  # noqa: E402
-from .adapters.peft_checks import all_or_nothing, check_names, warn_of_limits, warn_of_loss  # noqa: E402
+from .adapters.peft_checks import all_or_nothing, check_merge, check_names, warn_of_limits, warn_of_loss  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerLayer, layer_kind  # noqa: E402
 from .adapters.peft_parameters import (  # noqa: E402
     UNTIED,
@@ -334,9 +334,9 @@ class TuckerModel(tuners_utils.BaseTuner):
             ValueError: an adapter is unknown, several have the same module in `modules_to_save`, ranks differ where
                 they may not, a `density` is missing, or the type is unknown. Nothing is changed then.
         """
-        if adapter_name in self.peft_config:
+        if isinstance(adapter_name, str) and adapter_name in self.peft_config:
             return
-        check_adapters(self.model, self.peft_config, adapters, weights)
+        check_adapters(self.model, self.peft_config, adapters, weights, adapter_name)
         recipe = Recipe("linear" if len(adapters) == 1 else combination_type, svd_rank, svd_clamp, svd_driver, density,
                         majority_sign_method)
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TuckerLayer)}
@@ -345,15 +345,18 @@ class TuckerModel(tuners_utils.BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         fill(layers, adapter_name, made)
 
-    def merge_adapter(self, *args, **kwargs) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        check_merge("merge_adapter", self.peft_config, adapter_names, safe_merge)
         with all_or_nothing(self.model):
-            super().merge_adapter(*args, **kwargs)
+            super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+                                     adapter_names: list[str] | None = None) -> nn.Module:
+        check_merge("merge_and_unload", self.peft_config, adapter_names, safe_merge)
         found = [m for m in self.model.modules() if isinstance(m, TuckerLayer)]
         with all_or_nothing(self.model):
-            model = super()._unload_and_optionally_merge(*args, **kwargs)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         warn_of_loss(nn.ModuleList(found))
         return model
 

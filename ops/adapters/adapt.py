@@ -25,7 +25,7 @@ from .config import TuckerConfig, check_patterns, close_names, matches
 from .factors import TuckerFactors
 from .merge import others
 from .parameters import find_parameters, full_name, is_stacked, out_of_reach
-from .placed import is_sharded, refuse_blocks, refuse_fully_sharded, settle, several_processes
+from .placed import is_sharded, offload_hook, refuse_blocks, refuse_fully_sharded, settle, several_processes
 from .replaced import watch
 from .start import padding_row, started
 from .state import (
@@ -42,6 +42,7 @@ from .state import (
     note,
     put_live,
     refuse_merged,
+    refuse_replaced,
     saved_modules,
     unwrapped,
 )
@@ -134,7 +135,7 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
     """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
     put_live("adapt", model, "")  # what is to be saved may share tensors with what is live
     watch()
-    note(model, name, config)
+    note(model, name, config, [*made, *(n for n, m in model.named_modules() if any(m is other for other in saved))])
     for key, parts in made.items():
         module = model.get_submodule(key)
         become_adapted(module, tuple(dict.fromkeys([*(weights_of(module) if has_kind(module) else ()), *parts])))
@@ -229,6 +230,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     found = known_layers("disabled", model)
     refuse_merged("disabled", model)
+    refuse_replaced("disabled", model)
     before, live = {layer: layer.tucker_enabled for layer in found.values()}, live_name(model)
     # The saved modules come back to the bit: a backward through a forward from before may run afterwards.
     versions = {t: t._version for m in saved_modules(model).values() for t in m.state_dict(keep_vars=True).values()
@@ -290,7 +292,7 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
             matches counts.
 
     Raises:
-        ValueError: no adapter is active, a pattern matches nothing, or `lr` is missing.
+        ValueError: no adapter is active, a pattern matches nothing, `lr` is missing, or factors are offloaded.
 
     Example:
         >>> model = ts.adapt(torch.nn.Sequential(torch.nn.Linear(6, 8)), ts.TuckerConfig(rank=2))
@@ -299,6 +301,7 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
         [0.001, 0.01]
     """
     found = known_layers("adapter_parameters", model)
+    refuse_replaced("adapter_parameters", model)
     if lr is not None:
         check_number("adapter_parameters", "lr", lr, NOT_NEGATIVE)
     if lr_multipliers is not None and not isinstance(lr_multipliers, Mapping):
@@ -319,6 +322,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
         for name in layer.tucker_active:
             for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
                 own = full_name(key, parameter)
+                if offload_hook(part) is not None:
+                    raise ValueError(f"adapter_parameters: the factors of {own!r} are offloaded, and no step would "
+                                     "reach them: offload the model before `adapt`, which then keeps them at hand")
                 for local, p in part.named_parameters():
                     at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
                     groups.setdefault(at, []).append(p)

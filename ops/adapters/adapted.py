@@ -21,11 +21,12 @@ from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .factors import TuckerFactors, combined
 from .placed import is_sharded, read_by_a_mover, still_unchecked
-from .weight import check_assigned, effective_weight
+from .weight import EffectiveWeight, check_assigned, effective_weight
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_saved", "tucker_live")  # not of a layer: see state.py
+# not of a layer: see state.py
+MODEL_NOTES = ("tucker_configs", "tucker_trainable", "tucker_places", "tucker_saved", "tucker_live")
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -236,9 +237,21 @@ class Adapted:
         return fast(self, *combined(terms), *args, **kwargs)
 
     def register_parameter(self, name, param):
+        if isinstance(param, EffectiveWeight):
+            raise RuntimeError(f"adapted layer: {name} = base + change, which is no parameter: prune and the like "
+                               "belong before `adapt` or after merge_and_unload")
+        if name in adapted_names(self) and is_sharded(param) and not is_sharded(own(self, name)):
+            raise RuntimeError(f"adapted layer: {name} = a DTensor: parallelize_module and distribute_module can't "
+                               "have a layer with an adapter: fully_shard can, or merge_and_unload first")
         if name in adapted_names(self) and not self.tucker_inside and not read_by_a_mover(3):  # past __setattr__
             check_assigned(self, name, param)
         super().register_parameter(name, param)
+
+    def __delattr__(self, name):
+        if name in adapted_names(self) and name in self._parameters and not read_by_a_mover():
+            raise RuntimeError(f"adapted layer: del {name}, the base of its adapters: spectral_norm and the like "
+                               "belong before `adapt` or after merge_and_unload")
+        super().__delattr__(name)
 
     def _save_to_state_dict(self, *args, **kwargs):
         with packed_as_it_is(self):

@@ -36,6 +36,7 @@ from .state import (
     layers,
     noted_config,
     refuse_merged,
+    refuse_replaced,
     saved_modules,
     saved_tensors,
     unwrapped,
@@ -67,6 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     check_known("save_adapter", model, name)
     check_path("save_adapter", path)
     check_shapes("save_adapter", found)
+    refuse_replaced("save_adapter", model)
     tensors, described, bases, live_at = {}, {}, {}, {}
     for place, layer in found.items():
         key = canonical(place)

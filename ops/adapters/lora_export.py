@@ -18,7 +18,7 @@ from .adapted import CONVS, is_conv1d_of_transformers
 from .lora import CONFIG, PREFIX, WEIGHTS, targets_of
 from .parameters import is_stacked
 from .placed import check_at_hand, refuse_fully_sharded, settle
-from .state import adapter_names, check_shapes, layers, refuse_merged, saved_tensors, unwrapped
+from .state import adapter_names, check_shapes, layers, refuse_merged, refuse_replaced, saved_tensors, unwrapped
 
 
 def export_lora(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
@@ -93,6 +93,7 @@ def _parts(model, name):
         known = sorted({a for m in peft_layers.values() for a in m.tucker_parts})
     else:
         refuse_merged("export_lora", model)
+        refuse_replaced("export_lora", model)
         check_shapes("export_lora", layers(model))
         found, known = {}, adapter_names(model)
         for n, m in layers(model).items():

@@ -11,7 +11,7 @@ from ..tucker.tucker import tucker_compose
 from .adapted import adapted_names, become_plain
 from .factors import combined
 from .placed import check_at_hand, gathered, like, put, refuse_fully_sharded
-from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged
+from .state import check_shapes, drop_saved, forget, known_layers, refuse_merged, refuse_replaced
 from .weight import compose_waiting
 
 LOST = 0.1  # warn when a merge loses more than this part of a change to rounding
@@ -42,6 +42,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     found = {key: layer for key, layer in known_layers("merge", model).items() if _active_parameters(layer)}
     refuse_merged("merge", model)
+    refuse_replaced("merge", model)
     if not found:
         raise ValueError("merge: no adapter is active")
     check_shapes("merge", found)

@@ -4,12 +4,12 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..common import HALF
+from ..common import HALF, check_flag, told
 from .config import WORDS, close_names
 from .fingerprint import differs, fingerprint
 from .merge import LOST, others
@@ -17,6 +17,16 @@ from .parameters import out_of_reach
 from .peft_layer import TuckerEmbedding, TuckerLayer, TuckerLinear
 
 _HEADS = ("classifier", "score", "qa_outputs")  # what peft saves of whatever model its task types meet
+
+
+def check_merge(function: str, known, names, safe_merge) -> None:
+    """Are these adapters of the model? peft leaves out what it doesn't know."""
+    check_flag(function, "safe_merge", safe_merge)
+    if names is not None and (isinstance(names, str) or not isinstance(names, (Sequence, Set))):
+        raise TypeError(f"{function}: adapter_names must be a list or None, got {told(names)}")
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{function}: adapter_names: no adapter {name!r}; there are {', '.join(known)}")
 
 
 def check_names(config, asked, names, parameters, is_target: Callable[[str], bool]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
-from ..common import HALF
+from ..common import HALF, check_number
 from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_linear import tucker_linear
 from .adapted import (
@@ -217,7 +217,13 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     # Into the weight and out again ------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
+        self._check_known("get_delta_weight", adapter_name)
         return self._value("weight", [adapter_name])
+
+    def _check_known(self, function: str, adapter_name) -> None:
+        if not isinstance(adapter_name, str) or adapter_name not in self.tucker_parts:
+            raise ValueError(f"{function}: adapter_name: the layer has no adapter {adapter_name!r}, but "
+                             f"{', '.join(self.tucker_parts)}")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return "Linear" in type(self).__name__
@@ -254,15 +260,19 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the change of an adapter `scale` times what its config says."""
-        if adapter in self.scaling:
+        check_number("set_scale", "scale", scale)
+        if isinstance(adapter, str) and adapter in self.scaling:
             self.scaling[adapter] = scale * self.config_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
+        check_number("scale_layer", "scale", scale)
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
+        if scale is not None:
+            check_number("unscale_layer", "scale", scale)
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale

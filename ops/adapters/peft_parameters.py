@@ -50,8 +50,8 @@ class ParameterFactors(WideFactors):
                 self.register_parameter(f"{name}_{local}", p)
 
     def changes(self) -> dict[str, Change]:
-        return {name: Change(*about, self._parameters[f"{name}_core"],
-                             [self._parameters[f"{name}_factor{i}"] for i in range(len(about[0]))])
+        return {name: Change(*about, own(self, f"{name}_core"),
+                             [own(self, f"{name}_factor{i}") for i in range(len(about[0]))])
                 for name, about in self.about.items()}
 
     def forward(self) -> dict[str, Change]:
@@ -138,6 +138,7 @@ class TuckerParameters(TuckerLayer):
 
     def get_delta_weight(self, adapter_name: str, parameter: str | None = None) -> Tensor:
         """The change of a parameter; it need not be named where the adapter has but one."""
+        self._check_known("get_delta_weight", adapter_name)
         found = list(self.changes(adapter_name))
         if parameter is None and len(found) == 1:
             parameter = found[0]

@@ -14,6 +14,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor, nn
 
+from ..common import UP_TO_1, check_number, check_word, told, whole
 from ..tucker.tucker import tucker_compose
 from .factors import combined
 from .peft_layer import TuckerLayer
@@ -40,24 +41,37 @@ class Recipe:
     majority: str
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"add_weighted_adapter: Invalid combination_type: {self.kind!r}; there are "
                              f"{', '.join(KINDS)}")
         self.sum = self.kind.removesuffix("_svd")
         self.prunes = self.sum not in ("cat", "svd", "linear")
-        if self.prunes and (self.density is None or not 0 <= self.density <= 1):
-            raise ValueError(f"add_weighted_adapter: {self.kind} needs a density in [0, 1], got {self.density!r}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"add_weighted_adapter: svd_rank must be positive, got {self.rank!r}")
+        name = "add_weighted_adapter"
+        if self.prunes and self.density is None:
+            raise ValueError(f"{name}: {self.kind} needs a density in [0, 1], got None")
+        if self.prunes:
+            check_number(name, "density", self.density, UP_TO_1)
+        if self.rank is not None:
+            self.rank = whole(name, "svd_rank", self.rank, 1)
+        if self.clamp is not None:
+            check_number(name, "svd_clamp", self.clamp, UP_TO_1)
+        check_word(name, "majority_sign_method", self.majority, ("total", "frequency"))
 
 
-def check_adapters(model: nn.Module, configs: dict, names: Sequence[str], weights: Sequence[float]) -> None:
+def check_adapters(model: nn.Module, configs: dict, names: Sequence[str], weights: Sequence[float], new: str) -> None:
     """Before anything is changed: are these adapters of the model, and can they be combined?"""
+    for what, several in (("adapters", names), ("weights", weights)):
+        if not isinstance(several, Sequence) or isinstance(several, str):
+            raise TypeError(f"add_weighted_adapter: {what} must be a list, got {told(several)}")
+    if not isinstance(new, str) or not new or "." in new:
+        raise ValueError(f"add_weighted_adapter: adapter_name must be a name without dots, got {told(new)}")
+    for weight in weights:
+        check_number("add_weighted_adapter", "each of weights", weight)
     if not names or len(names) != len(weights):
         raise ValueError(f"add_weighted_adapter: need as many weights as adapters, got {len(weights)} and {len(names)}")
     for name in names:
         if name not in configs:
-            raise ValueError(f"Adapter {name} does not exist; there are {', '.join(configs)}")
+            raise ValueError(f"Adapter {name} does not exist, of adapters={names}; there are {', '.join(configs)}")
         if getattr(configs[name], "target_parameters", None):
             raise ValueError("add_weighted_adapter does not support targeting nn.Parameter (problematic adapter "
                              f"{name!r})")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # These read an attribute to move the parameter that they take it for.
-MOVERS = ("accelerate.utils.modeling", "torch.distributed.fsdp._flat_param")
+MOVERS = ("accelerate.utils.modeling", "torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style")
 
 
 def read_by_a_mover(depth: int = 2) -> bool:

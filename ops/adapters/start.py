@@ -23,6 +23,9 @@ def started(function: str, key: str, module: nn.Module, parameter: str, ranks, s
     if config.init == "svd" and (is_packed(base) or values.is_meta):
         why = "on the meta device" if values.is_meta else "packed"
         raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r}, which is {why}')
+    if config.init == "svd" and not values.isfinite().all():
+        raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r} finite, and it holds NaN or '
+                         "infinity")
     part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base))
     row = padding_row(module) if parameter == "weight" and part.factors[0] is not None else None
     part.start = config.init, input_mode_of(module, parameter), row

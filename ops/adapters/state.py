@@ -103,11 +103,30 @@ def _noted(model) -> list[nn.Module]:
     return [m for m in unwrapped(model).modules() if "tucker_configs" in m.__dict__]
 
 
-def note(model: nn.Module, name: str, config: dict) -> None:
+def note(model: nn.Module, name: str, config: dict, places: list[str]) -> None:
+    """`places` are those of the modules that the adapter changes or keeps."""
     if "tucker_configs" not in model.__dict__:
         model.__dict__["tucker_configs"] = {}
         model.__dict__["tucker_trainable"] = [n for n, p in model.named_parameters() if p.requires_grad]
     model.__dict__["tucker_configs"][name] = config
+    model.__dict__.setdefault("tucker_places", {})[name] = places
+
+
+def refuse_replaced(function: str, model: nn.Module) -> None:
+    """Raises where a module was deleted after `adapt` and another stands in its place: replaced.py sees only what is
+    put on top of it."""
+    for root in _noted(model):
+        kept = {m: {*m.__dict__.get("tucker_saved", ()), *(m.tucker if isinstance(m, Adapted) else ())}
+                for m in root.modules() if isinstance(m, Adapted) or "tucker_saved" in m.__dict__}
+        modules = dict(root.named_modules(remove_duplicate=False))
+        for name, places in root.__dict__.get("tucker_places", {}).items():
+            gone = sum(name in names for names in kept.values()) < len(places)
+            new = [p for p in places if p in modules and not any(m in kept for m in modules[p].modules())
+                   and any(True for _ in modules[p].parameters())] if gone else []
+            if new:
+                raise ValueError(f"{function}: {new[0]!r} was replaced by a {type(modules[new[0]]).__name__} that "
+                                 f"adapter {name!r} does not see: replace it before `adapt`, or after delete_adapter "
+                                 "or merge_and_unload")
 
 
 def noted_config(model: nn.Module, name: str) -> dict:
@@ -119,9 +138,11 @@ def forget(model: nn.Module, name: str | None = None) -> None:
     """Forget an adapter (None: all); with the last one gone, what was trainable before is so again."""
     for m in _noted(model):
         m.__dict__["tucker_configs"].pop(name, None)
+        m.__dict__.get("tucker_places", {}).pop(name, None)
         if name is None or not layers(m):
             trainable = set(m.__dict__["tucker_trainable"])
             del m.__dict__["tucker_configs"], m.__dict__["tucker_trainable"]
+            m.__dict__.pop("tucker_places", None)
             for n, p in m.named_parameters():
                 if not isinstance(p, nn.parameter.UninitializedTensorMixin):
                     p.requires_grad_(n in trainable)

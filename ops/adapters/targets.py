@@ -68,6 +68,10 @@ def refusal(name, module, owners) -> str | None:
         return f"the weight of {name!r} is parametrised, as by weight_norm; remove that first"
     for key in keys:
         weight, sharers = module._parameters[key], owners[place(module._parameters[key])]
+        if weight.numel() == 0:
+            return f"the weight of {name!r} has no entries: shape {tuple(weight.shape)}"
+        if weight.is_complex():
+            return f"the weight of {name!r} is complex ({weight.dtype})"
         if len(sharers) > 1:
             return f"the weight of {name!r} is tied: {', '.join(map(repr, sharers))} share it"
         if is_sharded(weight) and not isinstance(module, Adapted):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
-from ..common import HALF
+from ..common import HALF, check_dense, check_module
+from ..files import check_path
 from ..metrics import effective_rank
 from ..rates.losses import MLCLoss
 from .files import read_clustering, write_clustering
@@ -151,7 +152,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self._check_parameters()
         X = self._checked(X, reset=True)
         if len(X) < max(2, self.n_clusters):
-            raise ValueError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and two at least")
+            raise ValueError(f"ManifoldClustering: n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and "
+                             "two at least")
         draws = check_random_state(self.random_state)
         vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
         with ordinary(torch.device(self.device), True), progress(self.init_epochs + self.epochs, self.verbose) as bar:
@@ -264,16 +266,23 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     def _checked(self, X, reset) -> np.ndarray:
         """X as finite float32 or float64 (n, f)."""
+        if X is None:  # numpy's nan
+            raise TypeError("ManifoldClustering: X must be points (n, f), got None")
         if isinstance(X, Tensor):
+            check_dense("ManifoldClustering", "X", X)
+            if X.is_meta:
+                raise ValueError("ManifoldClustering: X must hold numbers, got a tensor on the meta device")
             X = X.detach().cpu()
             X = (X.float() if X.dtype in HALF else X).numpy()
         if self.image_shape is not None and hasattr(X, "shape") and len(X.shape) > 2:
             if tuple(X.shape[1:]) != tuple(self.image_shape):
-                raise ValueError(f"X holds images of {tuple(X.shape[1:])}, image_shape is {tuple(self.image_shape)}")
+                raise ValueError(f"ManifoldClustering: X holds images of {tuple(X.shape[1:])}, image_shape is "
+                                 f"{tuple(self.image_shape)}")
             X = X.reshape(len(X), -1)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
         if self.image_shape is not None and X.shape[1] != np.prod(self.image_shape):
-            raise ValueError(f"X has {X.shape[1]} features, image_shape={tuple(self.image_shape)} has others")
+            raise ValueError(f"ManifoldClustering: X has {X.shape[1]} features, image_shape="
+                             f"{tuple(self.image_shape)} has others")
         return X
 
     def _scaled(self, X) -> Tensor:
@@ -303,6 +312,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         Parameters that are objects stay out: `encoder` (its weights are in), callables, a RandomState.
         """
         check_is_fitted(self, "labels_")
+        check_path("save", path)
         write_clustering(self, path)
 
     @classmethod
@@ -313,6 +323,9 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated or not one of ours, or the encoder doesn't fit.
         """
+        check_path("load", path)
+        if encoder is not None:
+            check_module("load", encoder, "encoder")
         return read_clustering(cls, path, encoder)
 
 
@@ -327,5 +340,6 @@ def _spread(X, image_shape):
     largest = float(np.abs(centred).max())
     scale = largest * float((centred / largest).std()) if largest > 0 else 1.0
     if not 0 < scale < np.inf:
-        raise ValueError(f"X must have a spread that float64 holds, got values up to {np.abs(X).max():g}")
+        raise ValueError("ManifoldClustering: X must have a spread that float64 holds, got values up to "
+                         f"{np.abs(X).max():g}")
     return mean, scale

@@ -59,6 +59,9 @@ def average_frames(frames: Sequence[Tensor] | Tensor, weights: Sequence[float] |
     dims = check_dims(name, stacks[0], dims)
     if stacks[0].is_meta:
         raise ValueError(f"{name}: frames must hold numbers, got tensors on the meta device")
+    for i, t in enumerate(stacks):
+        if not t.isfinite().all():
+            raise ValueError(f"{name}: frames[{i}] are not finite")
     check_word(name, "of", of, OF)
     rule = f"{name}: weights must be {len(stacks)} numbers of at least 0, not all 0"
     try:

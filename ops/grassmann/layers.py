@@ -79,9 +79,9 @@ class GrassmannLinear(FramesModule):
         weight: (C, k, n), orthonormal rows within a class; (Σk, n) when ragged, the classes one after the other.
         dims: the classes' dimensions, a tuple of C ints when ragged, else None.
 
-    Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)` leave
-    them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half frames. A
-    half-precision batch meets float32 frames as under autocast: they are rounded for the product, and the logits have
+    Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)`, also
+    of 8 bits, leave them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half ones.
+    A half-precision batch meets float32 frames as under autocast: they are rounded for the product, and the logits have
     the batch's dtype.
 
     Weights need not be orthonormal when they are loaded. `state_dict` also takes the layout of the paper's code: a

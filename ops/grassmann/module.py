@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common import HALF
+from ..common import HALF, WIDE
 from .frames import enter_layer, gathered, is_known, know, put
 from .initial import drawn_frames
 
@@ -105,7 +105,9 @@ class FramesModule(nn.Module):
     def _apply(self, fn, recurse=True):
         def keep_wide(t):
             out = fn(t)
-            return t.to(out.device, torch.float32) if out.dtype in HALF and t.dtype not in HALF else out
+            if not out.is_floating_point() or out.dtype in WIDE or (out.dtype in HALF and t.dtype in HALF):
+                return out
+            return t.to(out.device, t.dtype if t.dtype in HALF else torch.float32)
 
         was_meta = self._is_meta()
         applied = super()._apply(keep_wide, recurse)

@@ -145,6 +145,9 @@ class _WholeModel:
         for p in frames:
             if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__}: frames need dense gradients, got a sparse one")
+            for key, t in self.state[p].items() if p in self.state else ():
+                if key != "step" and t is not None and (t.dtype, t.device) != (p.dtype, p.device):
+                    self.state[p][key] = t.to(p.device, p.dtype)  # the model was moved after a step
         return frames
 
     def _grads(self, frames):

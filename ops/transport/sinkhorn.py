@@ -147,7 +147,8 @@ def _marginal(name: str, given: Tensor | None, scores: Tensor, size: int, eager:
         raise ValueError(f"sinkhorn: scores and {name} must be on one device, got {scores.device} and {given.device}")
     batch = tuple(scores.shape[:-2])
     if tuple(given.shape) not in ((size,), (*batch, size)):
-        raise ValueError(f"sinkhorn: {name} must be ({size},) or {(*batch, size)}, got {tuple(given.shape)}")
+        either = f" or {(*batch, size)}" if batch else ""
+        raise ValueError(f"sinkhorn: {name} must be ({size},){either}, got {tuple(given.shape)}")
     if eager and not (((given >= 0) & (given < math.inf)).all() and given.any(-1).all()):
         raise ValueError(f"sinkhorn: {name} must be positive and finite, or 0 but not everywhere, got entries in "
                          f"[{given.min().item():g}, {given.max().item():g}]")

@@ -2,6 +2,7 @@
 
 A check runs in both processes, and is wrong if it raises in one of them. What it leaves wrapped is its own.
 """
+import contextlib
 import json
 import os
 import traceback
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from parameter_cases import Experts
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torch_subspace as ts
 
@@ -235,6 +239,23 @@ def meta_then_fully_shard_then_memory(mesh, folder):
 
 
 @check
+def what_parallelises_tensors_is_refused(mesh, folder):
+    model = adapted()
+    y, names = model(X), [n for n, _ in model.named_parameters()]
+    refused = pytest.raises(RuntimeError, match="^adapted layer: weight = a DTensor: parallelize_module and")
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        for context in (contextlib.nullcontext(model), ts.disabled(model)):
+            with context, refused:
+                parallelize_module(model, mesh, {"0": style})
+    with refused:
+        distribute_module(model, mesh)
+    near(model(X), y)
+    assert [n for n, _ in model.named_parameters()] == names
+    parallelize_module(ts.merge_and_unload(model), mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+    near(model(X), y)
+
+
+@check
 def ddp_averages_what_is_trained_or_says_no(mesh, folder):
     x = X * (1 + dist.get_rank())
     model = adapted("a", "b")
@@ -297,6 +318,47 @@ def peft_under_fully_shard(mesh, folder):
     with pytest.raises(ValueError, match="^tucker: a weight under fully_shard can't be merged"):
         model.merge_adapter()
     near(model(X), plain(X))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.attention, self.experts = nn.Linear(6, 4), nn.MultiheadAttention(4, 2), Experts(width=4)
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.experts(self.attention(x, x, x)[0])
+
+
+@check
+def peft_of_experts_and_attention(mesh, folder):
+    import peft
+
+    import torch_subspace.peft as tp
+
+    def made():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(Mixed(), tp.TuckerConfig(
+            r=2, target_modules=["attention", "fc"], target_parameters=["experts.up", "experts.down"]))
+        for n, p in model.named_parameters():
+            if "core" in n:
+                nn.init.normal_(p)
+        return model
+
+    plain, x = made(), X * (1 + dist.get_rank())
+    y, want = gradients(plain, x)
+    for g in want.values():
+        dist.all_reduce(g)
+    sharded = made()
+    for inner in sharded.base_model.model.children():
+        fully_shard(inner, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model in (nn.parallel.DistributedDataParallel(made()), sharded):
+        got, found = gradients(model, x)
+        near(got, y)
+        near({n.removeprefix("module."): 2 * g for n, g in found.items()}, want)
+    with sharded.disable_adapter(), plain.disable_adapter():
+        near(sharded(x), plain(x))
 
 
 @check

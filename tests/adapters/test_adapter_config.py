@@ -230,11 +230,20 @@ class TestRefused:
         (lambda: nn.GRUCell(4, 4), "GRUCell"),
         (lambda: nn.Bilinear(4, 4, 4), "Bilinear"),
         (lambda: ts.GrassmannLinear(4, 3, 2), "GrassmannLinear"),
+        (lambda: nn.Linear(0, 4), r"no entries: shape \(4, 0\)"),
+        (lambda: nn.Embedding(0, 4), "no entries"),
+        (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "complex"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex"),
     ])
     def test_layers(self, make, match):
         for pattern in ("layer", r"lay.*"):
             model = Box(nn.ModuleDict({"good": nn.Linear(4, 4), "layer": make()}))
             assert_refused(model, ts.TuckerConfig(2, target_modules=("good", rf".*{pattern}")), match)
+
+    def test_singular_vectors_of_what_is_not_finite(self):
+        model = Box(nn.Linear(4, 4))
+        model.layer.weight.data[0, 0] = float("nan")
+        assert_refused(model, ts.TuckerConfig(2, init="svd"), "'layer' finite, and it holds NaN or infinity")
 
     def test_tied_weights(self):
         for name, other in (("head", "embedding"), ("embedding", "head"), (r".*", "head")):

@@ -77,6 +77,9 @@ def test_offloaded_model(how, first, tmp_path):
     if first == "offload":  # factors that are here are trained
         model(x).sum().backward()
         assert all(p.grad is not None for p in ts.adapter_parameters(model)[0]["params"])
+    else:
+        with pytest.raises(ValueError, match="^adapter_parameters: the factors of .* are offloaded, and no step"):
+            ts.adapter_parameters(model)
     ts.delete_adapter(model, "default")
     assert torch.equal(model(x), before)
     ts.load_adapter(model, file)

@@ -67,6 +67,40 @@ class TestReplaced:
         del model.head
         model.norm = nn.Identity()
 
+    @pytest.mark.parametrize("key", ["head", "stem", "body.fc"])
+    def test_deleted_first(self, key, path):
+        model, _ = saved()
+        parent, _, name = key.rpartition(".")
+        parent = model.get_submodule(parent)
+        delattr(parent, name)
+        ts.save_adapter(model, path)  # what is gone is gone
+        setattr(parent, name, nn.Linear(8, 5))
+
+        def enter(model):
+            with ts.disabled(model):
+                pass
+
+        def export(model, path):
+            optional("peft")
+            from torch_subspace.peft import export_lora
+
+            export_lora(model, path)
+
+        for use in (lambda m: ts.save_adapter(m, path), ts.merge, enter, ts.adapter_parameters, ts.merge_and_unload,
+                    lambda m: ts.save_adapter(copy.deepcopy(m), path), lambda m: export(m, path)):
+            with pytest.raises(ValueError, match=f"^[a-z_]+: '{key}' was replaced by a Linear that adapter 'default'"):
+                use(model)
+        ts.delete_adapter(model, "default")
+        assert not any(k.startswith("tucker") for m in model.modules() for k in m.__dict__)
+
+    def test_blocks_that_are_dropped_or_shifted(self, path):
+        model = ts.adapt(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), ts.TuckerConfig(2))
+        model.insert(0, nn.Linear(4, 4))
+        ts.save_adapter(model, path)
+        del model[0], model[1]
+        ts.save_adapter(model, path)
+        ts.merge(model)
+
     def test_by_peft(self):
         peft = optional("peft")
         from torch_subspace.peft import TuckerConfig

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from adapter_cases import Box, adapted, disturb, parts_of, relative
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -216,6 +217,20 @@ def test_assignments():
     with pytest.raises(ValueError, match="unmerge: the weight of 'layer' was replaced or resized while it was merged"):
         ts.unmerge(model)
     assert torch.equal(ts.merge_and_unload(model).layer.weight, torch.ones(5, 6))
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda layer: prune.l1_unstructured(layer, "weight", 2), "weight_orig = base . change, which is no parameter"),
+    (nn.utils.spectral_norm, "del weight, the base of its adapters"),
+    (lambda layer: delattr(layer, "weight"), "del weight, the base of its adapters"),
+], ids=["prune", "spectral_norm", "del"])
+def test_what_takes_the_parameter_away(change, error):
+    model, (x,), _ = adapted("linear")
+    disturb(model)
+    y, names = model(x), [n for n, _ in model.named_parameters()]
+    with pytest.raises(RuntimeError, match=f"^adapted layer: {error}"):
+        change(model.layer)
+    assert torch.equal(model(x), y) and [n for n, _ in model.named_parameters()] == names
 
 
 def test_peft_assignments():

@@ -1,14 +1,15 @@
 """The method `tucker` in peft where the layer inside has hooks, or its parameters are elsewhere."""
 import copy
 import functools
+import importlib
 import pickle
-import sys
 
 import pytest
 import torch
 from adapter_cases import relative
 from helpers import optional
-from peft_cases import ALL, LAYERS, holder, net, peft, quiet, stir
+from parameter_cases import Experts
+from peft_cases import ALL, LAYERS, Holder, holder, net, peft, quiet, stir
 from torch import nn
 
 from torch_subspace.peft import TuckerConfig
@@ -23,6 +24,23 @@ def wrapped(kind):
     model, x = holder(kind)
     model = stir(peft.get_peft_model(model, TuckerConfig(r=3, target_modules=["layer"])))
     return model, model.base_model.model.layer.base_layer, x
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+BESIDES = {"experts": (Experts, {"target_parameters": ["up", "down"]}, 5),
+           "attention": (lambda: Attention(4, 2), {"target_modules": ["layer"]}, 4)}
+
+
+def beside(kind):
+    """Experts in one parameter, or an attention as a whole; trained."""
+    make, targets, width = BESIDES[kind]
+    torch.manual_seed(0)
+    model = Holder(make())
+    return stir(peft.get_peft_model(model, TuckerConfig(r=2, **targets))), torch.randn(3, width)
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks
@@ -130,18 +148,60 @@ def test_offloaded_model(how, first, tmp_path):
     assert relative(adapted.merge_and_unload()(x), want) < 1e-5
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_replicas(kind, monkeypatch):
-    import torch.nn.parallel.replicate
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@pytest.mark.parametrize("first", ["peft", "offload"])
+def test_offloaded_experts(how, first, tmp_path):
+    accelerate = optional("accelerate")
+    model, x = Holder(Experts()), torch.randn(3, 5)
+    before, config = model(x), TuckerConfig(r=2, target_parameters=["up", "down"])
+    want = stir(peft.get_peft_model(copy.deepcopy(model), config))(x)
+    if first == "peft":
+        model = stir(peft.get_peft_model(model, config))
+    if how == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    if first == "offload":
+        model = stir(peft.get_peft_model(model, config))
+    assert relative(want, before) > 1e-2 and relative(model(x), want) < 1e-6
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.merge_adapter()
+    assert relative(model(x), want) < 1e-5
+    model.unmerge_adapter()
+    assert relative(model(x), want) < 1e-6
 
-    module = sys.modules["torch.nn.parallel.replicate"]
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """DataParallel's, with clones in place of its broadcast between GPUs."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape",
                         lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices])
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional=False: device)
+    return module.replicate
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_replicas(kind, replicate):
     model, base, x = wrapped(kind)
-    for replica in module.replicate(model, [0, 1]):
+    for replica in replicate(model, [0, 1]):
         assert torch.equal(replica(x), model(x))
         assert torch.equal(replica.base_model.model.layer.weight, model.base_model.model.layer.weight)
+
+
+@pytest.mark.parametrize("kind", BESIDES)
+def test_replicas_of_experts_and_attention(kind, replicate):
+    model, x = beside(kind)
+    y = model(x)
+    y.square().sum().backward()
+    want = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for replica in replicate(model, [0, 1]):
+        model.zero_grad()
+        got = replica(x)
+        got.square().sum().backward()
+        assert torch.equal(got, y)
+        assert all(relative(p.grad, want[n]) < 1e-6 for n, p in model.named_parameters() if n in want)
 
 
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv2d", "conv2d reflect", "conv1d circular"])

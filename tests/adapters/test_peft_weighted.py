@@ -111,7 +111,7 @@ def test_layers_of_the_two_differ():
     ({"combination_type": "mean"}, "Invalid combination_type: 'mean'"),
     ({"combination_type": "linear"}, "must have the same r value"),
     ({"combination_type": "ties_svd"}, r"needs a density in \[0, 1\], got None"),
-    ({"svd_rank": 0}, "svd_rank must be positive, got 0"),
+    ({"svd_rank": 0}, "svd_rank must be >= 1, got 0"),
 ])
 def test_refused(change, message):
     adapted, i = pair()

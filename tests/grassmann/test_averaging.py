@@ -180,3 +180,6 @@ def test_bad_types():
     w = torch.tensor([[[1.0, 0.0]]]).double()
     with pytest.raises(ValueError, match="no span is nearest"):
         average_frames([w, v])
+    for of in ("subspaces", "bases"):
+        with pytest.raises(ValueError, match="average_frames: frames.1. are not finite"):
+            average_frames([stack(0), stack(0) * float("nan")], of=of)

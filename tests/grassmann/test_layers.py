@@ -268,6 +268,15 @@ class TestPrecision:
         assert model.double()[1].weight.dtype == torch.float64
         assert getattr(model, convert)()[1].weight.dtype == torch.float32
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_layerwise_casting_leaves_the_frames_alone(self, dtype):
+        for kept in (torch.float32, torch.bfloat16):
+            model = nn.Sequential(nn.Linear(6, 6), GrassmannLinear(6, 4, 2, dtype=kept))
+            before = model[1].weight.clone()
+            model.to(dtype)
+            assert model[0].weight.dtype == dtype and torch.equal(model[1].weight, before)
+            assert model[1].weight.dtype == kept
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_a_half_batch_meets_float32_frames(self, dtype):
         layer, x = GrassmannLinear(32, 4, 8), torch.randn(5, 32)

@@ -73,6 +73,26 @@ def test_resume_keeps_the_dtype_of_state(default):
         torch.set_default_dtype(previous)
 
 
+@pytest.mark.parametrize("make", [lambda p: ts.RiemannianSGD(p, lr=0.1, momentum=0.9),
+                                  lambda p: ts.RiemannianAdamW(p, lr=0.1, amsgrad=True)], ids=["sgd", "adam"])
+def test_a_model_that_is_moved_after_a_step(make):
+    def step(head, optimiser, x):
+        optimiser.zero_grad()
+        head.loss(x, torch.arange(4)).backward()
+        optimiser.step()
+
+    torch.manual_seed(0)
+    head, x = ts.GrassmannLinear(6, 4, 2), torch.randn(4, 6)
+    optimiser = make(head.parameters())
+    step(head, optimiser, x)
+    other = copy.deepcopy((head, optimiser))
+    step(head, optimiser, x)
+    other[0].double()
+    step(*other, x.double())
+    assert frame_error(other[0].weight) < 1e-12
+    torch.testing.assert_close(other[0].weight.float(), head.weight, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind, theirs", [(SGD, torch.optim.SGD), (ADAM, torch.optim.AdamW)])
 def test_a_checkpoint_of_torchs_optimiser_does_not_make_frames_euclidean(kind, theirs):
     p = frame()
