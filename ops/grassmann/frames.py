@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common import check_floating, told, whole
+from ..ragged import packed, padded, unpack_
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
@@ -104,15 +105,44 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
-def gathered(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if is_sharded(weight) else weight
+def is_stack(weight: Tensor, dims: Sequence[int] | None) -> bool:
+    """Ragged frames that are padded, so that they can be sharded by class?"""
+    return dims is not None and is_sharded(weight) and weight.dim() == 3
 
 
-def put(weight: Tensor, frames: Tensor) -> None:
-    """weight <- frames that were changed in `gathered(weight)`; of several processes' frames, the first one's."""
+def own_dims(weight: Tensor, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Those of the classes that this process has, of a weight that is sharded by class."""
+    if not is_stack(weight, dims):
+        return dims
+    mesh, cuts = weight.device_mesh, [(i, p) for i, p in enumerate(weight.placements) if not p.is_replicate()]
+    for i, _ in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):  # what fully_shard has cut came last
+        most = -(-len(dims) // mesh.size(i))
+        dims = dims[mesh.get_local_rank(i) * most :][:most]
+    return dims
+
+
+def own_frames(weight: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """What this process has, as a step takes frames: in the same memory, but of a stack a copy, to be put back."""
+    return packed(local(weight), own_dims(weight, dims)) if is_stack(weight, dims) else local(weight)
+
+
+def put_own(weight: Tensor, frames: Tensor, dims: tuple[int, ...] | None) -> None:
+    """What a step has made of `own_frames(weight, dims)`."""
+    if is_stack(weight, dims):
+        unpack_(local(weight), frames, own_dims(weight, dims))
+
+
+def gathered(weight: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    full = weight.full_tensor() if is_sharded(weight) else weight
+    return packed(full, dims) if is_stack(weight, dims) else full
+
+
+def put(weight: Tensor, frames: Tensor, dims: Sequence[int] | None = None) -> None:
+    """weight <- frames that were changed in `gathered(weight, dims)`; of several processes' frames, the first one's."""
     if is_sharded(weight):
         from torch.distributed.tensor import distribute_tensor
 
+        frames = padded(frames, dims) if is_stack(weight, dims) else frames
         weight.copy_(distribute_tensor(frames, weight.device_mesh, weight.placements))
 
 

@@ -21,7 +21,7 @@ from ..common import (
     check_word,
     told,
 )
-from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, known_dims
+from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, is_stack, known_dims
 
 
 def param_groups(
@@ -171,7 +171,11 @@ def check_group(name, group):
             )
         if dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
             raise ValueError(f"{name}: frames in params without dims must be (C, k, n) with 0 < k <= n, got {shape}")
-        if dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
+        if is_stack(p, dims):
+            if len(dims) != shape[0] or max(dims, default=0) != shape[1]:
+                raise ValueError(f"{name}: frames in params with dims {dims} that are sharded by class must be "
+                                 f"(C, largest of dims, n), got {shape}")
+        elif dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
             raise ValueError(f"{name}: frames in params with dims {dims} must be (sum of dims, n) with 0 < dims <= n, "
                              f"got {shape}")
 
@@ -181,10 +185,10 @@ def check_shards(name, p, dims):
     if not is_sharded(p):
         return
     cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
-    if dims is not None and cut:
+    if dims is not None and cut and p.dim() == 2:
         raise ValueError(
-            f"{name}: frames with dims are cut within classes where they are sharded: take one subspace_dim for all "
-            "classes, or keep them whole by fully_shard(..., ignored_params={head.weight}) and average their "
+            f"{name}: frames with dims are cut within classes where they are sharded: first cut them between classes, by "
+            "torch_subspace.distributed.shard_head, or keep them whole by fully_shard(..., ignored_params={head.weight}) and average their "
             "gradient yourself"
         )
     if not all(p.placements[i].is_shard(0) for i in cut):

@@ -24,7 +24,7 @@ from ..common import (
     whole,
 )
 from . import watch
-from .cross_entropy import subspace_cross_entropy
+from .cross_entropy import cross_entropy_of
 from .frames import class_dims, enter_layer, gathered
 from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
@@ -78,6 +78,8 @@ class GrassmannLinear(FramesModule):
     Attributes:
         weight: (C, k, n), orthonormal rows within a class; (Σk, n) when ragged, the classes one after the other.
         dims: the classes' dimensions, a tuple of C ints when ragged, else None.
+        class_parallel: None, or the `distributed.ClassParallel` that has shared the classes out among processes;
+            `weight` is then a DTensor (C, k, n), when ragged with k the largest and zeros after a class's own rows.
 
     Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)` leave
     them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half frames. A
@@ -100,6 +102,8 @@ class GrassmannLinear(FramesModule):
         >>> head.weight.shape, head.frame_error().item() < 1e-5
         (torch.Size([5, 3, 16]), True)
     """
+
+    class_parallel: Any = None
 
     def __init__(
         self, in_features: int, num_classes: int, subspace_dim=8, *, gamma=25.0, normalize=True, device=None, dtype=None
@@ -134,7 +138,7 @@ class GrassmannLinear(FramesModule):
 
         Raises ValueError, before anything is changed, when a class has a non-finite entry.
         """
-        bad, weight = [], gathered(self.weight)
+        bad, weight = [], gathered(self.weight, self.dims)
         for classes, i in self._chunks():
             bad += classes[~weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
         if bad:
@@ -149,7 +153,7 @@ class GrassmannLinear(FramesModule):
         `dtype` is what it is reckoned in, by default float64.
         """
         check_dtype("frame_error", dtype)
-        dtype, weight = dtype or self._wide, gathered(self.weight)
+        dtype, weight = dtype or self._wide, gathered(self.weight, self.dims)
         error = weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
             a = weight[i].to(dtype)
@@ -159,6 +163,8 @@ class GrassmannLinear(FramesModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
+        if self.class_parallel is not None:
+            return self.class_parallel.logits(self, x)
         watch.look(self)
         return logits_of_layer(x, self.weight, self.gamma, self.normalize, self.dims)
 
@@ -177,8 +183,12 @@ class GrassmannLinear(FramesModule):
         `target` is int64 (...) or soft (..., C); the other arguments are those of `subspace_cross_entropy`.
         """
         watch.look(self)
-        return subspace_cross_entropy(
-            x, weight_for(x, self.weight), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
+        weight, dims, part = self.weight, self.dims, None
+        if self.class_parallel is not None:
+            x, weight, target, part = self.class_parallel.enter(self, x, target)
+            dims = None
+        return cross_entropy_of(
+            x, weight_for(x, weight), target, gamma=self.gamma, normalize=self.normalize, dims=dims, part=part,
             class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )
 
@@ -319,7 +329,8 @@ class GrassmannLinear(FramesModule):
     def extra_repr(self) -> str:
         k = self.subspace_dim if self.dims is None else f"{min(self.dims, default=0)}..{max(self.dims, default=0)}"
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, subspace_dim={k}"
-        return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}"
+        parallel = "" if self.class_parallel is None else f", class_parallel={self.class_parallel}"
+        return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}{parallel}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         error_msgs = args[-1]

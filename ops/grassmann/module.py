@@ -42,7 +42,7 @@ class FramesModule(nn.Module):
         """weight <- random frames, those of classes of dimension k beginning with the rows of `first(classes, k)`."""
         if self.weight.is_meta:
             return
-        weight, on_cpu = gathered(self.weight), self.weight.device.type == "cpu"
+        weight, on_cpu = gathered(self.weight, self.dims), self.weight.device.type == "cpu"
         dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else self._wide
         for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
             shape = weight[i].shape
@@ -55,13 +55,13 @@ class FramesModule(nn.Module):
         """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
         if self.weight.is_meta:
             return
-        weight = gathered(self.weight)
+        weight = gathered(self.weight, self.dims)
         for classes, i in self._chunks():
             weight[i] = frames(classes, weight[i].to(self._wide)).to(weight.dtype)
         self._drawn(weight)
 
     def _drawn(self, frames: Tensor) -> None:
-        put(self.weight, frames)
+        put(self.weight, frames, self.dims)
         know(self.weight, self.dims)
         self._undrawn = False
 
