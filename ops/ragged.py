@@ -16,6 +16,8 @@ def _own_rows(dims: Sequence[int], width: int, device: torch.device) -> Tensor:
 def padded(frames: Tensor, dims: Sequence[int]) -> Tensor:
     """The stack of ragged frames."""
     stack = frames.new_zeros(len(dims), max(dims, default=0), frames.shape[-1])
+    if frames.is_meta:
+        return stack
     stack[_own_rows(dims, stack.shape[1], stack.device)] = frames
     return stack
 

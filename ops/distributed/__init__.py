@@ -1,4 +1,4 @@
-"""Heads whose classes are shared out among processes, on torch.distributed and DTensor: `torch_subspace.distributed`."""
+"""`torch_subspace.distributed`: heads whose classes are shared out among processes, on torch's own DTensor."""
 
 from typing import TYPE_CHECKING, Any
 

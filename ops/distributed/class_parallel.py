@@ -27,32 +27,31 @@ Module = TypeVar("Module", bound=nn.Module)
 class ClassParallel(ParallelStyle):
     """A `GrassmannLinear` whose classes are shared out among the processes of a one-dimensional mesh.
 
-    For `torch.distributed.tensor.parallel.parallelize_module`; by itself it is what `shard_head` does. The layer's weight
-    becomes a DTensor (C, k, n), `Shard(0)`: each process has about C / R classes, uneven ones as `torch.chunk` cuts. Its
-    `loss` sums each process's classes as ever and joins them in two small all-reduces: no process ever holds logits.
+    For `torch.distributed.tensor.parallel.parallelize_module`; `shard_head` does the same by itself. The layer's
+    weight becomes a DTensor (C, k, n), `Shard(0)`: each process has C / R classes, uneven ones as `torch.chunk` cuts.
+    `loss` sums each process's classes as ever and joins them in two small all-reduces: nowhere are there logits.
 
     Keyword Args:
-        input_layouts: how features (and targets) are given: `Replicate()`, all processes the same ones (the default); or
-            `Shard(0)`, each its own rows, as many as any other: the loss is then that of all rows (see below).
+        input_layouts: how features (and targets) are given: `Replicate()`, the same ones to all processes (the
+            default), or `Shard(0)`, to each its own rows, as many as to any other. The loss is that of all rows.
         output_layouts: what the layer's call returns: `Replicate()`, all logits in each process (the default),
             `Shard(-1)`, those of its own classes, or `Shard(0)`, its share of the rows with all logits.
         use_local_output: whether logits are a plain tensor (the default) or a DTensor.
-        sample_rate: in (0, 1]; below 1, in training mode, `loss` of labels takes this part of each process's classes,
-            chosen anew at random with the classes of the labels always among them, for all (Partial-FC). At least as many
-            stay as there are rows.
+        sample_rate: in (0, 1]; below 1, in training mode, `loss` takes so many of each process's classes for all, drawn
+            anew each time, those of the labels always among them (Partial-FC); at least as many as there are rows.
 
-    The numbers are those of the layer on one process, up to rounding: labels and probabilities, class weights,
-    smoothing over all classes, `ignore_index`, ragged classes. A process must not know of any of it but through
-    DTensors: optimisers, `clip_grad_norm_`, `torch.distributed.checkpoint` and `fully_shard` over another dimension of
-    the mesh take the weight as they take any. Ragged classes are stored in the largest one's k, zeros after their rows.
+    The numbers are those of the layer on one process up to rounding, whatever the options: labels or probabilities,
+    class weights, smoothing (over all classes), `ignore_index`, ragged classes. These are held as wide as the largest
+    one, with zeros after a class's own rows. All else is DTensor's: optimisers, `torch.distributed.checkpoint`, and
+    `fully_shard` over another dimension of the mesh.
 
     With `input_layouts=Shard(0)` gradients are those of the mean over the processes of what each returns: parameters
-    before the head are averaged, as DistributedDataParallel and `fully_shard` do, those of the head are not.
+    before the head are to be averaged, as DistributedDataParallel and `fully_shard` do; the head's own are ready.
 
-    With `sample_rate` the loss is biased: too low, by at most log(1 / sample_rate) for a rate that leaves the rows
-    behind, since classes that are left out are missing in the sum; probabilities of those that stay are too high, and
-    smoothing is over them. A class that is left out has a zero gradient, and its frame still goes where momentum (SGD's
-    or Adam's) carries it. Evaluation takes all classes.
+    With `sample_rate` the loss is biased, as classes that are left out are missing in its sum: it is too low, by at
+    most log(1 / sample_rate) on average, and classes that stay are pushed away harder, the more so the more of them
+    there are; smoothing is over those that stay. A class that is left out has a gradient of zero, and goes where
+    momentum, SGD's or Adam's, carries it. In evaluation mode all classes are taken.
 
     Raises:
         TypeError, ValueError: a module other than a `GrassmannLinear`, one whose weight is sharded already, a mesh of
@@ -167,8 +166,8 @@ def check_head(name: str, head: object, mesh: object) -> None:
 def shard_head(model: Module, mesh: DeviceMesh, **options) -> Module:
     """Share the classes of each `GrassmannLinear` of a model out among the processes of a mesh; returns the model.
 
-    `parallelize_module` with `ClassParallel` for every head, wherever it stands. All processes of the mesh call it, before
-    the optimiser is made; the frames of the first one count.
+    `parallelize_module` with `ClassParallel` for every head, wherever it stands. All processes of the mesh call it,
+    before the optimiser is made; the frames of the first one count.
 
     Args:
         model: a module, changed in place; or the head itself.

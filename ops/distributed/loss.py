@@ -94,7 +94,8 @@ class Part:
                 total = sum(self._size(n, place.shape[0]) for n in self._shares())
             wrong = (target < 0) | (target >= self.classes)  # the op says so
             target = torch.where(ignored, _IGNORED, torch.where(wrong, -1, place))
-        return _Loss.apply(x, weight, target, class_weight, self.mesh, gamma, normalize, _IGNORED, label_smoothing, total)
+        return _Loss.apply(x, weight, target, class_weight, self.mesh, gamma, normalize, _IGNORED, label_smoothing,
+                           total)
 
     def _shares(self) -> list[int]:
         """How many classes each process has."""

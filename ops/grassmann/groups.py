@@ -187,9 +187,9 @@ def check_shards(name, p, dims):
     cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
     if dims is not None and cut and p.dim() == 2:
         raise ValueError(
-            f"{name}: frames with dims are cut within classes where they are sharded: first cut them between classes, by "
-            "torch_subspace.distributed.shard_head, or keep them whole by fully_shard(..., ignored_params={head.weight}) and average their "
-            "gradient yourself"
+            f"{name}: frames with dims are cut within classes where they are sharded: cut them between classes before, "
+            "by torch_subspace.distributed.shard_head, take one subspace_dim for all classes, or keep them whole by "
+            "fully_shard(..., ignored_params={head.weight}) and average their gradient yourself"
         )
     if not all(p.placements[i].is_shard(0) for i in cut):
         raise ValueError(f"{name}: frames must be sharded by class, along dimension 0, got {p.placements}")

@@ -25,7 +25,7 @@ from ..common import (
 )
 from . import watch
 from .cross_entropy import cross_entropy_of
-from .frames import class_dims, enter_layer, gathered
+from .frames import class_dims, enter_layer, of_all
 from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
 from .module import FramesModule
@@ -103,8 +103,6 @@ class GrassmannLinear(FramesModule):
         (torch.Size([5, 3, 16]), True)
     """
 
-    class_parallel: Any = None
-
     def __init__(
         self, in_features: int, num_classes: int, subspace_dim=8, *, gamma=25.0, normalize=True, device=None, dtype=None
     ):
@@ -130,7 +128,7 @@ class GrassmannLinear(FramesModule):
 
     def reset_parameters(self) -> None:
         """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
-        self._draw()
+        self._draw(generator=self._generator(None))
 
     @torch.no_grad()
     def orthonormalize_(self) -> "GrassmannLinear":
@@ -138,11 +136,14 @@ class GrassmannLinear(FramesModule):
 
         Raises ValueError, before anything is changed, when a class has a non-finite entry.
         """
-        bad, weight = [], gathered(self.weight, self.dims)
+        bad, weight = [], self._frames()
         for classes, i in self._chunks():
             bad += classes[~weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
-        if bad:
-            raise ValueError(f"orthonormalize_: non-finite weight in {len(bad)} classes: {sorted(bad)[:8]}")
+        count = len(bad)
+        if self.class_parallel is not None:
+            count = int(of_all(self.weight, torch.tensor(count, device=weight.device)).sum())
+        if count:
+            raise ValueError(f"orthonormalize_: non-finite weight in {count} classes: {sorted(bad)[:8]}")
         self._set_frames(lambda classes, a: nearest_frame(a))
         return self
 
@@ -153,13 +154,13 @@ class GrassmannLinear(FramesModule):
         `dtype` is what it is reckoned in, by default float64.
         """
         check_dtype("frame_error", dtype)
-        dtype, weight = dtype or self._wide, gathered(self.weight, self.dims)
+        dtype, weight = dtype or self._wide, self._frames()
         error = weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
             a = weight[i].to(dtype)
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
-        return error
+        return error if self.class_parallel is None else of_all(self.weight, error).amax()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
@@ -242,6 +243,7 @@ class GrassmannLinear(FramesModule):
         if not vectors.is_meta and not vectors.isfinite().all():
             raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
+        generator = self._generator(generator)
         vectors = vectors[:, : max(self.dims or (self.subspace_dim,), default=0)]
 
         def first(classes, k):
@@ -291,6 +293,7 @@ class GrassmannLinear(FramesModule):
         if not x.isfinite().all():
             raise ValueError("init_from_features: a feature is not finite")
         y = y.cpu()
+        generator = self._generator(generator)
         samples = y.argsort().to(x.device).split(y.bincount(minlength=self.num_classes).tolist())
 
         def frames(classes, a):
@@ -350,6 +353,8 @@ class GrassmannLinear(FramesModule):
                         f"{lengths.max():.3g} is no stack of frames but a linear layer's weight: start from it by "
                         "GrassmannLinear.from_linear or init_from_vectors"
                     )
+        if isinstance(weight := state_dict.get(key), Tensor):
+            state_dict[key] = self._as_held(weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._undrawn = self._undrawn and key not in state_dict
         watch.again(self)
