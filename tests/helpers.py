@@ -59,7 +59,8 @@ def in_two_processes(function, *args):
 
 def in_processes(count, function, *args):
     """The same in so many."""
-    multiprocessing.set_forkserver_preload(["torch", "torch_subspace", "torch.distributed.fsdp"])
+    loaded = ["torch", "torch_subspace", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
+    multiprocessing.set_forkserver_preload(loaded)
     torch.multiprocessing.start_processes(function, args, nprocs=count, start_method="forkserver")
 
 

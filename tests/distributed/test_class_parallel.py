@@ -38,7 +38,8 @@ def results(head, x, *target, run=None, **options):
     """The logits or the loss (or what `run` makes of them), and the gradients in x and the frames."""
     x = x.clone().requires_grad_()
     head.weight.grad = None
-    value = (run or (head.loss if target else head))(x, *target, **options)
+    run = run if run is not None else head.loss if target else head
+    value = run(x, *target, **options)
     value.mul(normal(1, *value.shape, seed=2, dtype=value.dtype)[0]).sum().backward()
     grad = head.weight.grad
     return value.detach(), x.grad, grad if head.class_parallel is None else whole(grad, head.dims)
@@ -301,10 +302,9 @@ def with_data_parallelism(mesh):
                 model = nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=torch.float64), head(dims))
                 if share:
                     ts.distributed.shard_head(model, mesh["classes"])
-                    for module in (model[1], model):
-                        fully_shard(module, mesh=mesh["data"])
+                    for layer in model:
+                        fully_shard(layer, mesh=mesh["data"])
                     register_fsdp_forward_method(model[1], "loss")
-                    model = model.train()
                 opt = make(model.parameters())
                 x, labels = batch()
                 if share:
