@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import GrassmannLinear, subspace_logits
-from ..common import HALF, check_flag, check_module, check_number, told
+from ..common import HALF, check_flag, check_module, check_number, told, transformed
 from ..ragged import padded
-from .loss import Part, ScaleGradient
+from .loss import Gradient, Part
 
 __all__ = ["ClassParallel", "shard_head"]
 
@@ -90,7 +90,7 @@ class ClassParallel(ParallelStyle):
         self.sample_rate = float(sample_rate)
 
     def __repr__(self) -> str:
-        return (f"ClassParallel(input_layouts={self.input_layouts}, output_layouts={self.output_layouts}, "
+        return (f"ClassParallel(input_layouts={self.input_layouts!r}, output_layouts={self.output_layouts!r}, "
                 f"use_local_output={self.use_local_output}, sample_rate={self.sample_rate:g})")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -123,7 +123,7 @@ class ClassParallel(ParallelStyle):
         if not self.use_local_output:
             return logits
         by_rows = self.output_layouts == Shard(0) and own.dim() > 1
-        return ScaleGradient.apply(logits.to_local(), 1 / mesh.size()) if by_rows else logits.to_local()
+        return Gradient.apply(logits.to_local(), 1 / mesh.size()) if by_rows else logits.to_local()
 
     def _inputs(self, head: GrassmannLinear, x: Tensor) -> tuple[Tensor, Tensor, DeviceMesh]:
         """All features, whose gradients all processes add up, the process's own frames, and the mesh of these."""
@@ -133,21 +133,26 @@ class ClassParallel(ParallelStyle):
             raise ValueError("ClassParallel: the head's weight must be sharded by class along one dimension of a mesh; "
                              "outside the forward of fully_shard it isn't, unless its other methods are told by "
                              f"torch.distributed.fsdp.register_fsdp_forward_method(head, 'loss'). Got {where}")
+        if transformed():
+            raise RuntimeError("ClassParallel: classes on several processes take no part in torch.func's transforms, "
+                               "forward-mode derivatives and traces")
         mesh = weight.device_mesh
         if not isinstance(x, Tensor):
             raise TypeError(f"ClassParallel: x must be a tensor, got {told(x)}")
         if not isinstance(x, DTensor):
-            if self.input_layouts.is_shard():
-                x = ScaleGradient.apply(x, mesh.size())
+            x = Gradient.apply(x, mesh.size() if self.input_layouts.is_shard() else 1)
             x = DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
         x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        return x, weight.to_local(), mesh
+        return x, Gradient.apply(weight.to_local(), 1), mesh
 
 
 def _layout(what: str, given: Placement | None, known: tuple[Placement, ...]) -> Placement:
-    if given is not None and given not in known:
-        raise ValueError(f"ClassParallel: {what} must be one of {', '.join(map(str, known))}, got {told(given)}")
-    return known[0] if given is None else given
+    if given is None:
+        return known[0]
+    if not isinstance(given, Placement) or given not in known:
+        error = ValueError if isinstance(given, Placement) else TypeError
+        raise error(f"ClassParallel: {what} must be one of {', '.join(map(repr, known))}, got {told(given)}")
+    return given
 
 
 def check_head(name: str, head: object, mesh: object) -> None:
@@ -163,7 +168,15 @@ def check_head(name: str, head: object, mesh: object) -> None:
                          "classes out first of all, before fully_shard and optimisers")
 
 
-def shard_head(model: Module, mesh: DeviceMesh, **options) -> Module:
+def shard_head(
+    model: Module,
+    mesh: DeviceMesh,
+    *,
+    input_layouts: Placement | None = None,
+    output_layouts: Placement | None = None,
+    use_local_output: bool = True,
+    sample_rate: float = 1.0,
+) -> Module:
     """Share the classes of each `GrassmannLinear` of a model out among the processes of a mesh; returns the model.
 
     `parallelize_module` with `ClassParallel` for every head, wherever it stands. All processes of the mesh call it,
@@ -173,7 +186,7 @@ def shard_head(model: Module, mesh: DeviceMesh, **options) -> Module:
         model: a module, changed in place; or the head itself.
         mesh: a `DeviceMesh` of one dimension, such as `mesh["classes"]` of a larger one, over whose other dimension
             `fully_shard` can then be applied.
-        options: those of `ClassParallel`.
+        input_layouts, output_layouts, use_local_output, sample_rate: as for `ClassParallel`.
 
     Raises:
         TypeError, ValueError: as `ClassParallel`; no head in the model. Nothing is changed then.
@@ -191,7 +204,8 @@ def shard_head(model: Module, mesh: DeviceMesh, **options) -> Module:
         >>> dist.destroy_process_group()
     """
     check_module("shard_head", model)
-    style = ClassParallel(**options)
+    style = ClassParallel(input_layouts=input_layouts, output_layouts=output_layouts,
+                          use_local_output=use_local_output, sample_rate=sample_rate)
     heads = [module for module in model.modules() if isinstance(module, GrassmannLinear)]
     if not heads:
         raise ValueError("shard_head: model must have a GrassmannLinear; swap_head puts one in")

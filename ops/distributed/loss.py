@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
-from ..common import transformed, wide_dtype
+from ..common import wide_dtype
 
 _op = torch.ops.torch_subspace
 _IGNORED = -100  # in the labels that the op gets
@@ -74,9 +74,6 @@ class Part:
 
     def rows(self, x: Tensor, weight: Tensor, dims: None, target: Tensor, class_weight: Tensor,
              gamma: float, normalize: bool, ignore_index: int, label_smoothing: float) -> Tensor:
-        if transformed():
-            raise RuntimeError("ClassParallel: the loss of classes on several processes takes no part in torch.func's "
-                               "transforms, forward-mode derivatives and traces")
         own, total = weight.shape[0], self.classes
         class_weight = class_weight.narrow(0, self.first, own) if class_weight.numel() else class_weight
         if target.is_floating_point():
@@ -116,7 +113,9 @@ class Part:
         return kept, where[place]
 
 
-class ScaleGradient(torch.autograd.Function):
+class Gradient(torch.autograd.Function):
+    """x; its gradient is multiplied by a factor, and has none of its own: DTensor's would silently be 0."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -124,4 +123,7 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return dx * ctx.factor, None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("ClassParallel: of classes on several processes there is no second derivative, as "
+                               "create_graph=True asks for")
+        return dx if ctx.factor == 1 else dx * ctx.factor, None

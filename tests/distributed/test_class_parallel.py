@@ -7,6 +7,12 @@ import pytest
 import torch
 from helpers import close, in_processes, normal
 from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import parallelize_module
 
 import torch_subspace as ts
 
@@ -30,7 +36,7 @@ def batch(rows=10, classes=CLASSES, dtype=torch.float64):
 
 def whole(t, dims=None):
     """What all processes have of it, as one process holds it."""
-    t = t.full_tensor().detach()
+    t = t.full_tensor().detach().clone()
     return t if dims is None else t[torch.arange(t.shape[1]) < torch.tensor(dims)[:, None]]
 
 
@@ -93,8 +99,6 @@ def smoothing_is_over_all_classes(mesh):
 
 
 def layouts(mesh):
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     size, rank = mesh.size(), mesh.get_local_rank()
     x, labels = batch(6 * size)
     mine = slice(6 * rank, 6 * rank + 6)
@@ -170,8 +174,6 @@ def sampling(mesh):
 
 
 def whole_of_all(mesh, t):
-    from torch.distributed.tensor import DTensor, Shard
-
     return DTensor.from_local(t[None], mesh, [Shard(0)]).full_tensor()
 
 
@@ -204,9 +206,8 @@ def steps(mesh):
         close(whole(shared.weight.grad, shared.dims), alone.weight.grad, 1e-12)
 
 
-def clipping_beside_plain_parameters(mesh):
-    from torch.distributed.tensor.experimental import implicit_replication
-
+def clipping(mesh):
+    """Beside parameters that are no DTensors."""
     x, labels = batch()
     norms = []
     for share in (False, True):
@@ -259,8 +260,6 @@ def drawing(mesh):
 
 
 def plans(mesh):
-    from torch.distributed.tensor.parallel import parallelize_module
-
     torch.manual_seed(0)
     alone = nn.ModuleDict({"body": nn.Linear(5, FEATURES, dtype=torch.float64), "head": head()})
     shared = parallelize_module(copy.deepcopy(alone), mesh, {"head": ts.distributed.ClassParallel()})
@@ -291,8 +290,6 @@ def compiled(mesh):
 
 def with_data_parallelism(mesh):
     """A mesh of 2 x 2: rows are shared out along the first dimension, classes along the second."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     row = mesh["data"].get_local_rank()
     for dims in (3, RAGGED):
         for make in OPTIMISERS.values():
@@ -320,21 +317,70 @@ def with_data_parallelism(mesh):
             assert shared[1].frame_error() < 1e-12
 
 
-def worker(rank, folder):
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+def rows_of_their_own(mesh):
+    """As Partial-FC is trained: rows and classes are shared out among the same processes, the body is under DDP."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    x, labels = batch(6 * size)
+    bodies, heads = [], []
+    for share in (False, True):
+        torch.manual_seed(0)
+        body, last = nn.Linear(FEATURES, FEATURES, dtype=torch.float64), head()
+        if share:
+            body = nn.parallel.DistributedDataParallel(body)
+            ts.distributed.shard_head(last, mesh, input_layouts=Shard(0))
+            x, labels = x.chunk(size)[rank], labels.chunk(size)[rank]
+        opt = ts.RiemannianSGD([*body.parameters(), *last.parameters()], lr=0.1)
+        for _ in range(3):
+            opt.zero_grad()
+            last.loss(body(x), labels).backward()
+            opt.step()
+        bodies.append(body.module if share else body)
+        heads.append(last)
+    close(bodies[1].weight, bodies[0].weight, 1e-11)
+    close(whole(heads[1].weight), heads[0].weight, 1e-11)
 
+
+def wrong_input(mesh):
+    x, labels = batch()
+    shared = ts.distributed.shard_head(head(), mesh)
+    for raised, message, call in (
+        (ValueError, "must be a parameter that is whole", lambda: ts.distributed.shard_head(shared, mesh)),
+        (ValueError, r"target: labels must be in \[0, 7\), got 7", lambda: shared.loss(x, labels + 7 - labels)),
+        (ValueError, r"probabilities must be \(10, 7\)", lambda: shared.loss(x, normal(10, 4))),
+        (ValueError, "detach them", lambda: shared.loss(x, normal(10, 7).requires_grad_())),
+        (ValueError, r"class_weight must be \(7,\)", lambda: shared.loss(x, labels, class_weight=torch.ones(4))),
+        (ValueError, "x has 5 features", lambda: shared.loss(normal(10, 5), labels)),
+        (TypeError, "x must be a tensor", lambda: shared("word")),
+        (RuntimeError, "torch.func", lambda: torch.func.grad(lambda x: shared.loss(x, labels))(x)),
+        (RuntimeError, "no second derivative", lambda: torch.autograd.grad(
+            shared.loss(x.requires_grad_(), labels), x, create_graph=True)),
+        (RuntimeError, "no second derivative", lambda: shared(x.detach()).sum().backward(create_graph=True)),
+        (TypeError, "classes are those of a GrassmannLinear, got.*Linear", lambda: parallelize_module(
+            nn.Linear(3, 4), mesh, ts.distributed.ClassParallel())),
+        (ValueError, "model must have a GrassmannLinear", lambda: ts.distributed.shard_head(nn.Linear(3, 4), mesh)),
+        (ValueError, "layouts must be one of", lambda: ts.distributed.ClassParallel(input_layouts=Shard(1))),
+    ):
+        with pytest.raises(raised, match=message):
+            call()
+
+
+def worker(rank, folder):
     torch.set_num_threads(1)
     init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     try:
         meshes = [DeviceMesh("cpu", list(range(count))) for count in (1, 2, 3, 4)]
+        pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
         for mesh in meshes:
             if rank < mesh.size():
                 for check in (losses, smoothing_is_over_all_classes, layouts, steps, drawing):
                     check(mesh)
-        for check in (half_precision, sampling, clipping_beside_plain_parameters, plans, compiled):
-            check(meshes[-1] if rank else meshes[-1])
-        with_data_parallelism(init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes")))
+        for check in (half_precision, sampling, clipping, plans, rows_of_their_own, wrong_input):
+            check(meshes[-1])
+        with_data_parallelism(pairs)
+        if rank < 2:
+            compiled(meshes[1])
+        with pytest.raises(ValueError, match=r"mesh must have one dimension.*mesh\['classes'\]"):
+            ts.distributed.shard_head(head(), pairs)
     finally:
         destroy_process_group()
 
