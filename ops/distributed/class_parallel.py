@@ -48,10 +48,10 @@ class ClassParallel(ParallelStyle):
     With `input_layouts=Shard(0)` gradients are those of the mean over the processes of what each returns: parameters
     before the head are to be averaged, as DistributedDataParallel and `fully_shard` do; the head's own are ready.
 
-    With `sample_rate` the loss is biased, as classes that are left out are missing in its sum: it is too low, by at
-    most log(1 / sample_rate) on average, and classes that stay are pushed away harder, the more so the more of them
-    there are; smoothing is over those that stay. A class that is left out has a gradient of zero, and goes where
-    momentum, SGD's or Adam's, carries it. In evaluation mode all classes are taken.
+    With `sample_rate` the loss is biased, as the classes left out are missing in its sum of exponentials: too low, by
+    up to about log(1 / sample_rate), and with it the pull towards the label's class; nothing is corrected. Smoothing is
+    over the classes that stay. One that is left out has a gradient of zero, and goes where momentum, SGD's or Adam's,
+    carries it. In evaluation mode all classes are taken.
 
     Raises:
         TypeError, ValueError: a module other than a `GrassmannLinear`, one whose weight is sharded already, a mesh of

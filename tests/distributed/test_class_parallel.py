@@ -284,8 +284,6 @@ def compiled(mesh):
         expected = results(shared, x, labels, label_smoothing=0.1)
         torch.manual_seed(1)
         close(results(shared, x, labels, run=fast, label_smoothing=0.1), expected, 1e-12)
-    fast = torch.compile(shared, backend="aot_eager", fullgraph=True)
-    close(results(shared, x, run=fast), results(shared, x), 1e-12)
 
 
 def with_data_parallelism(mesh):
@@ -354,7 +352,8 @@ def wrong_input(mesh):
         (RuntimeError, "torch.func", lambda: torch.func.grad(lambda x: shared.loss(x, labels))(x)),
         (RuntimeError, "no second derivative", lambda: torch.autograd.grad(
             shared.loss(x.requires_grad_(), labels), x, create_graph=True)),
-        (RuntimeError, "no second derivative", lambda: shared(x.detach()).sum().backward(create_graph=True)),
+        (RuntimeError, "no second derivative", lambda: torch.autograd.grad(
+            shared(x).sum(), shared.weight, create_graph=True)),
         (TypeError, "classes are those of a GrassmannLinear, got.*Linear", lambda: parallelize_module(
             nn.Linear(3, 4), mesh, ts.distributed.ClassParallel())),
         (ValueError, "model must have a GrassmannLinear", lambda: ts.distributed.shard_head(nn.Linear(3, 4), mesh)),
