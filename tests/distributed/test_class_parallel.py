@@ -266,6 +266,9 @@ def plans(mesh):
     x, labels = normal(6, 5), torch.arange(6)
     for model in (alone, shared):
         model["head"].loss(model["body"](x), labels).backward()
+    groups = ts.param_groups(shared, weight_decay=0.1)
+    assert [group.get("manifold") for group in groups] == [None, "grassmann"]
+    assert groups[1]["params"] == [shared["head"].weight]
     close(shared["body"].weight.grad, alone["body"].weight.grad, 1e-12)
     close(whole(shared["head"].weight.grad), alone["head"].weight.grad, 1e-12)
     shared = ts.distributed.shard_head(ts.swap_head(nn.ModuleDict({"head": nn.Conv2d(FEATURES, 3, 1)}), 4), mesh)
@@ -274,7 +277,8 @@ def plans(mesh):
     shared["head"].loss(maps, torch.zeros(2, 3, 3, dtype=torch.int64)).backward()
 
 
-def compiled(mesh):
+def compiled(rank):
+    mesh = init_device_mesh("cpu", (2,))
     x, labels = batch()
     for options in ({}, {"sample_rate": 0.5}):
         shared = ts.distributed.shard_head(head(), mesh, **options)
@@ -363,26 +367,33 @@ def wrong_input(mesh):
             call()
 
 
-def worker(rank, folder):
+def in_a_group(rank, count, folder, work):
     torch.set_num_threads(1)
-    init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     try:
-        meshes = [DeviceMesh("cpu", list(range(count))) for count in (1, 2, 3, 4)]
-        pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
-        for mesh in meshes:
-            if rank < mesh.size():
-                for check in (losses, smoothing_is_over_all_classes, layouts, steps, drawing):
-                    check(mesh)
-        for check in (half_precision, sampling, clipping, plans, rows_of_their_own, wrong_input):
-            check(meshes[-1])
-        with_data_parallelism(pairs)
-        if rank < 2:
-            compiled(meshes[1])
-        with pytest.raises(ValueError, match=r"mesh must have one dimension.*mesh\['classes'\]"):
-            ts.distributed.shard_head(head(), pairs)
+        work(rank)
     finally:
         destroy_process_group()
 
 
+def checks(rank):
+    meshes = [DeviceMesh("cpu", list(range(count))) for count in (1, 2, 3, 4)]
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    for mesh in meshes:
+        if rank < mesh.size():
+            for check in (losses, smoothing_is_over_all_classes, layouts, steps, drawing):
+                check(mesh)
+    for check in (half_precision, sampling, clipping, plans, rows_of_their_own, wrong_input):
+        check(meshes[-1])
+    with_data_parallelism(pairs)
+    with pytest.raises(ValueError, match=r"mesh must have one dimension.*mesh\['classes'\]"):
+        ts.distributed.shard_head(head(), pairs)
+
+
 def test_any_number_of_processes_computes_what_one_does(tmp_path):
-    in_processes(4, worker, str(tmp_path))
+    in_processes(4, in_a_group, 4, str(tmp_path), checks)
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph(tmp_path):
+    in_processes(2, in_a_group, 2, str(tmp_path), compiled)
