@@ -223,6 +223,8 @@ def horizontal_gradient(weight, grad, dims=None):
     A rotation of the frame leaves the second as it is. It is never below what the rounding of G can account for: else a
     gradient that lies within the subspace would have its rounding errors blown up to a full step.
     """
+    if dims == ():  # a process without classes
+        return grad, grad.new_zeros(0, dtype=torch.float64)
     horizontal, squares = {}, {}
     with torch.autocast(weight.device.type, enabled=False):
         for (classes, w), (_, g) in zip(class_blocks(weight, dims), class_blocks(grad, dims), strict=True):
