@@ -14,6 +14,7 @@ except (ImportError, OSError) as _error:
         print(f"torch_subspace can't be loaded: {_error}", file=_sys.stderr)
         raise SystemExit(2) from None
     raise
+from . import distributed as distributed
 from . import grassmann as grassmann
 from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
 from .adapters.config import TuckerConfig

@@ -13,7 +13,7 @@ from helpers import normal
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import grassmann, metrics
+from torch_subspace import distributed, grassmann, metrics
 from torch_subspace.grassmann.head import PointwiseGrassmannLinear
 
 INF = math.inf
@@ -38,6 +38,22 @@ def ragged():
 FRAMES, RAGGED = lambda: w(), lambda: ragged()
 GAMMA, POSITIVE = bad.number(INF, -INF), bad.number(0, -1, INF)
 RATE, SHARE = bad.number(INF, -INF, -0.1), bad.number(-0.1, 1.0, INF)
+
+
+
+def in_a_group(function):
+    """Of one process, whose mesh stands for "a mesh"."""
+
+    def run(**arguments):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            function(**{k: mesh if isinstance(v, str) and v == "a mesh" else v for k, v in arguments.items()})
+        finally:
+            torch.distributed.destroy_process_group()
+
+    return run
+
 
 # ------------------------------------------------------------------------------------------------------- frames
 BATCHES = "x: dimensions more, a dimension less, no rows"
@@ -72,6 +88,15 @@ add("grassmann_step_ several", call(
     momentum_buffer=lambda: [w() * 0, w() * 0]),
     weight=lambda good: bad.tensors(good) | {"one twice": [good[0], good[0]]}, grad=bad.tensors, lr=RATE,
     momentum_buffer=lambda good: bad.tensors(good) | {"Nones": [None, None], "one twice": [good[0], good[0]]})
+LAYOUT = bad.optional(bad.those(**{"a string": "Shard(0)"}))
+STYLE = {"input_layouts": LAYOUT, "output_layouts": LAYOUT, "use_local_output": bad.flag,
+         "sample_rate": bad.number(0, -0.1, 1.1, INF)}
+add("distributed.ClassParallel", call(distributed.ClassParallel, input_layouts=None, output_layouts=None,
+                                      use_local_output=True, sample_rate=0.5), **STYLE)
+add("distributed.shard_head", call(
+    in_a_group(distributed.shard_head), model=lambda: ts.GrassmannLinear(6, 4, 2), mesh="a mesh", input_layouts=None,
+    output_layouts=None, use_local_output=True, sample_rate=0.5), ("ClassParallel",), model=bad.module,
+    mesh=lambda good: bad.NO_SEQUENCE, **STYLE)
 add("grassmann.average_frames", call(grassmann.average_frames, frames=lambda: [w(), w()], weights=[1.0, 2.0],
                                      of="bases"),
     frames=bad.tensors, of=bad.word,

@@ -54,8 +54,14 @@ def threads(*counts):
 
 def in_two_processes(function, *args):
     """function(rank, *args), by forks of a process that has imported torch once for all."""
-    multiprocessing.set_forkserver_preload(["torch", "torch_subspace", "torch.distributed.fsdp"])
-    torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver")
+    in_processes(2, function, *args)
+
+
+def in_processes(count, function, *args):
+    """The same in so many."""
+    loaded = ["torch", "torch_subspace", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
+    multiprocessing.set_forkserver_preload(loaded)
+    torch.multiprocessing.start_processes(function, args, nprocs=count, start_method="forkserver")
 
 
 def optional(name):

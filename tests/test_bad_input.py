@@ -11,14 +11,14 @@ from bad_input import faults
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import grassmann, metrics
+from torch_subspace import distributed, grassmann, metrics
 
 
 def public():
     """{name: function} of all that is public and takes arguments, methods of public classes included."""
     found = {name: getattr(ts, name) for name in ts.__all__}
-    for module, names in ((grassmann, grassmann.__all__), (metrics, metrics.__all__)):
-        found |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in names}
+    for module in (distributed, grassmann, metrics):
+        found |= {f"{module.__name__.rpartition('.')[2]}.{n}": getattr(module, n) for n in module.__all__}
     for name, cls in [(n, c) for n, c in found.items() if inspect.isclass(c)]:
         found |= {f"{name}.{n}": getattr(cls, n) for n, f in vars(cls).items()
                   if not n.startswith("_") and (inspect.isfunction(f) or isinstance(f, classmethod))}
@@ -32,6 +32,7 @@ def parameters(name, function):
 
 NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
+    "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
 }
 
 

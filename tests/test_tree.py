@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import torch_subspace as ts
-from torch_subspace import grassmann, metrics
+from torch_subspace import distributed, grassmann, metrics
 from torch_subspace.grassmann.frames import RETRACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +79,7 @@ def test_what_users_call_is_typed():
     """tests/typing/public.py is checked strictly in `make lint`: here, that it leaves no public name out."""
     text = (ROOT / "tests/typing/public.py").read_text()
     names = [f"ts.{name}" for name in (*ts.__all__, "ManifoldClustering")]
+    names += [f"ts.distributed.{name}" for name in distributed.__all__]
     names += [f"ts.grassmann.{name}" for name in grassmann.__all__] + [f"metrics.{name}" for name in metrics.__all__]
     assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
     assert (ROOT / "ops/py.typed").exists()

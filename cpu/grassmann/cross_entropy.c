@@ -2,7 +2,7 @@
  *
  *     y[b,c]   = gamma || z[b,c,:] ||                  panels.c, a tile at a time
  *     lse[b]   = log sum_c exp(y)                      online: running maximum and sum
- *     tau[b,c] = w_c ((1 - s) target[b,c] + s / C)     s = label smoothing, w = class weights
+ *     tau[b,c] = w_c ((1 - s) target[b,c] + s / C)     s = label smoothing, w = class weights, C of all classes
  *     loss[b]  = lse sum_c tau - sum_c tau y
  *
  *     dy       = dloss (sum_c tau exp(y - lse) - tau)  recomputed a tile at a time
@@ -28,6 +28,11 @@ typedef struct cross_entropy_run {
 static inline double class_weight(const subspace_cross_entropy_args *a, int64_t c)
 {
     return a->class_weight ? ((const double *)a->class_weight)[c] : 1;
+}
+
+static inline int64_t all_classes(const subspace_cross_entropy_args *a)
+{
+    return a->classes ? a->classes : a->f.c;
 }
 
 #define THIS_FILE "grassmann/cross_entropy.c"
@@ -65,7 +70,7 @@ static void FN(accumulate)(void *arg, const panels *p, const tile *t, void *z, i
         if (a->soft || a->label_smoothing > 0)
             for (int64_t c = 0; c < nc; c++) {
                 const T *restrict yc = y + c * nb + i0, *restrict tc = tau + c * nb + i0;
-                const T w = (T)class_weight(a, t->c0 + c), even = w * (T)(a->label_smoothing / (double)a->f.c);
+                const T w = (T)class_weight(a, t->c0 + c), even = w * (T)(a->label_smoothing / (double)all_classes(a));
                 const T scale = a->soft ? w * (T)(1 - a->label_smoothing) : 0;
                 for (int64_t i = 0; i < m; i++) {
                     const T target = a->soft ? scale * tc[i] + even : even;
@@ -124,7 +129,7 @@ static void FN(make_dz)(void *arg, const panels *p, const tile *t, void *z, int6
 
     if (a->soft) FN(panels_gather)(t, dy, IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64, a->soft, a->f.c);
     for (int64_t c = t->c0; c < t->c1; c++) {
-        const T w = (T)class_weight(a, c), even = w * (T)(a->label_smoothing / (double)a->f.c);
+        const T w = (T)class_weight(a, c), even = w * (T)(a->label_smoothing / (double)all_classes(a));
         const T scale = a->soft ? w * (T)(1 - a->label_smoothing) : 0;
         const T *restrict nc = norm + (c - t->c0) * nb;
         T *restrict d = dy + (c - t->c0) * nb;
@@ -186,9 +191,9 @@ static subspace_status prepare(subspace_ctx *ctx, const subspace_cross_entropy_a
     size_t bytes = 0;
     TRY(subspace_cross_entropy_check(ctx, a));
     for (int64_t i = 0; a->label && i < a->f.b; i++)
-        CHECK(ctx, a->label[i] == a->ignore_index || (a->label[i] >= 0 && a->label[i] < a->f.c),
+        CHECK(ctx, a->label[i] == a->ignore_index || (a->label[i] >= 0 && a->label[i] < all_classes(a)),
               SUBSPACE_INVALID_ARGUMENT, "cross_entropy: target %lld of row %lld is not in [0, %lld)",
-              (long long)a->label[i], (long long)i, (long long)a->f.c);
+              (long long)a->label[i], (long long)i, (long long)all_classes(a));
     plan(p, run, ctx, a, backward, ctx->workspace, &bytes);
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "cross_entropy: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);

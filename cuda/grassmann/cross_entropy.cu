@@ -2,7 +2,7 @@
  *
  *     y[b,c]   = gamma || z[b,c,:] || / |x_b|          panels.cuh, a tile at a time
  *     lse[b]   = log sum_c exp(y)                      online: running maximum and sum
- *     tau[b,c] = w_c ((1 - s) target[b,c] + s / C)     s = label smoothing, w = class weights
+ *     tau[b,c] = w_c ((1 - s) target[b,c] + s / C)     s = label smoothing, w = class weights, C of all classes
  *     loss[b]  = lse sum_c tau - sum_c tau y
  *
  *     dy       = dloss (sum_c tau exp(y - lse) - tau)  recomputed a tile at a time
@@ -19,13 +19,13 @@ typedef struct targets {
     const int64_t *label;
     const void *soft;
     const double *class_weight;
-    int64_t classes, ignore_index;
+    int64_t classes, all, ignore_index; /* here, and in all */
     double smoothing;
 
     template <typename A> __device__ A tau(int64_t c, A target) const
     {
         const A w = (A)(class_weight ? class_weight[c] : 1);
-        return w * ((A)(1 - smoothing) * target + (A)(smoothing / (double)classes));
+        return w * ((A)(1 - smoothing) * target + (A)(smoothing / (double)all));
     }
 } targets;
 
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     const double lse = s.most + log(s.sum);
     const int64_t label = target.label ? target.label[at] : 0;
     const bool ignored = target.label && label == target.ignore_index;
-    if (label < 0 || label >= target.classes) s.tau_sum = NAN;
+    if (label < 0 || label >= target.all) s.tau_sum = NAN;
     stats[at] = (A)lse;
     stats[b + at] = (A)(ignored ? 0 : s.tau_sum);
     loss[at] = (A)(ignored ? 0 : s.tau_sum * lse - s.tau_y);
@@ -193,7 +193,9 @@ static void plan(panels *p, cross_entropy_run *run, subspace_ctx *ctx, const sub
     panels_plan(p, ctx, &a->f, NULL, backward, base, bytes);
     *run = cross_entropy_run{};
     run->a = a;
-    run->target = {a->label, a->soft, (const double *)a->class_weight, a->f.c, a->ignore_index, a->label_smoothing};
+    run->target = {
+        a->label,        a->soft,           (const double *)a->class_weight, a->f.c, a->classes ? a->classes : a->f.c,
+        a->ignore_index, a->label_smoothing};
     if (backward) return;
     run->strip = panels_strip(p->s.classes, p->s.block);
     run->share = (row_state *)carve(base, bytes, CEIL_DIV(p->s.classes, run->strip) * p->s.block, sizeof(row_state));

@@ -71,11 +71,22 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         True
         >>> loss.backward()
     """
+    return cross_entropy_of(x, weight, target, gamma=gamma, normalize=normalize, dims=dims, class_weight=class_weight,
+                            ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def cross_entropy_of(x, weight, target, *, gamma, normalize, dims, class_weight, ignore_index, label_smoothing,
+                     reduction, part=None):
+    """The loss; where `weight` is a part of the classes, `part` has `classes`, their number in all, and `rows`, which
+    takes what `_rows` does, of all classes but for the weight, and returns the loss of each row."""
     x, weight = autocast(x, weight)
     dims = check_frames(_NAME, x, weight, dims)
     check_number(_NAME, "gamma", gamma)
     check_flag(_NAME, "normalize", normalize)
-    classes = weight.shape[0] if dims is None else len(dims)
+    if part is not None:
+        classes = part.classes
+    else:
+        classes = weight.shape[0] if dims is None else len(dims)
     if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
         ignore_index = whole(_NAME, "ignore_index", ignore_index, -(1 << 63))
     labels = _check_target(x, target, classes, ignore_index)
@@ -85,18 +96,18 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
         _check_class_weight(class_weight, classes, x.device)
 
     if not labels and torch.is_grad_enabled() and target.requires_grad:  # rare: a teacher that learns too
+        if part is not None:
+            raise ValueError(f"{_NAME}: target: probabilities that require a gradient are for heads that are whole: "
+                             "detach them")
         return _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weight, label_smoothing,
                                      reduction)
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     flat_target = target.reshape(-1) if labels else target.detach().to(wide_dtype(x.dtype)).reshape(-1, classes)
     scale = (torch.empty(0, dtype=torch.float64, device=x.device) if class_weight is None
              else class_weight.detach().to(torch.float64))
-    if transformed():
-        loss = _eager(flat, weight, dims, flat_target, scale, float(gamma), bool(normalize),
-                      int(ignore_index), float(label_smoothing))
-    else:
-        loss, _ = _op.cross_entropy(flat, weight, starts(dims, weight.device), flat_target, scale, float(gamma),
-                                    bool(normalize), int(ignore_index), float(label_smoothing))
+    rows = _rows if part is None else part.rows
+    loss = rows(flat, weight, dims, flat_target, scale, float(gamma), bool(normalize), int(ignore_index),
+                float(label_smoothing))
     if reduction == "none":
         return loss.view(x.shape[:-1])
     total = loss.sum()
@@ -110,6 +121,13 @@ def subspace_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, gamma: 
     weights = class_weight.detach().to(loss.dtype)[flat_target.clamp(0, classes - 1)] * counted
     mass = weights.sum()
     return total / torch.where(mass > 0, mass, 1)
+
+
+def _rows(x, weight, dims, target, class_weight, *options):
+    """The loss of each row. class_weight is float64, empty for ones."""
+    if transformed():
+        return _eager(x, weight, dims, target, class_weight, *options)
+    return _op.cross_entropy(x, weight, starts(dims, weight.device), target, class_weight, *options, 0)[0]
 
 
 def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) -> bool:
@@ -155,13 +173,13 @@ def _with_target_gradient(x, weight, target, gamma, normalize, dims, class_weigh
 
 
 @torch.library.register_fake("torch_subspace::cross_entropy")
-def _(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing):
+def _(x, weight, start, target, class_weight, gamma, normalize, ignore_index, label_smoothing, classes):
     return x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)), x.new_empty(2, x.shape[0], dtype=wide_dtype(x.dtype))
 
 
 @torch.library.register_fake("torch_subspace::cross_entropy_backward")
 def _(dloss, x, weight, start, target, class_weight, stats, gamma, normalize, ignore_index, label_smoothing,
-      need_dx, need_dweight):
+      classes, need_dx, need_dweight):
     return fake_gradients(x, weight, need_dx, need_dweight)
 
 
@@ -175,9 +193,9 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dloss, _dstats):
     need_dx, need_dweight = ctx.needs_input_grad[:2]
     if dloss is None:
-        return (None,) * 9
+        return (None,) * 10
     dx, dweight = _op.cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.rest, need_dx, need_dweight)
-    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 7
+    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 8
 
 
 torch.library.register_autograd("torch_subspace::cross_entropy", _backward, setup_context=_setup)
@@ -194,14 +212,16 @@ def _eager(x, weight, ragged, target, class_weight, gamma, normalize, ignore_ind
 
 
 def _setup_backward(ctx, inputs, output):
-    dloss, x, weight, start, target, class_weight, _, *ctx.rest, _, _ = inputs
+    dloss, x, weight, start, target, class_weight, _, *ctx.rest, ctx.classes, _, _ = inputs
     ctx.save_for_backward(dloss, x, weight, start, target, class_weight)
 
 
 def _double_backward(ctx, ddx, ddweight):
+    if ctx.classes:
+        raise RuntimeError(f"{_NAME}: of a part of the classes there is no second derivative")
     dloss, x, weight, *fixed = ctx.saved_tensors
     return *second_derivative(lambda x, weight: _eager(x, weight, *fixed, *ctx.rest), dloss, (x, weight),
-                              (ddx, ddweight)), *(None,) * 10
+                              (ddx, ddweight)), *(None,) * 11
 
 
 torch.library.register_autograd("torch_subspace::cross_entropy_backward", _double_backward,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common import check_floating, told, whole
+from ..ragged import packed, unpack_
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
@@ -104,6 +105,48 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
+def is_stack(weight: Tensor, dims: Sequence[int] | None) -> bool:
+    """Ragged frames that are padded, so that they can be sharded by class?"""
+    return dims is not None and is_sharded(weight) and weight.dim() == 3
+
+
+def own_classes(weight: Tensor) -> range:
+    """Those that this process has of a weight that is sharded by class, as torch.chunk cuts."""
+    classes, mesh = range(weight.shape[0]), weight.device_mesh
+    cuts = [(i, placement) for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    for i, _ in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):  # what fully_shard has cut came last
+        most = -(-len(classes) // mesh.size(i))
+        classes = classes[mesh.get_local_rank(i) * most :][:most]
+    return classes
+
+
+def own_dims(weight: Tensor, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Of the classes that this process has."""
+    if not is_stack(weight, dims):
+        return dims
+    classes = own_classes(weight)
+    return dims[classes.start : classes.stop]
+
+
+def of_all(weight: Tensor, own: Tensor) -> Tensor:
+    """The number that each process that shares a weight has, in a row."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = weight.device_mesh
+    return DTensor.from_local(own.reshape(1), mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor()
+
+
+def own_frames(weight: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """What this process has, as a step takes frames: in the same memory, but of a stack a copy, to be put back."""
+    return packed(local(weight), own_dims(weight, dims)) if is_stack(weight, dims) else local(weight)
+
+
+def put_own(weight: Tensor, frames: Tensor, dims: tuple[int, ...] | None) -> None:
+    """What has become of `own_frames(weight, dims)`."""
+    if is_stack(weight, dims):
+        unpack_(local(weight), frames, own_dims(weight, dims))
+
+
 def gathered(weight: Tensor) -> Tensor:
     return weight.full_tensor() if is_sharded(weight) else weight
 
@@ -111,9 +154,14 @@ def gathered(weight: Tensor) -> Tensor:
 def put(weight: Tensor, frames: Tensor) -> None:
     """weight <- frames that were changed in `gathered(weight)`; of several processes' frames, the first one's."""
     if is_sharded(weight):
-        from torch.distributed.tensor import distribute_tensor
+        weight.copy_(distributed(frames, weight, 0))
 
-        weight.copy_(distribute_tensor(frames, weight.device_mesh, weight.placements))
+
+def distributed(frames: Tensor, weight: Tensor, source: int | None = None) -> Tensor:
+    """Sharded like the weight, from what the process of rank `source` has, or from what each one has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(frames, weight.device_mesh, weight.placements, src_data_rank=source)
 
 
 def per_class(weight: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -154,6 +202,11 @@ _layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 def know(weight: Tensor, dims: Sequence[int] | None) -> None:
     """Enter a layer's weight as frames, orthonormal as it is now."""
     _known[weight] = None if dims is None else tuple(dims), _version(weight)
+
+
+def forget(weight: Tensor) -> None:
+    """For now: torch exchanges no tensor that is referred to."""
+    _known.pop(weight, None)
 
 
 def _version(weight: Tensor) -> int:

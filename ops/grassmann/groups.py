@@ -21,7 +21,7 @@ from ..common import (
     check_word,
     told,
 )
-from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, known_dims
+from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, is_stack, known_dims
 
 
 def param_groups(
@@ -171,7 +171,11 @@ def check_group(name, group):
             )
         if dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
             raise ValueError(f"{name}: frames in params without dims must be (C, k, n) with 0 < k <= n, got {shape}")
-        if dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
+        if is_stack(p, dims):
+            if len(dims) != shape[0] or max(dims, default=0) != shape[1]:
+                raise ValueError(f"{name}: frames in params with dims {dims} that are sharded by class must be "
+                                 f"(C, largest of dims, n), got {shape}")
+        elif dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
             raise ValueError(f"{name}: frames in params with dims {dims} must be (sum of dims, n) with 0 < dims <= n, "
                              f"got {shape}")
 
@@ -181,13 +185,13 @@ def check_shards(name, p, dims):
     if not is_sharded(p):
         return
     cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
-    if dims is not None and cut:
+    if dims is not None and cut and p.dim() == 2:
         raise ValueError(
-            f"{name}: frames with dims are cut within classes where they are sharded: take one subspace_dim for all "
-            "classes, or keep them whole by fully_shard(..., ignored_params={head.weight}) and average their "
-            "gradient yourself"
+            f"{name}: frames with dims are cut within classes where they are sharded: cut them between classes before, "
+            "by torch_subspace.distributed.shard_head, take one subspace_dim for all classes, or keep them whole by "
+            "fully_shard(..., ignored_params={head.weight}) and average their gradient yourself"
         )
-    if not all(p.placements[i].is_shard(0) for i in cut):
+    if not all(getattr(p.placements[i], "dim", None) == 0 for i in cut):  # what fully_shard makes of a shard is none
         raise ValueError(f"{name}: frames must be sharded by class, along dimension 0, got {p.placements}")
 
 
@@ -219,6 +223,8 @@ def horizontal_gradient(weight, grad, dims=None):
     A rotation of the frame leaves the second as it is. It is never below what the rounding of G can account for: else a
     gradient that lies within the subspace would have its rounding errors blown up to a full step.
     """
+    if dims == ():  # a process without classes
+        return grad, grad.new_zeros(0, dtype=torch.float64)
     horizontal, squares = {}, {}
     with torch.autocast(weight.device.type, enabled=False):
         for (classes, w), (_, g) in zip(class_blocks(weight, dims), class_blocks(grad, dims), strict=True):

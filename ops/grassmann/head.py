@@ -48,6 +48,8 @@ class PointwiseGrassmannLinear(GrassmannLinear):
     """`GrassmannLinear` in the place of a 1x1 convolution: maps (B, n, *spatial) to logits (B, C, *spatial)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.class_parallel is not None:
+            return super().forward(_channels_last("x", x)).movedim(-1, 1)
         watch.look(self)
         return logits_of_pointwise_layer(x, self.weight, self.gamma, self.normalize, self.dims)
 

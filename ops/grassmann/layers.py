@@ -24,8 +24,8 @@ from ..common import (
     whole,
 )
 from . import watch
-from .cross_entropy import subspace_cross_entropy
-from .frames import class_dims, enter_layer, gathered
+from .cross_entropy import cross_entropy_of
+from .frames import class_dims, enter_layer, of_all
 from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
 from .module import FramesModule
@@ -78,6 +78,8 @@ class GrassmannLinear(FramesModule):
     Attributes:
         weight: (C, k, n), orthonormal rows within a class; (Σk, n) when ragged, the classes one after the other.
         dims: the classes' dimensions, a tuple of C ints when ragged, else None.
+        class_parallel: None, or the `distributed.ClassParallel` that has shared the classes out among processes;
+            `weight` is then a DTensor (C, k, n), when ragged with k the largest and zeros after a class's own rows.
 
     Frames in half precision are off by up to 4e-3 and can't be trained, so `half()`, `bfloat16()` and `to(dtype)`, also
     of 8 bits, leave them (and their gradients) in float32, as does a half default dtype; only `dtype=` makes half ones.
@@ -126,7 +128,7 @@ class GrassmannLinear(FramesModule):
 
     def reset_parameters(self) -> None:
         """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
-        self._draw()
+        self._draw(generator=self._generator(None))
 
     @torch.no_grad()
     def orthonormalize_(self) -> "GrassmannLinear":
@@ -134,11 +136,14 @@ class GrassmannLinear(FramesModule):
 
         Raises ValueError, before anything is changed, when a class has a non-finite entry.
         """
-        bad, weight = [], gathered(self.weight)
+        bad, weight = [], self._frames()
         for classes, i in self._chunks():
             bad += classes[~weight[i].isfinite().flatten(1).all(1).cpu()].tolist()
-        if bad:
-            raise ValueError(f"orthonormalize_: non-finite weight in {len(bad)} classes: {sorted(bad)[:8]}")
+        count = len(bad)
+        if self.class_parallel is not None:
+            count = int(of_all(self.weight, torch.tensor(count, device=weight.device)).sum())
+        if count:
+            raise ValueError(f"orthonormalize_: non-finite weight in {count} classes: {sorted(bad)[:8]}")
         self._set_frames(lambda classes, a: nearest_frame(a))
         return self
 
@@ -149,16 +154,18 @@ class GrassmannLinear(FramesModule):
         `dtype` is what it is reckoned in, by default float64.
         """
         check_dtype("frame_error", dtype)
-        dtype, weight = dtype or self._wide, gathered(self.weight)
+        dtype, weight = dtype or self._wide, self._frames()
         error = weight.new_zeros((), dtype=dtype)
         for _, i in self._chunks():
             a = weight[i].to(dtype)
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             error = torch.maximum(error, (a @ a.mT - eye).abs().amax())
-        return error
+        return error if self.class_parallel is None else of_all(self.weight, error).amax()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., C) of features (..., n), in the features' dtype; see `subspace_logits`."""
+        if self.class_parallel is not None:
+            return self.class_parallel.logits(self, x)
         watch.look(self)
         return logits_of_layer(x, self.weight, self.gamma, self.normalize, self.dims)
 
@@ -177,8 +184,12 @@ class GrassmannLinear(FramesModule):
         `target` is int64 (...) or soft (..., C); the other arguments are those of `subspace_cross_entropy`.
         """
         watch.look(self)
-        return subspace_cross_entropy(
-            x, weight_for(x, self.weight), target, gamma=self.gamma, normalize=self.normalize, dims=self.dims,
+        weight, dims, part = self.weight, self.dims, None
+        if self.class_parallel is not None:
+            x, weight, target, part = self.class_parallel.enter(self, x, target)
+            dims = None
+        return cross_entropy_of(
+            x, weight_for(x, weight), target, gamma=self.gamma, normalize=self.normalize, dims=dims, part=part,
             class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )
 
@@ -232,6 +243,7 @@ class GrassmannLinear(FramesModule):
         if not vectors.is_meta and not vectors.isfinite().all():
             raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
+        generator = self._generator(generator)
         vectors = vectors[:, : max(self.dims or (self.subspace_dim,), default=0)]
 
         def first(classes, k):
@@ -281,6 +293,7 @@ class GrassmannLinear(FramesModule):
         if not x.isfinite().all():
             raise ValueError("init_from_features: a feature is not finite")
         y = y.cpu()
+        generator = self._generator(generator)
         samples = y.argsort().to(x.device).split(y.bincount(minlength=self.num_classes).tolist())
 
         def frames(classes, a):
@@ -319,7 +332,8 @@ class GrassmannLinear(FramesModule):
     def extra_repr(self) -> str:
         k = self.subspace_dim if self.dims is None else f"{min(self.dims, default=0)}..{max(self.dims, default=0)}"
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, subspace_dim={k}"
-        return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}"
+        parallel = "" if self.class_parallel is None else f", class_parallel={self.class_parallel}"
+        return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}{parallel}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         error_msgs = args[-1]
@@ -339,6 +353,8 @@ class GrassmannLinear(FramesModule):
                         f"{lengths.max():.3g} is no stack of frames but a linear layer's weight: start from it by "
                         "GrassmannLinear.from_linear or init_from_vectors"
                     )
+        if isinstance(weight := state_dict.get(key), Tensor):
+            state_dict[key] = self._as_held(weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._undrawn = self._undrawn and key not in state_dict
         watch.again(self)

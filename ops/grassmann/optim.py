@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import told
-from .frames import as_dims, local, per_class
+from .frames import as_dims, local, own_dims, own_frames, per_class, put_own
 from .groups import (
     adam_rates,
     check_group,
@@ -150,19 +150,19 @@ class _WholeModel:
                     self.state[p][key] = t.to(p.device, p.dtype)  # the model was moved after a step
         return frames
 
-    def _grads(self, frames):
+    def _grads(self, frames, dims):
         """Their gradients, unscaled as GradScaler asks of fused optimisers.
 
         Where it found an overflow they are NaN: the op then leaves all alone and the host never has to know.
         """
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and found is None:
-            return [local(p.grad) for p in frames]
+            return [own_frames(p.grad, dims) for p in frames]
         device = frames[0].device
         factor = torch.ones((), device=device) if scale is None else scale.to(device).reciprocal()
         if found is not None:
             factor = torch.where(found.to(device) > 0, torch.nan, factor)
-        return [local(p.grad) * factor.to(p.dtype) for p in frames]
+        return [own_frames(p.grad, dims) * factor.to(p.dtype) for p in frames]
 
     # torch 2.11 cannot trace attributes set on an optimiser. torch.compiler.disable would load the compiler at import;
     # this is what torch.optim itself uses.
@@ -268,20 +268,24 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
 
     def _step_frames(self, group, frames):
         rule = {key: group[key] for key in ("momentum", "nesterov", "maximize", "retraction", "transport")}
-        rule |= {"lr": scalar(group["lr"]), "weight_decay": float(group["weight_decay"]), "dims": group.get("dims")}
-        skipped = 0
+        rule |= {"lr": scalar(group["lr"]), "weight_decay": float(group["weight_decay"])}
+        dims, skipped = group.get("dims"), 0
 
         def kind(p):  # what one call can hold together; a buffer's first step has no dampening, as in torch
-            return p.device, p.dtype, self.state.get(p, {}).get("momentum_buffer") is not None
+            return p.device, p.dtype, self.state.get(p, {}).get("momentum_buffer") is not None, own_dims(p, dims)
 
-        for (_, _, moving), part in partition(frames, kind):
+        for (_, _, moving, rule["dims"]), part in partition(frames, kind):
             buffers = None
             if group["momentum"] != 0:
                 for p in part if not moving else ():
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [local(self.state[p]["momentum_buffer"]) for p in part]
-            rule["dampening"], own = group["dampening"] if moving else 0.0, [local(p) for p in part]
-            skipped = skipped + grassmann_step_(own, self._grads(part), buffers, **rule)
+                buffers = [own_frames(self.state[p]["momentum_buffer"], dims) for p in part]
+            rule["dampening"], own = group["dampening"] if moving else 0.0, [own_frames(p, dims) for p in part]
+            skipped = skipped + grassmann_step_(own, self._grads(part, dims), buffers, **rule)
+            for i, p in enumerate(part):
+                put_own(p, own[i], dims)
+                if buffers:
+                    put_own(self.state[p]["momentum_buffer"], buffers[i], dims)
         return skipped
 
 
@@ -359,7 +363,7 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
     def _step_frames(self, group, frames):
         beta1, beta2 = map(float, group["betas"])
         dims, skipped = group.get("dims"), 0
-        for p, grad in zip(frames, self._grads(frames), strict=True):
+        for p, grad in zip(frames, self._grads(frames, dims), strict=True):
             state = self.state[p]
             if not state:
                 classes = p.shape[0] if dims is None else len(dims)
@@ -370,8 +374,9 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
                     state["max_exp_avg_sq"] = per_class(p, classes, p.dtype)
             elif state["step"].device != p.device:  # torch leaves "step" where the checkpoint had it
                 state["step"] = state["step"].to(p.device)
-            own, state = local(p), {key: local(t) for key, t in state.items()}
-            grad, square = horizontal_gradient(own, grad, dims)
+            own, mean, part = own_frames(p, dims), own_frames(state["exp_avg"], dims), own_dims(p, dims)
+            state = {key: local(t) for key, t in state.items()}
+            grad, square = horizontal_gradient(own, grad, part)
             rates = adam_rates(
                 square,
                 state["step"],
@@ -384,13 +389,15 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
             skipped = skipped + grassmann_step_(
                 own,
                 grad,
-                state["exp_avg"],
+                mean,
                 lr=rates,
                 momentum=beta1,
                 dampening=beta1,
                 maximize=group["maximize"],
                 retraction=group["retraction"],
                 transport=group["transport"],
-                dims=dims,
+                dims=part,
             )
+            put_own(p, own, dims)
+            put_own(self.state[p]["exp_avg"], mean, dims)
         return skipped

@@ -31,6 +31,8 @@ subspace_status subspace_cross_entropy_check(subspace_ctx *ctx, const subspace_c
     CHECK(ctx, a->label || a->soft || a->f.b == 0, INVALID, "cross_entropy: neither labels nor soft targets");
     CHECK(ctx, a->label_smoothing >= 0 && a->label_smoothing <= 1, INVALID,
           "cross_entropy: label_smoothing must be in [0, 1], got %g", a->label_smoothing);
+    CHECK(ctx, a->classes == 0 || a->classes >= a->f.c, INVALID,
+          "cross_entropy: %lld classes in all, %lld of them here", LL(a->classes), LL(a->f.c));
     return SUBSPACE_OK;
 }
 

@@ -69,13 +69,16 @@ typedef struct subspace_logits_args {
 /* ----------------------------------------------------------- cross_entropy
  * Softmax cross-entropy over the logits above without ever storing them. With the (smoothed,
  * class-weighted) target tau[b,c],
- *     loss[b] = sum_c tau[b,c] (lse[b] - logits[b,c]),     lse[b] = log sum_c exp(logits[b,c])   */
+ *     loss[b] = sum_c tau[b,c] (lse[b] - logits[b,c]),     lse[b] = log sum_c exp(logits[b,c])
+ * With `classes` > c the others are elsewhere: c or more is a label among those, smoothing is over all, and lse, tau
+ * and the loss are of the c classes here. Given lse and sum_c tau of all, the backward is that of the whole loss. */
 typedef struct subspace_cross_entropy_args {
     subspace_logits_args f;   /* the logits; its logits, proj and dlogits are not used */
     const int64_t *label;     /* [b]    in, or NULL: soft targets */
     const void *soft;         /* [b, c] in, of the type of loss, or NULL: labels */
     const void *class_weight; /* [c]    in, float64, or NULL: ones */
     int64_t ignore_index;     /* rows with this label have loss 0 and no gradient */
+    int64_t classes;          /* how many there are in all, or 0: c */
     double label_smoothing;
     void *loss;        /* [b]    forward out, float32 for half types */
     void *stats;       /* [2, b] forward out, backward in: lse and sum_c tau; float32 for half types */

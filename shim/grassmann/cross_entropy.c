@@ -26,13 +26,14 @@ static bool target_args(call *c, const tensor *x, const tensor *target, const te
 
 OP(cross_entropy,
    "cross_entropy(Tensor x, Tensor weight, Tensor start, Tensor target, Tensor class_weight, float gamma,"
-   " bool normalize, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor stats)")
+   " bool normalize, int ignore_index, float label_smoothing, int classes) -> (Tensor loss, Tensor stats)")
 {
     call c = begin("cross_entropy");
     tensor x = {0}, weight = {0}, start = {0}, target = {0}, class_weight = {0}, loss = {0}, stats = {0};
     subspace_cross_entropy_args a = {.f = {.gamma = as_double(stack[5]), .normalize = as_bool(stack[6])},
                                      .ignore_index = as_int(stack[7]),
-                                     .label_smoothing = as_double(stack[8])};
+                                     .label_smoothing = as_double(stack[8]),
+                                     .classes = as_int(stack[9])};
     bool taken = tensor_in(&c, stack[0], &x);
     taken &= tensor_in(&c, stack[1], &weight);
     taken &= tensor_in(&c, stack[2], &start);
@@ -51,7 +52,7 @@ done:
 
 OP(cross_entropy_backward,
    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor start, Tensor target, Tensor class_weight,"
-   " Tensor stats, float gamma, bool normalize, int ignore_index, float label_smoothing, bool need_dx,"
+   " Tensor stats, float gamma, bool normalize, int ignore_index, float label_smoothing, int classes, bool need_dx,"
    " bool need_dweight) -> (Tensor dx, Tensor dweight)")
 {
     call c = begin("cross_entropy_backward");
@@ -59,8 +60,9 @@ OP(cross_entropy_backward,
            dweight = {0};
     subspace_cross_entropy_args a = {.f = {.gamma = as_double(stack[7]), .normalize = as_bool(stack[8])},
                                      .ignore_index = as_int(stack[9]),
-                                     .label_smoothing = as_double(stack[10])};
-    const bool need_dx = as_bool(stack[11]), need_dweight = as_bool(stack[12]);
+                                     .label_smoothing = as_double(stack[10]),
+                                     .classes = as_int(stack[11])};
+    const bool need_dx = as_bool(stack[12]), need_dweight = as_bool(stack[13]);
     bool taken = tensor_in(&c, stack[0], &dloss);
     taken &= tensor_in(&c, stack[1], &x);
     taken &= tensor_in(&c, stack[2], &weight);

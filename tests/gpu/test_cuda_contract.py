@@ -272,7 +272,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "logits": lambda: OP.logits(ones(3, 5), ones(2, 2, 4), integers(0), 1.0, True, False),
     "logits k > n": lambda: OP.logits(ones(3, 2), ones(2, 5, 2), integers(0), 1.0, True, False),
     "cross_entropy": lambda: OP.cross_entropy(ones(3, 4), ones(2, 2, 4), integers(0), integers(4), ones(0), 25.0, True,
-                                              -100, 0.0),
+                                              -100, 0.0, 0),
     "rsgd": lambda: OP.rsgd_([ones(2, 5, 4)], [ones(2, 5, 4)], [], integers(0), torch.tensor(0.1, dtype=torch.float64),
                              0.0, 0.0, 0.0, False, False, 0, False),
     "tucker": lambda: OP.tucker_compose(ones(2, 2), [ones(4, 3), ones(5, 2)], [], 1.0),

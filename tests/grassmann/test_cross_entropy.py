@@ -212,11 +212,12 @@ def test_targets_that_learn():
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
-def test_opcheck(soft):
+@pytest.mark.parametrize("classes", [0, 9])
+def test_opcheck(soft, classes):
     x, w = features(6, 20).requires_grad_(), frames(5, 3, 20).requires_grad_()
     none, ones = logits_module.starts(None, x.device), torch.empty(0, dtype=torch.float64)
     target = probabilities(6, 5) if soft else labels(6, 5)
-    rest = (25.0, True, -100, 0.1)
+    rest = (25.0, True, -100, 0.1, classes)
     torch.library.opcheck(OP.cross_entropy, (x, w, none, target, ones, *rest))
     loss, stats = OP.cross_entropy(x, w, none, target, ones, *rest)
     torch.library.opcheck(OP.cross_entropy_backward, (loss.detach(), x.detach(), w.detach(), none, target, ones, stats,
@@ -297,10 +298,40 @@ def test_no_classes():
 @only_cpu
 def test_the_op_itself_checks_too():
     x, w, none = features(4, 7), frames(3, 2, 7), torch.empty(0, dtype=torch.int64)
-    ones, rest = torch.empty(0, dtype=torch.float64), (25.0, True, -100, 0.0)
+    ones, rest = torch.empty(0, dtype=torch.float64), (25.0, True, -100, 0.0, 0)
     for target, words in ((torch.tensor([0, 1, 2, 3]), "target 3 of row 3"), (torch.tensor([0, 1]), "target must be"),
                           (torch.rand(4, 2).double(), "target must be"), (torch.rand(4, 3), "of the loss's dtype")):
         with pytest.raises(RuntimeError, match=words):
             OP.cross_entropy(x, w, none, target, ones, *rest)
     with pytest.raises(RuntimeError, match="class_weight"):
         OP.cross_entropy(x, w, none, labels(4, 3), torch.ones(2).double(), *rest)
+    with pytest.raises(RuntimeError, match="2 classes in all, 3 of them here"):
+        OP.cross_entropy(x, w, none, labels(4, 2), ones, *rest[:-1], 2)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_classes_in_two_places(soft):
+    """Each has its share of lse, of the target's mass and of the loss; the gradient is that of what it returns."""
+    x, w, none = features(6, 7).requires_grad_(), frames(5, 2, 7).requires_grad_(), torch.empty(0, dtype=torch.int64)
+    target, weight = probabilities(6, 5) if soft else labels(6, 5), torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    options = {"label_smoothing": 0.1, "class_weight": weight, "reduction": "none"}
+    whole, lses, masses, losses = ts.subspace_cross_entropy(x, w, target, **options), [], [], []
+    for first, own in ((0, 3), (3, 2)):
+        there = slice(first, first + own)
+        at = target - first
+        part = target[:, there].contiguous() if soft else torch.where((at >= 0) & (at < own), at, own)
+        loss, (lse, mass) = OP.cross_entropy(x, w[there], none, part, weight[there], 25.0, True, -100, 0.1, 5)
+        tau = weight[there] * (0.9 * (part if soft else torch.eye(own + 1).double()[part][:, :own]) + 0.1 / 5)
+        logits = ts.subspace_logits(x, w[there])
+        expected = (tau * (logits.logsumexp(1, keepdim=True) - logits)).sum(1)
+        close(loss, expected, 1e-12)
+        gradients = (torch.autograd.grad(y.sum(), (x, w), retain_graph=True) for y in (loss, expected))
+        close(*gradients, 1e-12)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            dx, = torch.autograd.grad(loss.sum(), x, create_graph=True)
+            dx.sum().backward()
+        lses.append(lse)
+        masses.append(mass)
+        losses.append(loss)
+    lse = torch.stack(lses).logsumexp(0)
+    close(sum(loss + (lse - own) * mass for loss, own, mass in zip(losses, lses, masses)), whole, 1e-12)

@@ -42,6 +42,10 @@ left: int | Tensor = ts.RiemannianAdamW(net.parameters()).skipped_frames
 mean: Tensor = ts.grassmann.average_frames([frames, frames], [1, 2], of="bases")
 average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAverage(decay=0.99))
 
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+style = ts.distributed.ClassParallel(sample_rate=0.1, use_local_output=True)
+shared: nn.Sequential = ts.distributed.shard_head(nn.Sequential(layer), mesh, sample_rate=0.1)
+
 # ---------------------------------------------------------------------------------------------------------- adapters
 config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
 adapted: nn.Module = ts.adapt(net, config, name="default")

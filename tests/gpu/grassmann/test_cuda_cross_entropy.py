@@ -112,7 +112,7 @@ def test_same_bits_every_time():
 def test_opcheck(soft):
     x, weight, target = (t.cuda() for t in problem(6, 5, 3, 20, torch.float64, soft))
     none, ones = starts(None, x.device), torch.empty(0, dtype=torch.float64, device="cuda")
-    rest = (25.0, True, -100, 0.1)
+    rest = (25.0, True, -100, 0.1, 0)
     loss, stats = OP.cross_entropy(x, weight, none, target, ones, *rest)
     torch.library.opcheck(OP.cross_entropy, (x.requires_grad_(), weight.requires_grad_(), none, target, ones, *rest))
     arguments = (loss, x.detach(), weight.detach(), none, target, ones, stats, *rest, True, False)

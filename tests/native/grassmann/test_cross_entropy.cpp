@@ -83,6 +83,59 @@ template <typename T> void run_all(int threads)
 
 TEST_EVERY_WAY(CrossEntropy, MatchesTheDefinition, run_all)
 
+// Classes in two places: each has the shares of its own, and with lse and sum tau of all the gradient of the whole.
+template <typename T> void run_parts(int threads)
+{
+    const int64_t c = 100, cut = 37, b = 50;
+    Problem<T> all(b, 11, uniform(c, 3), false, 0.2);
+    Context ctx(threads);
+    ctx.size(subspace_cross_entropy_workspace_cpu(&ctx, &all.a));
+    ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_cpu(&ctx, &all.a)) << ctx.message;
+    ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_backward_cpu(&ctx, &all.a)) << ctx.message;
+
+    std::vector<T> loss(b), stats(2 * b), dx(b * all.n), dw(all.rows * all.n), sum_dx(b * all.n);
+    std::vector<double> sum(b), mass(b), lses(2 * b), losses(2 * b), masses(2 * b);
+    for (int pass = 0; pass < 2; pass++)
+        for (int part = 0; part < 2; part++) {
+            const int64_t first = part ? cut : 0, own = part ? c - cut : cut;
+            std::vector<int64_t> label = all.label;
+            for (auto &l : label)
+                if (l >= 0) l = l >= first && l < first + own ? l - first : own;
+            subspace_cross_entropy_args a = all.a;
+            a.f.c = own, a.f.rows = 3 * own, a.f.start = nullptr, a.f.k = 3, a.classes = c;
+            a.f.weight = all.w.data() + 3 * first * all.n, a.f.dweight = dw.data() + 3 * first * all.n;
+            a.class_weight = all.weight.data() + first, a.label = label.data();
+            a.loss = loss.data(), a.stats = stats.data(), a.f.dx = dx.data();
+            ctx.size(subspace_cross_entropy_workspace_cpu(&ctx, &a));
+            if (pass == 0) {
+                ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_cpu(&ctx, &a)) << ctx.message;
+                for (int64_t i = 0; i < b; i++) {
+                    lses[part * b + i] = double(stats[i]), masses[part * b + i] = double(stats[b + i]);
+                    losses[part * b + i] = double(loss[i]), sum[i] += std::exp(double(stats[i]));
+                    mass[i] += double(stats[b + i]);
+                }
+            } else {
+                for (int64_t i = 0; i < b; i++) stats[i] = T(std::log(sum[i])), stats[b + i] = T(mass[i]);
+                ASSERT_EQ(SUBSPACE_OK, subspace_cross_entropy_backward_cpu(&ctx, &a)) << ctx.message;
+                for (size_t i = 0; i < dx.size(); i++) sum_dx[i] += dx[i];
+            }
+        }
+    for (int64_t i = 0; i < b; i++) {
+        double whole = 0;
+        for (int part = 0; part < 2; part++)
+            whole += losses[part * b + i] + (std::log(sum[i]) - lses[part * b + i]) * masses[part * b + i];
+        ASSERT_NEAR(double(all.loss[i]), whole, 10 * tolerance<T>());
+    }
+    for (size_t i = 0; i < dx.size(); i++) ASSERT_NEAR(double(all.dx[i]), double(sum_dx[i]), 10 * tolerance<T>());
+    for (size_t i = 0; i < dw.size(); i++) ASSERT_NEAR(double(all.dw[i]), double(dw[i]), 10 * tolerance<T>());
+
+    all.a.classes = 99;
+    ASSERT_EQ(SUBSPACE_INVALID_ARGUMENT, subspace_cross_entropy_cpu(&ctx, &all.a));
+    ASSERT_STREQ("cross_entropy: 99 classes in all, 100 of them here", ctx.message);
+}
+
+TEST_EVERY_WAY(CrossEntropy, PartsAreThoseOfTheWhole, run_parts)
+
 TEST(CrossEntropy, WorkspaceDoesNotGrowWithTheLogits)
 {
     Problem<float> small(4096, 2, uniform(1000, 4), false, 0);
