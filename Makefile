@@ -68,7 +68,7 @@ demo: build     ## train with a linear and a Grassmann head, then fine-tune with
 test: native-release pytest ## GoogleTest at every instruction set, ABI checks, pytest
 
 pytest: build   ## pytest alone, in JOBS=2 processes; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
-	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
 
 test-latest:    ## the same tests without the locks, on what the index has today, in .venv-latest
 	rm -rf .venv-latest
@@ -100,7 +100,7 @@ pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. T
 	cp -r ops/. $(overlay)/torch_subspace && rm -rf $(overlay)/torch_subspace/lib && mkdir $(overlay)/torch_subspace/lib
 	ln -s $(abspath $(wildcard ops/lib/libscipy_openblas*)) $(abspath build/release/tests/native/libtorch_subspace_cpu.so) \
 	    $(overlay)/torch_subspace/lib/
-	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) $(PYTEST_ARGS)
+	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
 
 cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills and shared memory within cuda/resources.txt
 	$(all) cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))

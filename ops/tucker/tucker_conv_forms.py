@@ -108,8 +108,8 @@ def _conv_backward(dy, x, weight, how, need):
     stride, padding, *_, transposed, _, _ = how
     pointwise = math.prod(weight.shape[2:]) == 1 and not any(padding) and not transposed
     if (need[1] or need[2]) and pointwise and max(stride) > 1:
-        # The weight meets the positions that the strides visit, so they alone are taken. Nor is torch's own way safe: on
-        # processors with AVX2 alone it writes beyond its buffers for fewer than eight channels that come last.
+        # The weight meets the positions that the strides visit, so they alone are taken. Nor is torch's own way safe:
+        # where a processor has AVX2 alone it writes beyond its buffers for fewer than eight channels that come last.
         visited = x[(..., *(slice(None, None, s) for s in stride))]
         dx, _, _ = _conv_backward(dy, x, weight, how, [need[0], False, False])
         _, dweight, dbias = _conv_backward(dy, visited, weight, ([1] * len(stride), *how[1:]), [False, *need[1:]])
