@@ -310,7 +310,7 @@ static subspace_status factor(subspace_ctx *ctx, const rate_run *run, const devi
     b.wanted = run->backward || (a->factor && !careful) ? INVERSE : LOGDET;
     b.x = l->x, b.of = run->of, b.y = run->y, b.rest = run->rest, b.traces = run->traces, b.meeting = run->meeting;
     b.worst = sizeof(C) == 4 ? CAREFUL : LOST, b.failed = 0;
-    TRY(eliminate_all<C>(ctx, limits, &b, a->start ? 1 : run->side, run->side));
+    TRY(eliminate_all(ctx, limits, sizeof(C) == 8, &b, a->start ? 1 : run->side, run->side));
     if (sizeof(C) == 8) LAUNCH(ctx, factor_points<T>, point_blocks(run), ROW_THREADS, 0, *run, careful, b.wanted);
     return SUBSPACE_OK;
 }

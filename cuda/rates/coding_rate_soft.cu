@@ -154,7 +154,7 @@ static subspace_status make_factors(subspace_ctx *ctx, const device_limits *limi
         T *const packed = inverse + (k - k0) * r->p;
         b.small = b.large = r->each + k, b.count = r->count + k / at_once * 2;
         if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 0);
-        TRY(eliminate_all<T>(ctx, limits, &b, d, d));
+        TRY(eliminate_all(ctx, limits, sizeof(T) == 8, &b, d, d));
         if (r->square_x) LAUNCH(ctx, unpack<T>, grid, ROW_THREADS, 0, d, count, b.large, packed, (T *)r->square_x, 1);
     }
     return SUBSPACE_OK;

@@ -270,17 +270,4 @@ static __device__ inline void eliminate_matrix(const squares &b, const square &q
     if (thread_in_block() == 0) *to = verdict{half, trace, largest, sum, good};
 }
 
-/* Sides above `over` and up to `side`, which the block's threads and shared memory are for; blocks (x, list). */
-template <typename C, int threads>
-__global__ void __launch_bounds__(threads, sizeof(C) == 4 ? MAX(1, 512 / threads) : 1)
-    eliminate_small(const squares b, int over, int side)
-{
-    DYNAMIC_SHARED(shared);
-    for (int64_t list = blockIdx.y; list < b.lists; list += gridDim.y)
-        for (int64_t i = blockIdx.x; i < b.count[2 * list]; i += gridDim.x) {
-            const square q = b.small[list * b.most + i];
-            if (q.side > over && q.side <= side) eliminate_matrix(b, q, b.of + list * b.slots + q.slot, (C *)shared);
-        }
-}
-
 #endif

@@ -273,6 +273,8 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         if scale is not None:
             check_number("unscale_layer", "scale", scale)
+            if scale == 0:
+                raise ValueError("unscale_layer: scale must not be 0, which has no inverse, got 0")
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.config_scaling[name] if scale is None else self.scaling[name] / scale

@@ -160,6 +160,8 @@ def test_scale_of_a_layer():
     torch.testing.assert_close(adapted(i), base)
     layer.set_scale("default", 1.0)
     layer.scale_layer(3.0)
+    with pytest.raises(ValueError, match="^unscale_layer: scale must not be 0"):
+        layer.unscale_layer(0)
     assert layer.scaling["default"] == 6.0
     layer.unscale_layer()
     assert torch.equal(adapted(i), y)

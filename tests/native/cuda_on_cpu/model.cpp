@@ -116,8 +116,7 @@ struct fiber {
     void *sp = nullptr, *fake = nullptr;
     char *stack = nullptr; // lowest address, above the guard
     place p{};
-    const unsigned *gate = nullptr; // waits while *gate == key
-    unsigned key = 0;
+    unsigned at = 0; // its place in the block's order
     int line = 0;
     bool done = false;
     void *watched = nullptr; // the thread sanitizer's
@@ -126,8 +125,9 @@ struct fiber {
 };
 
 struct warp {
-    unsigned here;                      // lanes that wait
-    unsigned asked[WARP], passed[WARP]; // the mask that a lane waits with; how often it has got through
+    unsigned here;        // lanes that wait
+    unsigned asked[WARP]; // the mask that a lane waits with
+    fiber *lanes[WARP];
     int line[WARP], from[WARP];
     unsigned char value[WARP][16], result[WARP][16];
     char token[WARP][2];
@@ -202,6 +202,7 @@ struct block {
     const std::function<void()> *body;
     std::vector<fiber *> fibers;
     std::vector<unsigned> order;
+    std::vector<uint64_t> ready, met; // a bit for each place in the order: can go on; waits at the block's barrier
     char *shared;
     size_t shared_bytes;
     cluster *mates;
@@ -218,8 +219,14 @@ struct block {
 char begun, ended, fenced; // more tokens
 thread_local block *current = nullptr;
 
+void set(std::vector<uint64_t> &bits, const fiber *f)
+{
+    bits[f->at / 64] |= uint64_t(1) << f->at % 64;
+}
+
 void release(block *b)
 {
+    for (size_t i = 0; i < b->met.size(); i++) b->ready[i] |= b->met[i], b->met[i] = 0;
     b->counted = b->votes, b->votes = 0, b->arrived = 0, b->round++;
 }
 
@@ -233,19 +240,18 @@ __attribute__((noinline)) void arrive(void *fake)
 #endif
 }
 
-// Back to the scheduler, until the gate has moved.
-void wait(const unsigned *gate, unsigned key, int line)
+// Back to the scheduler, until somebody sets the fiber's bit in `ready`.
+void wait(int line)
 {
     block *b = current;
     fiber *f = b->now;
-    f->gate = gate, f->key = key, f->line = line;
+    f->line = line;
 #ifdef ASAN
     __sanitizer_start_switch_fiber(&f->fake, b->bottom, b->bottom_size);
 #endif
     SWITCH_TO(b->watched);
     swap_stacks(&f->sp, b->scheduler);
     arrive(f->fake);
-    f->gate = nullptr;
 }
 
 void meet(int line, bool of_cluster)
@@ -258,7 +264,8 @@ void meet(int line, bool of_cluster)
     char *token = of_cluster && b->mates ? &b->mates->token[b->mates->round & 1] : &b->token[round & 1];
     RELEASE(token);
     if (++b->arrived < b->live) {
-        wait(&b->round, round, line);
+        set(b->met, b->now);
+        wait(line);
     } else {
         if (of_cluster && b->mates) b->mates->meet();
         release(b);
@@ -275,7 +282,7 @@ __attribute__((noinline)) void run_thread()
     RELEASE(&ended);
     b->now->done = true;
     if (--b->live && b->arrived == b->live) release(b); // who has left is not waited for
-    wait(nullptr, 0, 0);
+    wait(0);
 }
 
 void entry() // a fiber's whole life: one thread after the other
@@ -303,11 +310,13 @@ void run(block *b)
     current = b;
     while (b->live) {
         bool moved = false;
-        for (unsigned i : b->order) {
-            fiber *f = b->fibers[i];
-            if (f->done || (f->gate && *f->gate == f->key)) continue;
-            moved = true;
-            enter(b, f);
+        for (size_t i = 0; i < b->ready.size(); i++) {
+            uint64_t ahead = ~uint64_t(0); // of the places that this round has passed
+            while (const uint64_t left = b->ready[i] & ahead) {
+                const uint64_t next = left & -left;
+                ahead = ~(next | (next - 1)), b->ready[i] &= ~next, moved = true;
+                enter(b, b->fibers[b->order[64 * i + static_cast<size_t>(__builtin_ctzll(next))]]);
+            }
         }
         if (!moved) {
             for (fiber *f : b->fibers)
@@ -378,11 +387,16 @@ void run_block(const grid &g, crew *c, uint64_t index, char *shared, cluster *ma
                       static_cast<unsigned>(index / g.blocks.x / g.blocks.y)};
         f->p.threads = g.threads, f->p.blocks = g.blocks;
         f->mine = &c->warps[i / WARP], f->lane = static_cast<int>(i % WARP);
-        f->gate = nullptr, f->done = false;
+        f->mine->lanes[f->lane] = f, f->done = false;
         b.fibers.push_back(f);
     }
     b.order.resize(threads);
     arrange(b.order, random);
+    b.ready.resize((threads + 63) / 64), b.met.resize(b.ready.size());
+    for (unsigned at = 0; at < threads; at++) {
+        fiber *f = b.fibers[b.order[at]];
+        f->at = at, set(b.ready, f);
+    }
     run(&b);
 }
 
@@ -434,9 +448,9 @@ void gather(warp *w, int line, unsigned mask, int lane)
 {
     w->asked[lane] = mask, w->line[lane] = line;
     w->here |= 1u << lane;
-    if ((w->here & mask) != mask) return wait(&w->passed[lane], w->passed[lane], line);
+    if ((w->here & mask) != mask) return wait(line);
     for (int l = 0; l < WARP; l++)
-        if ((mask >> l & 1) && w->asked[l] != mask) return wait(&w->passed[lane], w->passed[lane], line);
+        if ((mask >> l & 1) && w->asked[l] != mask) return wait(line);
     w->here &= ~mask;
     for (int l = 0; l < WARP; l++) {
         if (!(mask >> l & 1)) continue;
@@ -444,7 +458,7 @@ void gather(warp *w, int line, unsigned mask, int lane)
         copy(w->result[l], w->value[w->from[l]], 16);
     }
     for (int l = 0; l < WARP; l++)
-        if (mask >> l & 1) w->passed[l]++;
+        if ((mask >> l & 1) && l != lane) set(current->ready, w->lanes[l]);
 }
 
 // __syncwarp orders memory, a shuffle does not. Lanes release into the token of their group's lowest lane.
@@ -519,8 +533,9 @@ void fence()
 
 void pause()
 {
-    current->paused = true;
-    wait(nullptr, 0, 0);
+    block *b = current;
+    b->paused = true, set(b->ready, b->now);
+    wait(0);
 }
 
 void *dynamic_shared()
