@@ -1,4 +1,5 @@
 // coding_rate: rates and gradients against their definition, in memory no larger than promised.
+#include "exact.h"
 #include "native.h"
 #include <numeric>
 
@@ -7,30 +8,17 @@ namespace
 
 using Groups = std::vector<std::vector<int64_t>>; // rows of each group of a view
 
-// logdet(I + a Y Y') and X = (I + a Y Y')^-1 Y in place of Y [s, w] by Gauss-Jordan, in long double
-long double solve(std::vector<long double> &y, size_t s, size_t w, long double a)
+// logdet(I + a Y Y') and X = (I + a Y Y')^-1 Y in place of Y [s, w]
+template <typename R> R solve(std::vector<R> &y, size_t s, size_t w, R a)
 {
-    std::vector<long double> x(s * s);
-    for (size_t i = 0; i < s; i++)
-        for (size_t j = 0; j <= i; j++) {
-            long double sum = i == j;
-            for (size_t l = 0; l < w; l++) sum += a * y[i * w + l] * y[j * w + l];
-            x[i * s + j] = x[j * s + i] = sum;
-        }
-    long double logdet = 0;
-    for (size_t k = 0; k < s; k++) {
-        const long double pivot = x[k * s + k];
-        logdet += std::log(pivot);
-        for (size_t j = k; j < s; j++) x[k * s + j] /= pivot;
-        for (size_t j = 0; j < w; j++) y[k * w + j] /= pivot;
-        for (size_t i = 0; i < s; i++) {
-            const long double f = x[i * s + k];
-            if (i == k) continue;
-            for (size_t j = k; j < s; j++) x[i * s + j] -= f * x[k * s + j];
-            for (size_t j = 0; j < w; j++) y[i * w + j] -= f * y[k * w + j];
-        }
+    const Factor<R> factor(y, s, w, a);
+    std::vector<R> column(s);
+    for (size_t j = 0; j < w; j++) {
+        for (size_t i = 0; i < s; i++) column[i] = y[i * w + j];
+        factor.solve(column);
+        for (size_t i = 0; i < s; i++) y[i * w + j] = column[i];
     }
-    return logdet;
+    return factor.logdet;
 }
 
 template <typename T> struct Problem {
@@ -75,6 +63,7 @@ template <typename T> struct Problem {
 
     void solve_all()
     {
+        using R = wider<T>;
         const auto n = size_t(a.n), d = size_t(a.d);
         true_dz.assign(dz.size(), 0);
         for (size_t v = 0; v < views.size(); v++) {
@@ -83,16 +72,16 @@ template <typename T> struct Problem {
                 groups.resize(1);
                 for (size_t i = 0; i < n; i++) groups[0].push_back(int64_t(i));
             }
-            long double total = 0;
+            R total = 0;
             for (const auto &rows : groups) {
                 const size_t m = rows.size();
                 if (m == 0) continue;
                 const bool points = m < d; // the smaller side, as a matter of time
-                std::vector<long double> y(m * d);
+                std::vector<R> y(m * d);
                 const auto at = [&](size_t l, size_t j) { return points ? l * d + j : j * m + l; };
                 for (size_t l = 0; l < m; l++)
                     for (size_t j = 0; j < d; j++) y[at(l, j)] = z[(v * n + size_t(rows[l])) * d + j];
-                const long double alpha = (long double)d / ((long double)m * a.eps), share = (long double)m / n;
+                const R alpha = R(d) / (R(m) * R(a.eps)), share = R(m) / R(n);
                 total += share / 2 * solve(y, std::min(m, d), std::max(m, d), alpha);
                 for (size_t l = 0; l < m; l++)
                     for (size_t j = 0; j < d; j++)

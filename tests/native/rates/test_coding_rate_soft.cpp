@@ -1,4 +1,5 @@
 // coding_rate_soft: rate and gradients against the definition, in memory no larger than promised.
+#include "exact.h"
 #include "native.h"
 
 namespace
@@ -8,35 +9,28 @@ struct Shape {
     int64_t v, n, d, k;
 };
 
-// What the definition says of one class: half the logdet of A and its inverse, by Gauss-Jordan in long double.
-struct Truth {
-    long double h = 0;
-    std::vector<long double> inverse;
+// What the definition says of one class: half the logdet of A and its inverse.
+template <typename R> struct Truth {
+    R h = 0;
+    std::vector<R> inverse;
 
     Truth(int64_t n, int64_t d, int64_t k, int64_t which, double eps, const double *z, const double *w)
     {
-        long double t = 0;
-        for (int64_t i = 0; i < n; i++) t += w[i * k + which];
+        R t = 0;
+        std::vector<R> y(d * n), column(d);
+        for (int64_t i = 0; i < n; i++) {
+            t += w[i * k + which];
+            const R root = std::sqrt(static_cast<R>(w[i * k + which]));
+            for (int64_t j = 0; j < d; j++) y[j * n + i] = root * z[i * d + j];
+        }
         inverse.assign(d * d, 0);
         if (t == 0) return;
-        for (int64_t a = 0; a < d; a++)
-            for (int64_t b = 0; b < d; b++) {
-                long double sum = 0;
-                for (int64_t i = 0; i < n; i++)
-                    sum += static_cast<long double>(w[i * k + which]) * z[i * d + a] * z[i * d + b];
-                inverse[a * d + b] = d / (t * eps) * sum + (a == b);
-            }
+        const Factor<R> factor(y, d, n, d / (t * eps));
+        h = factor.logdet / 2;
         for (int64_t q = 0; q < d; q++) {
-            const long double pivot = inverse[q * d + q];
-            h += std::log(pivot) / 2;
-            inverse[q * d + q] = 1;
-            for (int64_t b = 0; b < d; b++) inverse[q * d + b] /= pivot;
-            for (int64_t a = 0; a < d; a++) {
-                const long double f = inverse[a * d + q];
-                if (a == q) continue;
-                inverse[a * d + q] = 0;
-                for (int64_t b = 0; b < d; b++) inverse[a * d + b] -= f * inverse[q * d + b];
-            }
+            std::fill(column.begin(), column.end(), 0), column[q] = 1;
+            factor.solve(column);
+            std::copy(column.begin(), column.end(), inverse.begin() + q * d);
         }
     }
 };
@@ -73,14 +67,16 @@ template <typename T> struct Problem {
 
     void check(double tolerance) const
     {
+        using R = wider<T>;
         const int64_t n = a.n, d = a.d, k = a.k;
         for (int64_t v = 0; v < a.v; v++) {
             const std::vector<double> zv(z.begin() + v * n * d, z.begin() + (v + 1) * n * d);
+            const std::vector<R> exact(zv.begin(), zv.end());
             const std::vector<double> wv(weights.begin() + v * n * k, weights.begin() + (v + 1) * n * k);
             std::vector<double> ez(n * d), ew(n * k);
             double value = 0;
             for (int64_t c = 0; c < k; c++) {
-                const Truth truth(n, d, k, c, a.eps, zv.data(), wv.data());
+                const Truth<R> truth(n, d, k, c, a.eps, zv.data(), wv.data());
                 double t = 0, trace = 0;
                 for (int64_t i = 0; i < n; i++) t += wv[i * k + c];
                 for (int64_t j = 0; j < d; j++) trace += static_cast<double>(truth.inverse[j * d + j]);
@@ -88,8 +84,7 @@ template <typename T> struct Problem {
                 for (int64_t i = 0; t > 0 && i < n; i++) {
                     double q = 0;
                     for (int64_t r = 0; r < d; r++) {
-                        long double y = 0;
-                        for (int64_t j = 0; j < d; j++) y += truth.inverse[r * d + j] * zv[i * d + j];
+                        const R y = dot(&truth.inverse[r * d], &exact[i * d], d);
                         q += zv[i * d + r] * static_cast<double>(y);
                         ez[i * d + r] += drate[v] * d / (n * a.eps) * wv[i * k + c] * static_cast<double>(y);
                     }
