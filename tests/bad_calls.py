@@ -90,12 +90,13 @@ add("grassmann_step_ several", call(
     momentum_buffer=lambda good: bad.tensors(good) | {"Nones": [None, None], "one twice": [good[0], good[0]]})
 LAYOUT = bad.optional(bad.those(**{"a string": "Shard(0)"}))
 STYLE = {"input_layouts": LAYOUT, "output_layouts": LAYOUT, "use_local_output": bad.flag,
-         "sample_rate": bad.number(0, -0.1, 1.1, INF)}
+         "sample_rate": bad.number(0, -0.1, 1.1, INF), "sparse_grad": bad.flag}
 add("distributed.ClassParallel", call(distributed.ClassParallel, input_layouts=None, output_layouts=None,
-                                      use_local_output=True, sample_rate=0.5), **STYLE)
+                                      use_local_output=True, sample_rate=0.5, sparse_grad=False), **STYLE)
 add("distributed.shard_head", call(
     in_a_group(distributed.shard_head), model=lambda: ts.GrassmannLinear(6, 4, 2), mesh="a mesh", input_layouts=None,
-    output_layouts=None, use_local_output=True, sample_rate=0.5), ("ClassParallel",), model=bad.module,
+    output_layouts=None, use_local_output=True, sample_rate=0.5, sparse_grad=False), ("ClassParallel",),
+    model=bad.module,
     mesh=lambda good: bad.NO_SEQUENCE, **STYLE)
 add("grassmann.average_frames", call(grassmann.average_frames, frames=lambda: [w(), w()], weights=[1.0, 2.0],
                                      of="bases"),

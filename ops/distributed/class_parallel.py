@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from .. import GrassmannLinear, subspace_logits
 from ..common import HALF, check_flag, check_module, check_number, told, transformed
 from ..ragged import padded
-from .loss import Gradient, Part
+from .loss import Chosen, Gradient, Part
 
 __all__ = ["ClassParallel", "shard_head"]
 
@@ -39,6 +39,8 @@ class ClassParallel(ParallelStyle):
         use_local_output: whether logits are a plain tensor (the default) or a DTensor.
         sample_rate: in (0, 1]; below 1, in training mode, `loss` takes so many of each process's classes for all, drawn
             anew each time, those of the labels always among them (Partial-FC); at least as many as there are rows.
+        sparse_grad: whether the weight's gradient then names those classes alone: `.grad` is a DTensor whose local
+            tensor is sparse (C of the process, with k and n dense), which both optimisers step by itself.
 
     The numbers are those of the layer on one process up to rounding, whatever the options: labels or probabilities,
     class weights, smoothing (over all classes), `ignore_index`, ragged classes. These are held as wide as the largest
@@ -51,11 +53,16 @@ class ClassParallel(ParallelStyle):
     With `sample_rate` the loss is biased, as the classes left out are missing in its sum of exponentials: too low, by
     up to about log(1 / sample_rate), and with it the pull towards the label's class; nothing is corrected. Smoothing is
     over the classes that stay. One that is left out has a gradient of zero, and goes where momentum, SGD's or Adam's,
-    carries it. In evaluation mode all classes are taken.
+    carries it; with `sparse_grad` its momentum waits, as `RiemannianSGD` and `RiemannianAdamW` say. In evaluation mode
+    all classes are taken.
+
+    With `sparse_grad` a backward goes through one call of `loss`; several backwards add up. `torch.amp.GradScaler`,
+    which float16 needs, and `fully_shard` of the head refuse it, and so does `nn.utils.clip_grad_norm_` where torch has
+    no norm of a sparse tensor (2.11). Under `torch.compile` the gradient is dense.
 
     Raises:
         TypeError, ValueError: a module other than a `GrassmannLinear`, one whose weight is sharded already, a mesh of
-            several dimensions, layouts of another kind, a rate out of range.
+            several dimensions, layouts of another kind, a rate out of range, sparse_grad without a rate below 1.
 
     Source: arXiv 2308.01547 for the layer, arXiv 1909.08053 for the merge, arXiv 2203.15565 for sampling.
 
@@ -80,18 +87,25 @@ class ClassParallel(ParallelStyle):
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
         sample_rate: float = 1.0,
+        sparse_grad: bool = False,
     ) -> None:
         super().__init__()
         self.input_layouts = _layout("input_layouts", input_layouts, (Replicate(), Shard(0)))
         self.output_layouts = _layout("output_layouts", output_layouts, (Replicate(), Shard(-1), Shard(0)))
         check_flag("ClassParallel", "use_local_output", use_local_output)
         check_number("ClassParallel", "sample_rate", sample_rate, _RATE)
+        check_flag("ClassParallel", "sparse_grad", sparse_grad)
+        if sparse_grad and sample_rate == 1:
+            raise ValueError("ClassParallel: sparse_grad=True needs a sample_rate below 1, got 1: the loss over all "
+                             "classes has a gradient of each")
         self.use_local_output = bool(use_local_output)
         self.sample_rate = float(sample_rate)
+        self.sparse_grad = bool(sparse_grad)
 
     def __repr__(self) -> str:
         return (f"ClassParallel(input_layouts={self.input_layouts!r}, output_layouts={self.output_layouts!r}, "
-                f"use_local_output={self.use_local_output}, sample_rate={self.sample_rate:g})")
+                f"use_local_output={self.use_local_output}, sample_rate={self.sample_rate:g}, "
+                f"sparse_grad={self.sparse_grad})")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         check_head("ClassParallel", module, device_mesh)
@@ -109,7 +123,23 @@ class ClassParallel(ParallelStyle):
             target = target.full_tensor()
         elif isinstance(target, Tensor) and self.input_layouts.is_shard():
             target = DTensor.from_local(target, mesh, [self.input_layouts], run_check=False).full_tensor()
-        return x, weight, target, Part(mesh, head.num_classes, self.sample_rate if head.training else 1.0)
+        part = Part(mesh, head.num_classes)
+        if head.training and self.sample_rate < 1 and isinstance(target, Tensor):
+            if target.is_floating_point():
+                raise ValueError("ClassParallel: sample_rate is for labels, got probabilities as target: with a "
+                                 "sample_rate below 1 classes that they name are left out")
+            if target.dtype == torch.int64 and target.device == weight.device:  # others the loss refuses
+                weight = self._chosen(head, weight, part.sample(self.sample_rate, target))
+        return x, weight, target, part
+
+    def _chosen(self, head: GrassmannLinear, weight: Tensor, kept: Tensor) -> Tensor:
+        """Frames of the classes that stay."""
+        if not self.sparse_grad or torch.compiler.is_compiling():
+            return weight.index_select(0, kept)
+        if getattr(head, "_is_fsdp_managed_module", False):
+            raise RuntimeError("ClassParallel: sparse_grad is for heads that are not under fully_shard, which sums "
+                               "dense gradients alone")
+        return Chosen.apply(head.weight, kept)
 
     def logits(self, head: GrassmannLinear, x: Tensor) -> Tensor:
         """What the head's call returns."""
@@ -176,6 +206,7 @@ def shard_head(
     output_layouts: Placement | None = None,
     use_local_output: bool = True,
     sample_rate: float = 1.0,
+    sparse_grad: bool = False,
 ) -> Module:
     """Share the classes of each `GrassmannLinear` of a model out among the processes of a mesh; returns the model.
 
@@ -186,7 +217,7 @@ def shard_head(
         model: a module, changed in place; or the head itself.
         mesh: a `DeviceMesh` of one dimension, such as `mesh["classes"]` of a larger one, over whose other dimension
             `fully_shard` can then be applied.
-        input_layouts, output_layouts, use_local_output, sample_rate: as for `ClassParallel`.
+        input_layouts, output_layouts, use_local_output, sample_rate, sparse_grad: as for `ClassParallel`.
 
     Raises:
         TypeError, ValueError: as `ClassParallel`; no head in the model. Nothing is changed then.
@@ -195,7 +226,8 @@ def shard_head(
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 16), ts.GrassmannLinear(16, 5, 3))
-        >>> model = ts.distributed.shard_head(model, dist.init_device_mesh("cpu", (1,)), sample_rate=0.5)
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> model = ts.distributed.shard_head(model, mesh, sample_rate=0.5, sparse_grad=True)
         >>> opt = ts.RiemannianSGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> model[1].loss(model[0](torch.randn(8, 6)), torch.randint(5, (8,))).backward()
         >>> opt.step()
@@ -205,7 +237,7 @@ def shard_head(
     """
     check_module("shard_head", model)
     style = ClassParallel(input_layouts=input_layouts, output_layouts=output_layouts,
-                          use_local_output=use_local_output, sample_rate=sample_rate)
+                          use_local_output=use_local_output, sample_rate=sample_rate, sparse_grad=sparse_grad)
     heads = [module for module in model.modules() if isinstance(module, GrassmannLinear)]
     if not heads:
         raise ValueError("shard_head: model must have a GrassmannLinear; swap_head puts one in")

@@ -64,57 +64,85 @@ class _Loss(torch.autograd.Function):
 class Part:
     """The classes `first` to `first + own - 1` of `classes`, for `cross_entropy_of`; of all others the rows' loss too.
 
-    rate: of the own classes that many, chosen at random, stand for all; those of the labels are always among them.
+    After `sample` those in `kept` stand for all.
     """
 
-    def __init__(self, mesh: DeviceMesh, classes: int, rate: float) -> None:
-        self.mesh, self.classes, self.rate = mesh, classes, rate
-        self.most = -(-classes // mesh.size())  # of classes that a process has, as torch.chunk cuts
-        self.first = min(classes, mesh.get_local_rank() * self.most)
+    def __init__(self, mesh: DeviceMesh, classes: int) -> None:
+        self.mesh, self.classes = mesh, classes
+        most = -(-classes // mesh.size())  # of classes that a process has, as torch.chunk cuts
+        self.shares = [max(0, min(most, classes - r * most)) for r in range(mesh.size())]
+        rank = mesh.get_local_rank()
+        self.first, self.own = min(classes, rank * most), self.shares[rank]
+        self.kept: Tensor | None = None
+        self.total = classes
+
+    def sample(self, rate: float, target: Tensor) -> Tensor:
+        """The own classes that stay: so many, chosen at random, those of the labels always among them; in `kept`."""
+        # All processes draw for all classes: they go on with equal random numbers, as those that share features must.
+        place, rows = self._place(target.reshape(-1)), target.numel()
+        key = torch.rand(self.classes, device=target.device).narrow(0, self.first, self.own)
+        key = torch.cat([key, key.new_zeros(1)]).index_fill(0, place, 2.0)[: self.own]
+        sizes = [min(own, max(math.ceil(rate * own), rows)) for own in self.shares]  # without a look at the labels
+        self.kept = key.topk(sizes[self.mesh.get_local_rank()], sorted=False).indices.sort().values
+        self.total = sum(sizes)
+        return self.kept
+
+    def _place(self, target: Tensor) -> Tensor:
+        """Where labels are among the own classes; `own` for those elsewhere."""
+        at = target - self.first
+        return torch.where((at >= 0) & (at < self.own), at, self.own)
 
     def rows(self, x: Tensor, weight: Tensor, dims: None, target: Tensor, class_weight: Tensor,
              gamma: float, normalize: bool, ignore_index: int, label_smoothing: float) -> Tensor:
-        own, total = weight.shape[0], self.classes
-        class_weight = class_weight.narrow(0, self.first, own) if class_weight.numel() else class_weight
+        class_weight = class_weight.narrow(0, self.first, self.own) if class_weight.numel() else class_weight
         if target.is_floating_point():
-            if self.rate < 1:
-                raise ValueError("ClassParallel: sample_rate is for labels, got probabilities as target: with a "
-                                 "sample_rate below 1 classes that they name are left out")
-            target = target.narrow(1, self.first, own).contiguous()
+            target = target.narrow(1, self.first, self.own).contiguous()
         else:
-            at, ignored = target - self.first, target == ignore_index
-            place = torch.where((at >= 0) & (at < own) & ~ignored, at, own)
-            if self.rate < 1:
-                kept, place = self._sample(own, place)
-                weight = weight.index_select(0, kept)
-                class_weight = class_weight.index_select(0, kept) if class_weight.numel() else class_weight
-                total = sum(self._size(n, place.shape[0]) for n in self._shares())
+            place, ignored = self._place(target), target == ignore_index
+            if self.kept is not None:
+                class_weight = class_weight.index_select(0, self.kept) if class_weight.numel() else class_weight
+                where = torch.full((self.own + 1,), weight.shape[0], device=place.device)
+                where[self.kept] = torch.arange(weight.shape[0], device=place.device)
+                place = where[place]
             wrong = (target < 0) | (target >= self.classes)  # the op says so
             target = torch.where(ignored, _IGNORED, torch.where(wrong, -1, place))
         return _Loss.apply(x, weight, target, class_weight, self.mesh, gamma, normalize, _IGNORED, label_smoothing,
-                           total)
+                           self.total)
 
-    def _shares(self) -> list[int]:
-        """How many classes each process has."""
-        return [max(0, min(self.most, self.classes - r * self.most)) for r in range(self.mesh.size())]
 
-    def _size(self, own: int, rows: int) -> int:
-        """How many of them stay: enough for the labels of as many rows, without a look at these."""
-        return min(own, max(math.ceil(self.rate * own), rows))
+class Chosen(torch.autograd.Function):
+    """Frames of some of a process's classes; their gradient names these alone."""
 
-    def _sample(self, own: int, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes that stay, and where among them those of the labels are."""
-        # All processes draw for all classes: they go on with equal random numbers, as those that share features must.
-        key = torch.rand(self.classes, device=place.device).narrow(0, self.first, own)
-        key = torch.cat([key, key.new_zeros(1)]).index_fill(0, place, 2.0)[:own]
-        kept = key.topk(self._size(own, place.shape[0]), sorted=False).indices.sort().values
-        where = torch.full((own + 1,), kept.shape[0], device=place.device)
-        where[kept] = torch.arange(kept.shape[0], device=place.device)
-        return kept, where[place]
+    @staticmethod
+    def forward(ctx: Any, weight: DTensor, kept: Tensor) -> Tensor:
+        own = weight.to_local()
+        ctx.save_for_backward(kept)
+        ctx.sizes, ctx.whole = own.shape, (weight.shape, weight.stride())
+        ctx.where = weight.device_mesh, weight.placements
+        return own.index_select(0, kept)
+
+    @staticmethod
+    def backward(ctx: Any, dframes: Tensor) -> tuple[Tensor, None]:
+        no_second_derivative()
+        (kept,), (shape, stride) = ctx.saved_tensors, ctx.whole
+        own = torch.sparse_coo_tensor(kept[None], dframes, ctx.sizes, is_coalesced=True, check_invariants=False)
+        # On its way into .grad autograd asks a sparse tensor for its indices, which DTensor has no rule for: it is to
+        # see a dense one, which takes no memory.
+        grad = DTensor.from_local(dframes.new_empty(()).expand(ctx.sizes), *ctx.where, run_check=False, shape=shape,
+                                  stride=stride)
+        grad._local_tensor = own
+        return grad, None
+
+
+def no_second_derivative() -> None:
+    """DTensor's would silently be 0."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("ClassParallel: of classes on several processes there is no second derivative, as "
+                           "create_graph=True asks for")
 
 
 class Gradient(torch.autograd.Function):
-    """x; its gradient is multiplied by a factor, and has none of its own: DTensor's would silently be 0."""
+    """x; its gradient is multiplied by a factor, and has none of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -123,7 +151,5 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("ClassParallel: of classes on several processes there is no second derivative, as "
-                               "create_graph=True asks for")
+        no_second_derivative()
         return dx if ctx.factor == 1 else dx * ctx.factor, None

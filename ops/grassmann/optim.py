@@ -8,188 +8,22 @@ Subspace classification and its optimiser: arXiv 2308.01547. Geodesics: Edelman,
 Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 2019.
 """
 
-import contextlib
 import inspect
-import warnings
-from collections.abc import Callable
-from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..common import told
-from .frames import as_dims, local, own_dims, own_frames, per_class, put_own
-from .groups import (
-    adam_rates,
-    check_group,
-    check_values,
-    enter_frames,
-    horizontal_gradient,
-    is_frames,
-    param_groups,
-    partition,
-    parts_of,
-    scalar,
-)
+from .classes import all_catch_up, catch_up
+from .frames import local, per_class
+from .groups import adam_rates, horizontal_gradient, is_frames, param_groups, partition, parts_of, scalar
 from .rsgd import grassmann_step_
+from .whole_model import WholeModel
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "param_groups"]
 
 
-class _WholeModel:
-    """What both optimisers add to torch's: frame groups, checked when added and stepped after the Euclidean ones."""
-
-    _warned = False
-
-    @property
-    def skipped_frames(self) -> int | Tensor:
-        """Classes left as they were for a non-finite gradient so far; a tensor off the CPU. Kept in the groups."""
-        return sum(group.get("skipped_frames", 0) for group in self.param_groups)
-
-    @skipped_frames.setter
-    def skipped_frames(self, count: int | Tensor) -> None:
-        for i, group in enumerate(self.param_groups):
-            group["skipped_frames"] = 0 if i else count
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # torch's constructors build the defaults and add the groups in one go: ours join them here.
-        self.defaults.update(self.__dict__.pop("_frame_defaults", {}))
-        name = type(self).__name__
-        if not isinstance(param_group, dict):
-            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
-        if "params" not in param_group:
-            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
-        check_values(name, param_group)
-        if "dims" in param_group:
-            param_group = param_group | {"dims": as_dims(name, param_group["dims"])}
-        if is_frames(param_group):
-            param_group.setdefault("weight_decay", 0.0)
-            if "lr" not in param_group and param_group.get("lr_factor", 1.0) != 1.0:
-                param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
-        super().add_param_group(param_group)
-        try:
-            check_values(name, self.param_groups[-1])
-            enter_frames(self.param_groups[-1])
-            for part in parts_of(self.param_groups[-1]):
-                check_group(name, part)
-            self._check_rule(self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def _check_kinds(self, **options):
-        """Of the constructor's arguments. What is out of range torch refuses in its own words, or the group does."""
-        if isinstance(options["lr"], Tensor):
-            del options["lr"]
-        with contextlib.suppress(ValueError):
-            check_values(type(self).__name__, options)
-
-    def _check_rule(self, group):
-        """What the optimiser itself asks of a group."""
-
-    def __setstate__(self, state):
-        built = self.__dict__.get("param_groups", ())
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("retraction", self.defaults.get("retraction", "geodesic"))
-            group.setdefault("transport", self.defaults.get("transport", "project"))
-        # A checkpoint brings rates and buffers; what a parameter is was said at construction. So torch's own loads too.
-        for group, own in zip(self.param_groups, built, strict=False):
-            for key in ("manifold", "dims", "frames"):
-                group.pop(key, None)
-                if key in own:
-                    group[key] = own[key]
-
-    def _init_group(self, group, *lists):
-        # torch's step asks this for the tensors of a group and does nothing when there are none.
-        if is_frames(group):
-            return False
-        if taken := {i for _, places in group.get("frames", ()) for i in places}:
-            group = group | {"params": [p for i, p in enumerate(group["params"]) if i not in taken]}
-        return super()._init_group(group, *lists)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, with gradients on.
-
-        Returns:
-            The closure's value, or None.
-        """
-        loss = None
-        if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"{type(self).__name__}: closure must be a function or None, got {told(closure)}")
-            with torch.enable_grad():
-                loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            work = [(i, part, self._frames(part)) for i, group in enumerate(self.param_groups)
-                    for part in parts_of(group) if is_frames(part)]
-            self._euclidean_step()
-            skipped = [(i, self._step_frames(group, frames)) for i, group, frames in work if frames]
-        for i, classes in skipped:
-            self._count(i, classes)
-        return loss
-
-    def _frames(self, group):
-        """The group's frames that have a gradient. Raises before anything has moved."""
-        frames = [p for p in group["params"] if p.grad is not None]
-        for p in frames:
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__}: frames need dense gradients, got a sparse one")
-            for key, t in self.state[p].items() if p in self.state else ():
-                if key != "step" and t is not None and (t.dtype, t.device) != (p.dtype, p.device):
-                    self.state[p][key] = t.to(p.device, p.dtype)  # the model was moved after a step
-        return frames
-
-    def _grads(self, frames, dims):
-        """Their gradients, unscaled as GradScaler asks of fused optimisers.
-
-        Where it found an overflow they are NaN: the op then leaves all alone and the host never has to know.
-        """
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is None and found is None:
-            return [own_frames(p.grad, dims) for p in frames]
-        device = frames[0].device
-        factor = torch.ones((), device=device) if scale is None else scale.to(device).reciprocal()
-        if found is not None:
-            factor = torch.where(found.to(device) > 0, torch.nan, factor)
-        return [own_frames(p.grad, dims) * factor.to(p.dtype) for p in frames]
-
-    # torch 2.11 cannot trace attributes set on an optimiser. torch.compiler.disable would load the compiler at import;
-    # this is what torch.optim itself uses.
-    @torch._disable_dynamo
-    def _count(self, number, skipped):
-        found = getattr(self, "found_inf", None)
-        if found is not None:
-            skipped = torch.where(found.to(skipped.device) > 0, 0, skipped)  # GradScaler's own skip is no news
-        on_host = skipped.device.type == "cpu"
-        skipped = int(skipped) if on_host else skipped  # elsewhere a look at the number would wait for the device
-        group = self.param_groups[number]
-        before = group.get("skipped_frames", 0)
-        if isinstance(before, torch.Tensor) and not on_host:
-            before += skipped.to(before.device)  # in place: a replayed CUDA graph counts
-        elif not on_host or skipped:
-            group["skipped_frames"] = before + skipped
-        if on_host and skipped and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: {skipped} class(es) of parameter group {number} had a non-finite gradient and "
-                "kept their frames; later ones are only counted, in .skipped_frames",
-                RuntimeWarning,
-                stacklevel=6,
-            )
-
-
-class RiemannianSGD(_WholeModel, torch.optim.SGD):
+class RiemannianSGD(WholeModel, torch.optim.SGD):
     """Stochastic gradient descent for a whole model: `torch.optim.SGD`, with Riemannian steps for groups of frames.
 
     A frame follows `retraction` along the part of its gradient, momentum included, that is orthogonal to its subspace.
@@ -213,10 +47,17 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
     A class whose gradient is not finite keeps its frame and momentum while the others move. Such classes are counted in
     `skipped_frames` (an int, or a tensor where frames are on a GPU), and on a CPU the first give a RuntimeWarning.
 
+    A sparse gradient of frames (C, k, n), of one sparse dimension, names the classes that are stepped; no others are
+    read or written. Their momentum is lazy: a class named again after s steps first catches up with what s dense steps
+    of a zero gradient would have done, by one step of length lr (mu + ... + mu^s). With transport="parallel" and rates
+    that stay the frames are those of a dense optimiser that is given the same gradients, up to rounding; else to first
+    order in lr. `catch_up` brings all classes to the present. Of sharded frames the local gradient is sparse, as
+    `distributed.ClassParallel(sparse_grad=True)` makes it; ragged ones have to be sharded, and weight decay to be 0.
+
     Raises:
         ValueError: bad values, frames of a wrong shape, an unknown manifold, retraction or transport.
         TypeError: frames in half precision: keep float32 masters.
-        RuntimeError: a frame with a sparse gradient; torch's own about `fused` and `foreach`.
+        RuntimeError: a sparse gradient that does not name classes; torch's own about `fused` and `foreach`.
 
     Source: arXiv 2308.01547; Edelman, Arias and Smith (1998) for the geodesics.
 
@@ -266,30 +107,73 @@ class RiemannianSGD(_WholeModel, torch.optim.SGD):
             fused=fused,
         )
 
-    def _step_frames(self, group, frames):
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring all classes to the present: those that sparse gradients have not named take the steps they missed.
+
+        Frames and state are then those of a dense optimiser. Call it before evaluating or saving, and before the
+        learning rate or the momentum drops: whoever catches up later does so at the rates of then. Without sparse
+        gradients, or without momentum, there is nothing to do.
+
+        Example:
+            >>> head = ts.GrassmannLinear(8, 4, subspace_dim=2)
+            >>> opt = ts.RiemannianSGD(head.parameters(), lr=0.1, momentum=0.9)
+            >>> for classes in ([0, 1], [2, 3]):
+            ...     index, values = torch.tensor([classes]), torch.randn(2, 2, 8)
+            ...     head.weight.grad = torch.sparse_coo_tensor(index, values, (4, 2, 8), check_invariants=True)
+            ...     opt.step()
+            >>> opt.catch_up()    # of classes 0 and 1, by their momentum
+            >>> head.frame_error().item() < 1e-5
+            True
+        """
+        for group in self.param_groups:
+            for part in parts_of(group):
+                for p in part["params"] if is_frames(part) else ():
+                    self._follow(p)
+                    if "steps" in self.state.get(p, ()) and part["momentum"] != 0:
+                        all_catch_up(part, p, self.state[p])
+
+    def _buffer(self, group, classes):
+        """The momentum of some classes, which have caught up, and their frames."""
+        p, state = classes.weight, self.state[classes.weight]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        if classes.index is None and "steps" in state:
+            all_catch_up(group, p, state)
+        own, buffer = classes.take(p), classes.take(state["momentum_buffer"])
+        if classes.index is not None:
+            if "steps" not in state:  # how many there were, and after how many of them each class was stepped last
+                state["steps"], state["step"] = 0, per_class(p, p.shape[0], torch.int64)
+            catch_up(group, own, buffer, state["steps"] - classes.take(state["step"]), classes.dims)
+            found = getattr(self, "found_inf", None)
+            state["steps"] += 1 if found is None else int(found == 0)
+            local(state["step"]).index_fill_(0, classes.index, state["steps"])
+        return own, buffer
+
+    def _step_frames(self, group, work):
         rule = {key: group[key] for key in ("momentum", "nesterov", "maximize", "retraction", "transport")}
         rule |= {"lr": scalar(group["lr"]), "weight_decay": float(group["weight_decay"])}
-        dims, skipped = group.get("dims"), 0
+        skipped = 0
 
-        def kind(p):  # what one call can hold together; a buffer's first step has no dampening, as in torch
-            return p.device, p.dtype, self.state.get(p, {}).get("momentum_buffer") is not None, own_dims(p, dims)
+        def kind(c):  # what one call can hold together; a buffer's first step has no dampening, as in torch
+            p = c.weight
+            return p.device, p.dtype, self.state.get(p, {}).get("momentum_buffer") is not None, c.dims
 
-        for (_, _, moving, rule["dims"]), part in partition(frames, kind):
-            buffers = None
+        for (_, _, moving, rule["dims"]), part in partition(work, kind):
             if group["momentum"] != 0:
-                for p in part if not moving else ():
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [own_frames(self.state[p]["momentum_buffer"], dims) for p in part]
-            rule["dampening"], own = group["dampening"] if moving else 0.0, [own_frames(p, dims) for p in part]
-            skipped = skipped + grassmann_step_(own, self._grads(part, dims), buffers, **rule)
-            for i, p in enumerate(part):
-                put_own(p, own[i], dims)
+                own, buffers = zip(*[self._buffer(group, classes) for classes in part])
+            else:
+                own, buffers = [classes.take(classes.weight) for classes in part], None
+            rule["dampening"] = group["dampening"] if moving else 0.0
+            skipped = skipped + grassmann_step_(own, self._grads(part), buffers, **rule)
+            for i, classes in enumerate(part):
+                classes.put(classes.weight, own[i])
                 if buffers:
-                    put_own(self.state[p]["momentum_buffer"], buffers[i], dims)
+                    classes.put(self.state[classes.weight]["momentum_buffer"], buffers[i])
         return skipped
 
 
-class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
+class RiemannianAdamW(WholeModel, torch.optim.AdamW):
     """Adam for a whole model: `torch.optim.AdamW`, with Riemannian Adam steps for groups of frames.
 
     Frames keep the running mean of their horizontal gradient and, per class, one of its squared norm over k n. A
@@ -303,6 +187,10 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
         weight_decay: for Euclidean groups; frames have none.
         retraction, transport: as for `RiemannianSGD`.
         foreach, capturable, differentiable, fused: torch's implementations for the Euclidean groups.
+
+    Of a sparse gradient of frames the classes named are stepped, as by `RiemannianSGD`, but lazily as
+    `torch.optim.SparseAdam`: the means of all others stay as they are, and each class's bias is corrected by the number
+    of its own steps. A class is where a dense optimiser of its own, given its gradients alone, would have it.
 
     Non-finite gradients and errors: as for `RiemannianSGD`; weight decay asked of a frame group is a ValueError.
 
@@ -360,28 +248,26 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
             raise ValueError(f"{type(self).__name__}: weight decay shrinks, and a subspace has no length: a frame "
                              f"group needs weight_decay=0, got {group['weight_decay']}")
 
-    def _step_frames(self, group, frames):
+    def _step_frames(self, group, work):
         beta1, beta2 = map(float, group["betas"])
-        dims, skipped = group.get("dims"), 0
-        for p, grad in zip(frames, self._grads(frames, dims), strict=True):
-            state = self.state[p]
+        skipped = 0
+        for classes, grad in zip(work, self._grads(work), strict=True):
+            p, state = classes.weight, self.state[classes.weight]
             if not state:
-                classes = p.shape[0] if dims is None else len(dims)
-                state["step"] = per_class(p, classes, torch.float32)  # a skipped one does not age
+                dims = group.get("dims")
+                count = p.shape[0] if dims is None else len(dims)
+                state["step"] = per_class(p, count, torch.float32)  # a skipped one does not age
                 state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = per_class(p, classes, p.dtype)
+                state["exp_avg_sq"] = per_class(p, count, p.dtype)
                 if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = per_class(p, classes, p.dtype)
-            elif state["step"].device != p.device:  # torch leaves "step" where the checkpoint had it
-                state["step"] = state["step"].to(p.device)
-            own, mean, part = own_frames(p, dims), own_frames(state["exp_avg"], dims), own_dims(p, dims)
-            state = {key: local(t) for key, t in state.items()}
-            grad, square = horizontal_gradient(own, grad, part)
+                    state["max_exp_avg_sq"] = per_class(p, count, p.dtype)
+            own, taken = classes.take(p), {key: classes.take(t) for key, t in state.items() if t is not None}
+            grad, square = horizontal_gradient(own, grad, classes.dims)
             rates = adam_rates(
                 square,
-                state["step"],
-                state["exp_avg_sq"],
-                state.get("max_exp_avg_sq") if group["amsgrad"] else None,
+                taken["step"],
+                taken["exp_avg_sq"],
+                taken.get("max_exp_avg_sq") if group["amsgrad"] else None,
                 lr=scalar(group["lr"]),
                 betas=(beta1, beta2),
                 eps=group["eps"],
@@ -389,15 +275,16 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
             skipped = skipped + grassmann_step_(
                 own,
                 grad,
-                mean,
+                taken["exp_avg"],
                 lr=rates,
                 momentum=beta1,
                 dampening=beta1,
                 maximize=group["maximize"],
                 retraction=group["retraction"],
                 transport=group["transport"],
-                dims=part,
+                dims=classes.dims,
             )
-            put_own(p, own, dims)
-            put_own(self.state[p]["exp_avg"], mean, dims)
+            classes.put(p, own)
+            for key, t in taken.items():
+                classes.put(state[key], t)
         return skipped

@@ -1,5 +1,6 @@
 """What each of some processes asks of a class-parallel head. Apart from the tests: DTensor takes long to import."""
 
+import contextlib
 import copy
 import functools
 
@@ -153,6 +154,56 @@ def sampling(mesh):
         shared.loss(x, normal(4, classes).softmax(-1))
     alone.load_state_dict({"weight": whole(shared.weight)})
     same_as_alone(alone, shared.eval(), x, labels)
+
+
+def sparse_gradients(mesh):
+    """They name the classes of the sample alone, and steps by them are those by dense ones once all have caught up."""
+    momentum = functools.partial(ts.RiemannianSGD, lr=0.1, momentum=0.9, transport="parallel")
+    for classes, dims in ((42, 3), (42, RAGGED * 6), (2, (2, 1))):
+        x, labels = batch(4, classes)
+        heads = [ts.distributed.shard_head(head(dims, classes=classes), mesh, sample_rate=0.1, sparse_grad=sparse)
+                 for sparse in (True, False)]
+        for h in heads:
+            torch.manual_seed(1)
+            for _ in range(2):  # which add up
+                h.loss(x, labels).backward()
+        with contextlib.suppress(NotImplementedError):  # torch 2.11 has no norm of a sparse tensor
+            norms = [nn.utils.clip_grad_norm_(h.parameters(), 0.1).full_tensor() for h in heads]
+            close(norms[0], norms[1], 1e-12)
+        with torch.no_grad():
+            own = heads[0].weight.grad.to_local()
+            assert own.is_sparse and own.coalesce().indices().shape[1] <= 8
+            close(own.to_dense(), heads[1].weight.grad.to_local(), 1e-14)
+
+        opts = [momentum(h.parameters()) for h in heads]
+        for step in range(4):
+            opts[0].zero_grad()
+            heads[0].loss(x, labels).backward()
+            with torch.no_grad():
+                heads[1].weight.grad.to_local().copy_(heads[0].weight.grad.to_local().to_dense())
+            if step == 2:  # a checkpoint with what is still to come
+                saved, opts[0] = copy.deepcopy(opts[0].state_dict()), momentum(heads[0].parameters())
+                opts[0].load_state_dict(saved)
+            for opt in opts:
+                opt.step()
+        opts[0].catch_up()
+        close(whole(heads[0].weight), whole(heads[1].weight), 1e-12)
+        assert opts[0].state[heads[0].weight].keys() == {"momentum_buffer"} and opts[0].skipped_frames == 0
+
+        adam, before = ts.RiemannianAdamW(heads[0].parameters(), lr=0.1, amsgrad=True), heads[0].weight.detach().clone()
+        for _ in range(2):
+            adam.step()
+        with torch.no_grad():
+            steps = adam.state[heads[0].weight]["step"].to_local()
+            assert torch.equal(steps.nonzero()[:, 0], heads[0].weight.grad.to_local().coalesce().indices()[0])
+            assert torch.equal((heads[0].weight - before).to_local().flatten(1).any(1), steps > 0)
+        assert heads[0].frame_error() < 1e-12
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(NotImplementedError, match="_values"):
+        scaler.unscale_(adam)
+    with pytest.raises(ValueError, match="sparse_grad=True needs a sample_rate below 1"):
+        ts.distributed.ClassParallel(sparse_grad=True)
 
 
 def whole_of_all(mesh, t):
@@ -343,9 +394,14 @@ def all_checks(rank):
         if rank < mesh.size():
             for check in (losses, smoothing, layouts, steps, drawing):
                 check(mesh)
-    for check in (half_precision, sampling, clipping, plans, rows_of_their_own, wrong_input):
+    for check in (half_precision, sampling, sparse_gradients, clipping, plans, rows_of_their_own, wrong_input):
         check(meshes[-1])
     with_data_parallelism(pairs)
+    under_fsdp = ts.distributed.shard_head(head(), pairs["classes"], sample_rate=0.5, sparse_grad=True)
+    fully_shard(under_fsdp, mesh=pairs["data"])
+    register_fsdp_forward_method(under_fsdp, "loss")
+    with pytest.raises(RuntimeError, match="sparse_grad is for heads that are not under fully_shard"):
+        under_fsdp.loss(*batch())
     with pytest.raises(ValueError, match=r"mesh must have one dimension.*mesh\['classes'\]"):
         ts.distributed.shard_head(head(), pairs)
 
@@ -353,11 +409,11 @@ def all_checks(rank):
 def compiled(rank):
     mesh = init_device_mesh("cpu", (2,))
     x, labels = batch()
-    for options in ({}, {"sample_rate": 0.5}):
+    for options in ({}, {"sample_rate": 0.5}, {"sample_rate": 0.5, "sparse_grad": True}):
         shared = ts.distributed.shard_head(head(), mesh, **options)
-
+        eager = ts.distributed.shard_head(head(), mesh, **options | {"sparse_grad": False})  # as a graph's always is
         fast = torch.compile(shared.loss, backend="aot_eager", fullgraph=True)
         torch.manual_seed(1)
-        expected = results(shared, x, labels, label_smoothing=0.1)
+        expected = results(eager, x, labels, label_smoothing=0.1)
         torch.manual_seed(1)
         close(results(shared, x, labels, run=fast, label_smoothing=0.1), expected, 1e-12)

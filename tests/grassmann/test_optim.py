@@ -174,15 +174,6 @@ def test_weight_decay_of_frames():
         ADAM(marked(frame(), weight_decay=0.1))
 
 
-@pytest.mark.parametrize("kind", [SGD, ADAM])
-def test_a_sparse_gradient_is_refused_before_anything_moves(kind):
-    p, q = frame(dtype=torch.float32), torch.nn.Parameter(torch.ones(3))
-    p.grad, q.grad = torch.ones(4, 3, 9).to_sparse(), torch.ones(3)
-    with pytest.raises(RuntimeError, match="dense"):
-        kind([{"params": [q]}] + marked(p)).step()
-    assert torch.equal(q, torch.ones(3))
-
-
 # -------------------------------------------------------------------------------------------------------- param_groups
 
 

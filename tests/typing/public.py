@@ -37,13 +37,14 @@ adam: torch.optim.Optimizer = ts.RiemannianAdamW(net.parameters(), lr=1e-3, beta
 closure: Callable[[], float] = lambda: 0.0  # noqa: E731
 got: float | None = sgd.step(closure)
 nothing: None = ts.RiemannianSGD(net.parameters()).step()
+ts.RiemannianSGD(net.parameters(), momentum=0.9).catch_up()
 left: int | Tensor = ts.RiemannianAdamW(net.parameters()).skipped_frames
 
 mean: Tensor = ts.grassmann.average_frames([frames, frames], [1, 2], of="bases")
 average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAverage(decay=0.99))
 
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-style = ts.distributed.ClassParallel(sample_rate=0.1, use_local_output=True)
+style = ts.distributed.ClassParallel(sample_rate=0.1, sparse_grad=True, use_local_output=True)
 shared: nn.Sequential = ts.distributed.shard_head(nn.Sequential(layer), mesh, sample_rate=0.1)
 
 # ---------------------------------------------------------------------------------------------------------- adapters
