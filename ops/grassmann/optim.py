@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import told
-from .frames import as_dims, local, own_dims, own_frames, per_class, put_own
+from .frames import as_dims, as_held, local, own_dims, own_frames, per_class, put_own
 from .groups import (
     adam_rates,
     check_group,
@@ -70,7 +70,7 @@ class _WholeModel:
         super().add_param_group(param_group)
         try:
             check_values(name, self.param_groups[-1])
-            enter_frames(self.param_groups[-1])
+            enter_frames(name, self.param_groups[-1])
             for part in parts_of(self.param_groups[-1]):
                 check_group(name, part)
             self._check_rule(self.param_groups[-1])
@@ -146,8 +146,8 @@ class _WholeModel:
             if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__}: frames need dense gradients, got a sparse one")
             for key, t in self.state[p].items() if p in self.state else ():
-                if key != "step" and t is not None and (t.dtype, t.device) != (p.dtype, p.device):
-                    self.state[p][key] = t.to(p.device, p.dtype)  # the model was moved after a step
+                if key != "step" and t is not None:
+                    self.state[p][key] = as_held(t, p, group.get("dims"))
         return frames
 
     def _grads(self, frames, dims):
