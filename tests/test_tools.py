@@ -4,6 +4,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import optional, same
 from torch import nn
@@ -18,6 +19,7 @@ def classifier():
     return nn.Sequential(nn.Linear(20, 32), nn.Dropout(0.1), ts.GrassmannLinear(32, 5, (1, 2, 3, 2, 1)))
 
 
+@pytest.mark.slow
 def test_trainer_resumes_with_the_same_bits(tmp_path):
     transformers = optional("transformers")
     optional("accelerate")
