@@ -129,6 +129,13 @@ def check_module(name: str, model: object, what: str = "model") -> None:
         raise TypeError(f"{name}: {what} must be an nn.Module, got {told(model)}{hint}")
 
 
+def reshard(module: torch.nn.Module) -> None:
+    """fully_shard's parameters as they are between two forwards, whatever ran last; a forward may leave them gathered,
+    and what is done to those is forgotten."""
+    if "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized():
+        module.state_dict()  # reshards, also what belongs to a module above this one
+
+
 def check_generator(name: str, generator: object) -> None:
     """Raises in `name`'s voice unless it is None or a generator of torch."""
     if generator is not None and not isinstance(generator, torch.Generator):

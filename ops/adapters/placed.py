@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..common import reshard
+
 # These read an attribute to move the parameter that they take it for.
 MOVERS = ("accelerate.utils.modeling", "torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style")
 
@@ -35,7 +37,7 @@ def settle(function: str, model: nn.Module) -> None:
     if flat or any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
         raise ValueError(f"{function}: FullyShardedDataParallel has flattened the parameters; use "
                          "torch.distributed.fsdp.fully_shard, or call it before the model is wrapped")
-    model.state_dict()  # reshards, also what belongs to a module above this one
+    reshard(model)
 
 
 def refuse_fully_sharded(function: str, model: nn.Module, instead: str) -> None:

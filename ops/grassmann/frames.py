@@ -141,6 +141,14 @@ def own_frames(weight: Tensor, dims: tuple[int, ...] | None) -> Tensor:
     return packed(local(weight), own_dims(weight, dims)) if is_stack(weight, dims) else local(weight)
 
 
+def as_held(t: Tensor, weight: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """Of an optimiser's state, in the weight's form: the model may have been moved after a step, and processes that
+    shared ragged classes out have had stacks."""
+    if dims is not None and t.dim() > weight.dim():
+        t = packed(t, dims)
+    return t if (t.dtype, t.device) == (weight.dtype, weight.device) else t.to(weight.device, weight.dtype)
+
+
 def put_own(weight: Tensor, frames: Tensor, dims: tuple[int, ...] | None) -> None:
     """What has become of `own_frames(weight, dims)`."""
     if is_stack(weight, dims):
@@ -216,6 +224,10 @@ def _version(weight: Tensor) -> int:
 def enter_layer(layer: torch.nn.Module) -> None:
     """Enter a layer itself: some (accelerate, FSDP) put another weight in it without a word."""
     _layers.add(layer)
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    return module in _layers
 
 
 def is_known(weight: Tensor) -> bool:

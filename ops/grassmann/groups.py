@@ -19,9 +19,10 @@ from ..common import (
     check_module,
     check_number,
     check_word,
+    reshard,
     told,
 )
-from .frames import RETRACTIONS, TRANSPORTS, is_known, is_sharded, is_stack, known_dims
+from .frames import RETRACTIONS, TRANSPORTS, is_known, is_layer, is_sharded, is_stack, known_dims
 
 
 def param_groups(
@@ -69,6 +70,7 @@ def param_groups(
     for pattern in no_decay:
         if not isinstance(pattern, str):
             raise TypeError(f"param_groups: no_decay must hold strings, got {told(pattern)}")
+    reshard(model)
     frames = {}  # dims -> weights
     for name, module in model.named_modules():
         if isinstance(module, GrassmannLinear):
@@ -100,8 +102,9 @@ def is_frames(group):
     return group.get("manifold", "euclidean") != "euclidean"
 
 
-def enter_frames(group):
+def enter_frames(name, group):
     """Note which parameters of a Euclidean group are a layer's frames: `frames`, (dims, places in `params`) each."""
+    check_not_flat(name, group["params"])
     found = [] if is_frames(group) else [(i, known_dims(p)) for i, p in enumerate(group["params"]) if is_known(p)]
     if found:
         parts = partition(found, key=lambda item: item[1])
@@ -178,6 +181,16 @@ def check_group(name, group):
         elif dims is not None and not (p.dim() == 2 and sum(dims) == shape[0] and all(0 < k <= shape[1] for k in dims)):
             raise ValueError(f"{name}: frames in params with dims {dims} must be (sum of dims, n) with 0 < dims <= n, "
                              f"got {shape}")
+
+
+def check_not_flat(name, params):
+    """Raises where FullyShardedDataParallel has made a layer's frames a part of a vector."""
+    for p in params:
+        inside = any(is_layer(info.module) for info in getattr(p, "_param_infos", ()))
+        if inside or (getattr(p, "_fsdp_flattened", False) and p.dim() == 1 and is_known(p)):
+            raise ValueError(f"{name}: FullyShardedDataParallel has flattened frames, which are none any more: take "
+                             "torch.distributed.fsdp.fully_shard, or keep them whole by ignored_states=[head.weight] "
+                             "and average their gradient yourself")
 
 
 def check_shards(name, p, dims):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common import HALF, WIDE
+from ..common import HALF, WIDE, reshard
 from ..ragged import packed, padded
 from .frames import (
     distributed,
@@ -75,6 +75,7 @@ class FramesModule(nn.Module):
         """weight <- random frames, those of classes of dimension k beginning with the rows of `first(classes, k)`."""
         if self.weight.is_meta:
             return
+        reshard(self)
         weight, on_cpu = self._frames(), self.weight.device.type == "cpu"
         dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else self._wide
         for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
@@ -88,6 +89,7 @@ class FramesModule(nn.Module):
         """weight[classes] <- frames(classes, weight[classes]), reckoned in float64."""
         if self.weight.is_meta:
             return
+        reshard(self)
         weight = self._frames()
         for classes, i in self._chunks():
             weight[i] = frames(classes, weight[i].to(self._wide)).to(weight.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import told
 from .classes import with_gradient
-from .frames import as_dims
+from .frames import as_dims, as_held
 from .groups import check_group, check_values, enter_frames, is_frames, parts_of
 
 
@@ -47,7 +47,7 @@ class WholeModel:
         super().add_param_group(param_group)
         try:
             check_values(name, self.param_groups[-1])
-            enter_frames(self.param_groups[-1])
+            enter_frames(name, self.param_groups[-1])
             for part in parts_of(self.param_groups[-1]):
                 check_group(name, part)
             self._check_rule(self.param_groups[-1])
@@ -120,15 +120,14 @@ class WholeModel:
         """The classes of the group's frames that have a gradient. Raises before anything has moved."""
         frames = [p for p in group["params"] if p.grad is not None]
         for p in frames:
-            self._follow(p)
+            self._follow(p, group.get("dims"))
         return [with_gradient(type(self).__name__, group, p) for p in frames]
 
-    def _follow(self, p):
-        """The model may have been moved after a step."""
+    def _follow(self, p, dims):
+        """The model may have been moved after a step, and the state that was loaded may have had another form."""
         for key, t in self.state[p].items() if p in self.state else ():
-            dtype = t.dtype if key == "step" and isinstance(t, Tensor) else p.dtype
-            if isinstance(t, Tensor) and (t.dtype, t.device) != (dtype, p.device):
-                self.state[p][key] = t.to(p.device, dtype)
+            if isinstance(t, Tensor):
+                self.state[p][key] = t.to(p.device) if key == "step" else as_held(t, p, dims)
 
     def _grads(self, work):
         """Their gradients, unscaled as GradScaler asks of fused optimisers.

@@ -96,10 +96,12 @@ def rate_reduction(z: Tensor, membership: Tensor, *, eps: float = 0.5) -> Tensor
     return coding_rate(z, eps=eps) - coding_rate(z, membership, eps=eps)
 
 
-def check(name: str, z: Tensor, membership: Tensor | None, eps: float) -> None:
+def check(name: str, z: Tensor, membership: Tensor | None, eps: float, *, part: bool = False) -> None:
+    """part: are these a process's part of the points, of which it may have none?"""
     check_floating(name, "z", z)
-    if z.dim() < 2 or z.shape[-2] == 0 or z.shape[-1] == 0:
-        raise ValueError(f"{name}: z must be (..., n, d) with n > 0 and d > 0, got {tuple(z.shape)}")
+    if z.dim() < 2 or (z.shape[-2] == 0 and not part) or z.shape[-1] == 0:
+        raise ValueError(f"{name}: z must be (..., n, d) with {'' if part else 'n > 0 and '}d > 0, got "
+                         f"{tuple(z.shape)}")
     check_number(name, "eps", eps, _EPS)
     if membership is None:
         return

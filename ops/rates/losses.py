@@ -49,7 +49,8 @@ class CodingRateLoss(nn.Module):
     Args:
         eps: allowed squared distortion, the papers' ε²; default 0.5.
         reduction: over views: "mean" (default), "sum" or "none".
-        process_group: a torch.distributed group whose processes each hold a part of the points, or None.
+        process_group: a torch.distributed group whose processes each hold a part of the points, some perhaps none,
+            or None.
 
     Shape: z (n, d) or views (V, n, d); a scalar, or (V,) with reduction "none". float32 for half inputs.
 
@@ -169,12 +170,13 @@ class MLCLoss(nn.Module):
             return sinkhorn(cosines.abs(), eta=self.eta, symmetric=True, mode=self.mode)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        check("MLCLoss", z, None, self.eps)
+        check("MLCLoss", z, None, self.eps, part=self.process_group is not None)
         check_floating("MLCLoss", "c", c)
         if z.shape[:-1] != c.shape[:-1]:
             raise ValueError(f"MLCLoss: z and c must be of the same points, got {tuple(z.shape)} and {tuple(c.shape)}")
         if self.process_group is not None:
             z, c = _gather(z, self.process_group), _gather(c, self.process_group)
+            check("MLCLoss", z, None, self.eps)
         gamma = self.membership(c)
         penalty = 0.5 * self.reg * gamma.square().sum((-2, -1))
         return _reduced(penalty - rate_reduction(z, gamma.to(z.dtype) if z.dtype == torch.float64 else gamma,
@@ -206,7 +208,7 @@ class _AllReduce(torch.autograd.Function):
 
 def _summed_rate(z, membership, eps, group):
     """R or Rc of all processes' points; every process gets the same number, bit for bit."""
-    check("coding_rate", z, membership, eps)
+    check("coding_rate", z, membership, eps, part=True)
     if membership is not None and membership.is_floating_point() and not (membership >= 0).all():
         raise ValueError(f"coding_rate: weights must be 0 or more, got {membership.min().item():g}")
     wide = z.double()
@@ -216,7 +218,7 @@ def _summed_rate(z, membership, eps, group):
     elif membership.is_floating_point():
         weights = membership.double()
     else:
-        top = membership.max()
+        top = membership.max() if membership.numel() else membership.new_zeros(())
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         weights = nn.functional.one_hot(membership, int(top) + 1).double()
     weights = weights.expand(*views, n, weights.shape[-1])
@@ -224,6 +226,8 @@ def _summed_rate(z, membership, eps, group):
     packed = torch.cat([gram.flatten(-3), weights.sum(-2), wide.new_full((*views, 1), n)], -1)
     packed = _AllReduce.apply(packed, group)
     k = weights.shape[-1]
+    if not z.is_cuda and not packed[..., -1].all():
+        raise ValueError(f"coding_rate: z must have points in one process at least, got {tuple(z.shape)} in each")
     gram, mass, total = packed.split([k * d * d, k, 1], -1)
     gram = gram.unflatten(-1, (k, d, d))
     share = torch.where(mass > 0, mass, 1)

@@ -211,5 +211,9 @@ def test_a_group_checks_what_it_is_given(tmp_path):
                 loss(points(), wrong)
         with pytest.raises(TypeError, match="int64"):
             loss(points(), LABELS.int())
+        with pytest.raises(ValueError, match="z must have points in one process at least"):
+            loss(points()[:0], LABELS[:0])
+        with pytest.raises(ValueError, match="n > 0"):
+            ts.MLCLoss(process_group=torch.distributed.group.WORLD)(points()[:0], points()[:0])
     finally:
         torch.distributed.destroy_process_group()
