@@ -30,6 +30,7 @@ from .groups import (
     param_groups,
     partition,
     parts_of,
+    pieces,
     scalar,
 )
 from .rsgd import grassmann_step_
@@ -374,30 +375,16 @@ class RiemannianAdamW(_WholeModel, torch.optim.AdamW):
                     state["max_exp_avg_sq"] = per_class(p, classes, p.dtype)
             elif state["step"].device != p.device:  # torch leaves "step" where the checkpoint had it
                 state["step"] = state["step"].to(p.device)
-            own, mean, part = own_frames(p, dims), own_frames(state["exp_avg"], dims), own_dims(p, dims)
+            own, mean = own_frames(p, dims), own_frames(state["exp_avg"], dims)
             state = {key: local(t) for key, t in state.items()}
-            grad, square = horizontal_gradient(own, grad, part)
-            rates = adam_rates(
-                square,
-                state["step"],
-                state["exp_avg_sq"],
-                state.get("max_exp_avg_sq") if group["amsgrad"] else None,
-                lr=scalar(group["lr"]),
-                betas=(beta1, beta2),
-                eps=group["eps"],
-            )
-            skipped = skipped + grassmann_step_(
-                own,
-                grad,
-                mean,
-                lr=rates,
-                momentum=beta1,
-                dampening=beta1,
-                maximize=group["maximize"],
-                retraction=group["retraction"],
-                transport=group["transport"],
-                dims=part,
-            )
+            ages = state["step"], state["exp_avg_sq"], state.get("max_exp_avg_sq") if group["amsgrad"] else None
+            for part, (w, g, m), moments in pieces(own_dims(p, dims), (own, grad, mean), ages):
+                g, square = horizontal_gradient(w, g, part)
+                rates = adam_rates(square, *moments, lr=scalar(group["lr"]), betas=(beta1, beta2), eps=group["eps"])
+                skipped = skipped + grassmann_step_(
+                    w, g, m, lr=rates, momentum=beta1, dampening=beta1, maximize=group["maximize"],
+                    retraction=group["retraction"], transport=group["transport"], dims=part,
+                )
             put_own(p, own, dims)
             put_own(self.state[p]["exp_avg"], mean, dims)
         return skipped
