@@ -222,7 +222,7 @@ PIECE = 1 << 24  # entries
 
 
 def pieces(dims, frames, per_class):
-    """Frames and tensors like them, and tensors with an entry a class, by pieces of classes: of each its dims and parts.
+    """Frames and tensors like them, and tensors with an entry a class, by pieces of classes: of each its dims and part.
 
     What a step makes beside them is held for a piece at a time, of PIECE entries or a 64th of all.
     """
