@@ -1,7 +1,7 @@
 """What a class-parallel head takes of each process, before there is one: counted in the code, tested against a step.
 
 With R processes the one that has most has c = ceil(C / R) classes; of these s stay in a call of the loss, all or a
-sample; P = c k n and S = s k n are the numbers in their frames, w the bytes of a frame's number, h those of a feature's.
+sample. P = c k n and S = s k n are the numbers in their frames, w the bytes of one, h those of a number of a feature.
 What grows with the batch alone is a few numbers a row, but for features and their gradient, and is left out.
 
 Memory beside frames and the optimiser's state, with gradients that `zero_grad` has let go:

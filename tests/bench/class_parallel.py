@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -109,8 +110,8 @@ def main():
     args = parser.parse_args()
     # memory that is freed goes back to the system at once, or it would hide what the next call takes
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1",
-                   "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/distributed"), os.environ.get("PYTHONPATH", "")])}
+                   "OMP_NUM_THREADS": "1"}
+    sys.path.append(str(ROOT / "tests/distributed"))  # the processes have it too
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (f"{folder}/store", args.classes, args.rounds, args.out), max(PROCESSES))
     print(args.out.read_text())
