@@ -43,7 +43,7 @@ def arguments():
     parser.add_argument("--batch", type=int, default=256, help="rows of all processes together (default: 256)")
     parser.add_argument("--characters", type=int, default=3755, help="as many of the 3755 (default: all)")
     parser.add_argument("--subspace-dim", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the body (default: 0.001), the frames' is less")
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help="searched with all folders in it")
     parser.add_argument("--folder", type=Path, default=build / "glyphs", help="of the checkpoints")
     return parser.parse_args()
@@ -148,13 +148,18 @@ def main():
     torch.manual_seed(0)
     mesh = dist.init_device_mesh("cpu", (size,))
     model = nn.ModuleDict({"body": body(), "head": ts.GrassmannLinear(256, args.characters, args.subspace_dim)})
+    done = saved(args.folder)
+    if not done:
+        with torch.no_grad():
+            model["head"].init_from_features(torch.cat([model["body"](part) for part in images.split(512)]), labels)
     ts.distributed.shard_head(model, mesh, input_layouts=Shard(0), output_layouts=Shard(0))
     fully_shard(model["body"], mesh=mesh)
-    opt = ts.RiemannianAdamW(ts.param_groups(model, weight_decay=1e-2), lr=args.lr)
+    opt = ts.RiemannianAdamW(ts.param_groups(model, weight_decay=1e-2, frame_lr_factor=0.1), lr=args.lr)
+    peaks = [group["lr"] for group in opt.param_groups]
     batches, mine = len(labels) // args.batch, args.batch // size
 
     first = 0
-    if done := saved(args.folder):
+    if done:
         first = done[-1]
         load(args.folder, first, model, opt)
         if rank == 0:
@@ -163,11 +168,11 @@ def main():
         torch.manual_seed(epoch)
         total = 0.0
         for i, rows in enumerate(torch.randperm(len(labels))[: batches * args.batch].view(batches, size, mine)):
-            for group in opt.param_groups:
-                group["lr"] = args.lr * (1 - (epoch + i / batches) / args.epochs)
+            for group, peak in zip(opt.param_groups, peaks):
+                group["lr"] = peak * (1 - (epoch + i / batches) / args.epochs)
             opt.zero_grad()
             x, y = moved(images[rows.flatten()]).view(size, mine, 1, SIDE, SIDE)[rank], labels[rows[rank]]
-            loss = model["head"].loss(model["body"](x), y, label_smoothing=0.1)
+            loss = model["head"].loss(model["body"](x), y)
             loss.backward()
             opt.step()
             total += loss.item()
