@@ -232,15 +232,20 @@ def class_parallel_table():
     if not path.exists():
         return "Not measured yet: `python tests/bench/class_parallel.py`."
     found = json.loads(path.read_text())
-    one = found["rows"][0]
-    lines = ["| processes | loss and gradients | step | of one process | sent by each | peak of each | planned peak |",
-             "|---|---|---|---|---|---|---|"]
+    one, timed = found["rows"][0], "loss_ms" in found["rows"][0]
+    heads = ["processes", *(["loss and gradients", "step", "of one process"] if timed else []), "sent by each",
+             "peak of each", "its resident memory", "planned"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found["rows"]:
-        ratio = (row["loss_ms"] + row["step_ms"]) / (one["loss_ms"] + one["step_ms"])
-        lines.append(f"| {row['processes']} | {row['loss_ms']:.0f} ms | {row['step_ms']:.0f} ms | {ratio:.2f} × | "
-                     f"{row['sent_bytes'] / 1e6:.2f} MB | {row['peak_mb']:.0f} MB | {row['planned_mb']:.0f} MB |")
+        cells = [f"{row['processes']}"]
+        if timed:
+            ratio = (row["loss_ms"] + row["step_ms"]) / (one["loss_ms"] + one["step_ms"])
+            cells += [f"{row['loss_ms']:.0f} ms", f"{row['step_ms']:.0f} ms", f"{ratio:.2f} ×"]
+        cells += [f"{row['sent_bytes'] / 1e6:.2f} MB",
+                  *(f"{row[key]:.0f} MB" for key in ("peak_mb", "resident_mb", "planned_mb"))]
+        lines.append(f"| {' | '.join(cells)} |")
     where = found["environment"]
-    lines += ["", f"{found['case']}; gloo, a thread a process, {where['cores']} cores; {place(where)}"]
+    lines += ["", f"{found['case']}; gloo, a thread a process, cores: {where['cores']}; {place(where)}"]
     return "\n".join(lines)
 
 
