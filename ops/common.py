@@ -38,6 +38,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
                  for t in tensors)
 
 
+def weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    """Frames of float32 meet a batch of halves as under autocast."""
+    halves = isinstance(x, Tensor) and x.dtype in HALF and weight.dtype == torch.float32
+    return weight.to(x.dtype) if halves else weight
+
+
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """No autocast on x's device, for products whose digits matter."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -98,6 +98,14 @@ add("distributed.shard_head", call(
     output_layouts=None, use_local_output=True, sample_rate=0.5, sparse_grad=False), ("ClassParallel",),
     model=bad.module,
     mesh=lambda good: bad.NO_SEQUENCE, **STYLE)
+add("distributed.plan", call(
+    distributed.plan, num_classes=4, features=6, k=2, batch=8, ranks=2, dtype=torch.float32, optimizer="sgd",
+    momentum=0.9, amsgrad=False, sample_rate=0.5, input_layouts=None, device="cpu", threads=1),
+    **dict.fromkeys(("num_classes", "features", "batch", "ranks", "threads"), bad.whole(0, -1, 2**70)),
+    k=bad.whole(0, -1, 7, 2**70), dtype=bad.dtype, optimizer=bad.word, momentum=bad.number(-0.1, INF), amsgrad=bad.flag,
+    sample_rate=bad.number(0, -0.1, 1.1, INF), input_layouts=LAYOUT, device=bad.word)
+add("distributed.plan ragged", call(distributed.plan, num_classes=3, features=6, k=(2, 1, 1), batch=8, ranks=2),
+    k=bad.dims, fine="k: an int")
 add("grassmann.average_frames", call(grassmann.average_frames, frames=lambda: [w(), w()], weights=[1.0, 2.0],
                                      of="bases"),
     frames=bad.tensors, of=bad.word,

@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import GrassmannLinear, subspace_logits
-from ..common import HALF, check_flag, check_module, check_number, told, transformed
+from ..common import check_flag, check_module, check_number, told, transformed, weight_for
 from ..ragged import padded
 from .loss import Chosen, Gradient, Part
 
 __all__ = ["ClassParallel", "shard_head"]
 
-_RATE = (5e-324, 1, "in (0, 1]")
+RATE = (5e-324, 1, "in (0, 1]")
+INPUTS = Replicate(), Shard(0)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -90,10 +91,11 @@ class ClassParallel(ParallelStyle):
         sparse_grad: bool = False,
     ) -> None:
         super().__init__()
-        self.input_layouts = _layout("input_layouts", input_layouts, (Replicate(), Shard(0)))
-        self.output_layouts = _layout("output_layouts", output_layouts, (Replicate(), Shard(-1), Shard(0)))
+        self.input_layouts = layout("ClassParallel", "input_layouts", input_layouts, INPUTS)
+        self.output_layouts = layout("ClassParallel", "output_layouts", output_layouts,
+                                     (Replicate(), Shard(-1), Shard(0)))
         check_flag("ClassParallel", "use_local_output", use_local_output)
-        check_number("ClassParallel", "sample_rate", sample_rate, _RATE)
+        check_number("ClassParallel", "sample_rate", sample_rate, RATE)
         check_flag("ClassParallel", "sparse_grad", sparse_grad)
         if sparse_grad and sample_rate == 1:
             raise ValueError("ClassParallel: sparse_grad=True needs a sample_rate below 1, got 1: the loss over all "
@@ -144,8 +146,7 @@ class ClassParallel(ParallelStyle):
     def logits(self, head: GrassmannLinear, x: Tensor) -> Tensor:
         """What the head's call returns."""
         x, weight, mesh = self._inputs(head, x)
-        own = subspace_logits(x, weight.to(x.dtype) if x.dtype in HALF and weight.dtype == torch.float32 else weight,
-                              gamma=head.gamma, normalize=head.normalize)
+        own = subspace_logits(x, weight_for(x, weight), gamma=head.gamma, normalize=head.normalize)
         shape = (*x.shape[:-1], head.num_classes)
         stride = torch.empty(shape, device="meta").stride()
         logits = DTensor.from_local(own, mesh, [Shard(own.dim() - 1)], run_check=False, shape=shape, stride=stride)
@@ -176,12 +177,13 @@ class ClassParallel(ParallelStyle):
         return x, Gradient.apply(weight.to_local(), 1), mesh
 
 
-def _layout(what: str, given: Placement | None, known: tuple[Placement, ...]) -> Placement:
+def layout(name: str, what: str, given: Placement | None, known: tuple[Placement, ...]) -> Placement:
+    """One of those that are known, by default the first; raises in `name`'s voice."""
     if given is None:
         return known[0]
     if not isinstance(given, Placement) or given not in known:
         error = ValueError if isinstance(given, Placement) else TypeError
-        raise error(f"ClassParallel: {what} must be one of {', '.join(map(repr, known))}, got {told(given)}")
+        raise error(f"{name}: {what} must be one of {', '.join(map(repr, known))}, got {told(given)}")
     return given
 
 

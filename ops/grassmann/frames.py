@@ -260,6 +260,7 @@ def moved_by_others(weight: Tensor) -> bool:
 def stepped(weights: Sequence[Tensor]) -> None:
     """Our own step was the last to write to these."""
     for weight in weights:
+        weight = weight if weight._base is None else weight._base  # some classes of it
         dims, version = _known.get(weight, (None, None))
         if version == _version(weight) - 1:
             _known[weight] = dims, version + 1

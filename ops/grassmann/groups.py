@@ -4,6 +4,7 @@ A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, o
 """
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -228,6 +229,28 @@ def class_blocks(tensor, dims):
         (numbers, torch.stack([blocks[c] for c in numbers]))
         for _, numbers in partition(range(len(dims)), key=dims.__getitem__)
     ]
+
+
+PIECE = 1 << 24  # entries
+
+
+def pieces(dims, frames, per_class):
+    """Frames and tensors like them, and tensors with an entry a class, by pieces of classes: of each its dims and part.
+
+    What a step makes beside them is held for a piece at a time, of PIECE entries or a 64th of all.
+    """
+    first, *_ = frames
+    count = min(64, -(-first.numel() // PIECE))
+    if count <= 1:
+        yield dims, frames, per_class
+        return
+    classes = first.shape[0] if dims is None else len(dims)
+    ends = range(classes + 1) if dims is None else [0, *itertools.accumulate(dims)]
+    size = -(-classes // count)
+    for i in range(0, classes, size):
+        j = min(classes, i + size)
+        yield (None if dims is None else dims[i:j], [t[ends[i] : ends[j]] for t in frames],
+               [None if t is None else t[i:j] for t in per_class])
 
 
 def horizontal_gradient(weight, grad, dims=None):

@@ -21,6 +21,7 @@ from ..common import (
     check_generator,
     check_number,
     told,
+    weight_for,
     whole,
 )
 from . import watch
@@ -31,12 +32,6 @@ from .logits import subspace_logits
 from .module import FramesModule
 
 __all__ = ["GrassmannLinear"]
-
-
-def weight_for(x: Tensor, weight: Tensor) -> Tensor:
-    """Frames of float32 meet a batch of halves as under autocast."""
-    halves = isinstance(x, Tensor) and x.dtype in HALF and weight.dtype == torch.float32
-    return weight.to(x.dtype) if halves else weight
 
 
 def logits_of_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool, dims: tuple[int, ...] | None) -> Tensor:
@@ -188,8 +183,10 @@ class GrassmannLinear(FramesModule):
         if self.class_parallel is not None:
             x, weight, target, part = self.class_parallel.enter(self, x, target)
             dims = None
+        else:
+            weight = weight_for(x, weight)
         return cross_entropy_of(
-            x, weight_for(x, weight), target, gamma=self.gamma, normalize=self.normalize, dims=dims, part=part,
+            x, weight, target, gamma=self.gamma, normalize=self.normalize, dims=dims, part=part,
             class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )
 

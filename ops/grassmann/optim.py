@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from .classes import all_catch_up, catch_up
 from .frames import local, per_class
-from .groups import adam_rates, horizontal_gradient, is_frames, param_groups, partition, parts_of, scalar
+from .groups import adam_rates, horizontal_gradient, is_frames, param_groups, partition, parts_of, pieces, scalar
 from .rsgd import grassmann_step_
 from .whole_model import WholeModel
 
@@ -262,28 +262,14 @@ class RiemannianAdamW(WholeModel, torch.optim.AdamW):
                 if group["amsgrad"]:
                     state["max_exp_avg_sq"] = per_class(p, count, p.dtype)
             own, taken = classes.take(p), {key: classes.take(t) for key, t in state.items() if t is not None}
-            grad, square = horizontal_gradient(own, grad, classes.dims)
-            rates = adam_rates(
-                square,
-                taken["step"],
-                taken["exp_avg_sq"],
-                taken.get("max_exp_avg_sq") if group["amsgrad"] else None,
-                lr=scalar(group["lr"]),
-                betas=(beta1, beta2),
-                eps=group["eps"],
-            )
-            skipped = skipped + grassmann_step_(
-                own,
-                grad,
-                taken["exp_avg"],
-                lr=rates,
-                momentum=beta1,
-                dampening=beta1,
-                maximize=group["maximize"],
-                retraction=group["retraction"],
-                transport=group["transport"],
-                dims=classes.dims,
-            )
+            ages = taken["step"], taken["exp_avg_sq"], taken.get("max_exp_avg_sq") if group["amsgrad"] else None
+            for dims, (w, g, m), moments in pieces(classes.dims, (own, grad, taken["exp_avg"]), ages):
+                g, square = horizontal_gradient(w, g, dims)
+                rates = adam_rates(square, *moments, lr=scalar(group["lr"]), betas=(beta1, beta2), eps=group["eps"])
+                skipped = skipped + grassmann_step_(
+                    w, g, m, lr=rates, momentum=beta1, dampening=beta1, maximize=group["maximize"],
+                    retraction=group["retraction"], transport=group["transport"], dims=dims,
+                )
             classes.put(p, own)
             for key, t in taken.items():
                 classes.put(state[key], t)

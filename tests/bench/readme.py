@@ -196,6 +196,59 @@ def represent_table():
     return "\n".join(lines)
 
 
+def plan_table():
+    """How many GPUs a head with very many classes takes, by `distributed.plan`."""
+    import torch
+
+    import torch_subspace as ts
+
+    k, features, batch = 8, 512, 1024
+    lines = ["| classes | | of 80 GB | of 141 GB | memory of each | sent by each | work of each |",
+             "|---|---|---|---|---|---|---|"]
+    for classes in (10**6, 10**7):
+        for what, options in (
+            ("SGD with momentum", {}),
+            ("AdamW", {"optimizer": "adamw"}),
+            ("SGD, autocast to bfloat16", {"dtype": torch.bfloat16}),
+            ("the same, a tenth of the classes", {"dtype": torch.bfloat16, "sample_rate": 0.1}),
+        ):
+            found = []
+            for memory in (80e9, 141e9):
+                ranks = 1
+                while (plan := ts.distributed.plan(classes, features, k, batch, ranks, **options)).peak > 0.8 * memory:
+                    ranks += 1
+                found.append((ranks, plan))
+            cells = [f"{ranks}" for ranks, _ in found]
+            for key, unit, size in (("peak", "GB", 1e9), ("sent", "MB", 1e6), ("flops", "TFLOP", 1e12)):
+                numbers = dict.fromkeys(f"{getattr(plan, key) / size:.1f}" for _, plan in found)
+                cells.append(f"{', '.join(numbers)} {unit}")
+            lines.append(f"| {classes // 10**6} million | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def class_parallel_table():
+    """A step on several processes, measured and planned."""
+    path = ROOT / "tests/bench/results/class_parallel.json"
+    if not path.exists():
+        return "Not measured yet: `python tests/bench/class_parallel.py`."
+    found = json.loads(path.read_text())
+    one, timed = found["rows"][0], "loss_ms" in found["rows"][0]
+    heads = ["processes", *(["loss and gradients", "step", "of one process"] if timed else []), "sent by each",
+             "peak of each", "its resident memory", "planned"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in found["rows"]:
+        cells = [f"{row['processes']}"]
+        if timed:
+            ratio = (row["loss_ms"] + row["step_ms"]) / (one["loss_ms"] + one["step_ms"])
+            cells += [f"{row['loss_ms']:.0f} ms", f"{row['step_ms']:.0f} ms", f"{ratio:.2f} ×"]
+        cells += [f"{row['sent_bytes'] / 1e6:.2f} MB",
+                  *(f"{row[key]:.0f} MB" for key in ("peak_mb", "resident_mb", "planned_mb"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = found["environment"]
+    lines += ["", f"{found['case']}; gloo, a thread a process, cores: {where['cores']}; {place(where)}"]
+    return "\n".join(lines)
+
+
 UNVERIFIED = """**Unverified on a GPU.** The kernels compile and link for sm_80 to sm_120. On a CPU, a fiber a thread,
 they pass the native tests and the reference tests (`make cuda-on-cpu`, `make cuda-race`,
 `make pytest-cuda-on-cpu`). No GPU has run them so far: there are no figures."""
@@ -219,6 +272,7 @@ def gpu_mark():
 PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
     "README.md": {"peers": peers_table, "gpu": gpu_mark},
     "docs/heads.md": {"demo": demo_table},
+    "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
     "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),
                          "finetune_text": lambda: finetune_table("finetune_text")},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},

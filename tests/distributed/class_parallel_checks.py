@@ -17,6 +17,7 @@ from class_parallel_cases import (
     whole,
 )
 from helpers import close, normal
+from plan_checks import compare as same_as_planned
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -108,9 +109,9 @@ def layouts(mesh):
 
 def half_precision(mesh):
     alone = head(dtype=torch.float32)
-    shared = ts.distributed.shard_head(copy.deepcopy(alone), mesh)
     x, labels = batch(dtype=torch.float32)
-    for target in ((labels,), ()):
+    for target, options in (((labels,), {}), ((), {}), ((labels,), {"sample_rate": 0.9})):  # of few classes all stay
+        shared = ts.distributed.shard_head(copy.deepcopy(alone), mesh, **options)
         with torch.autocast("cpu", torch.bfloat16):
             same_as_alone(alone, shared, x, *target, tolerance=2e-2)
         same_as_alone(alone, shared, x.bfloat16(), *target, tolerance=2e-2)
@@ -362,6 +363,12 @@ def rows_of_their_own(mesh):
     close(whole(heads[1].weight), heads[0].weight, 1e-11)
 
 
+def planned(mesh):
+    """Memory about, bytes that are sent exactly."""
+    same_as_planned(mesh, 1001, 64, 4, 48, tolerance=0.15)
+    same_as_planned(mesh, 1001, 64, 4, 48, own_rows=True, optimiser="adamw", tolerance=0.15)
+
+
 def wrong_input(mesh):
     x, labels = batch()
     shared = ts.distributed.shard_head(head(), mesh)
@@ -392,7 +399,7 @@ def all_checks(rank):
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     for mesh in meshes:
         if rank < mesh.size():
-            for check in (losses, smoothing, layouts, steps, drawing):
+            for check in (losses, smoothing, layouts, steps, drawing, planned):
                 check(mesh)
     for check in (half_precision, sampling, sparse_gradients, clipping, plans, rows_of_their_own, wrong_input):
         check(meshes[-1])

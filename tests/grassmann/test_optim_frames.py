@@ -10,6 +10,10 @@ import torch
 from helpers import frame_error, optional, same
 from optim_cases import ADAM, OPTIMISERS, SGD, frame, marked, noise
 
+import torch_subspace as ts
+from torch_subspace.grassmann import groups
+from torch_subspace.grassmann.frames import moved_by_others
+
 # ------------------------------------------------------------------------------------------------------- frames: SGD
 
 
@@ -109,6 +113,22 @@ def test_adamw_follows_the_reference_class_by_class(maximize, amsgrad):
     for c in range(len(start)):
         expected = adam_reference(start[c], [grad[c] for grad in grads], **rule)
         torch.testing.assert_close(p[c].detach(), expected, rtol=0, atol=1e-7)  # the second moment is kept in p's dtype
+
+
+@pytest.mark.parametrize("dims", [3, (2, 3, 1, 3, 2)])
+def test_adamw_takes_many_classes_by_pieces_to_the_bit(dims, monkeypatch):
+    results = []
+    for entries in (groups.PIECE, 40):
+        monkeypatch.setattr(groups, "PIECE", entries)
+        torch.manual_seed(0)
+        head = ts.GrassmannLinear(16, 5, dims)
+        optimiser = ADAM(head.parameters(), lr=0.1, amsgrad=True)
+        for seed in range(3):
+            head.weight.grad = noise(head.weight, seed)
+            optimiser.step()
+        assert not moved_by_others(head.weight)
+        results.append([head.weight, *optimiser.state[head.weight].values()])
+    assert same(*results)
 
 
 def test_adamw_does_not_see_the_basis():

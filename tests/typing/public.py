@@ -46,6 +46,8 @@ average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAver
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 style = ts.distributed.ClassParallel(sample_rate=0.1, sparse_grad=True, use_local_output=True)
 shared: nn.Sequential = ts.distributed.shard_head(nn.Sequential(layer), mesh, sample_rate=0.1)
+planned = ts.distributed.plan(1000, 64, [4] * 1000, batch=32, ranks=2, optimizer="adamw", dtype=torch.bfloat16)
+peak: int = planned.peak + planned.step.memory
 
 # ---------------------------------------------------------------------------------------------------------- adapters
 config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
