@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import GrassmannLinear, subspace_logits
-from ..common import check_flag, check_module, check_number, told, transformed, weight_for
+from ..common import autocast, check_flag, check_module, check_number, told, transformed, weight_for
 from ..ragged import padded
 from .loss import Chosen, Gradient, Part
 
@@ -132,7 +132,8 @@ class ClassParallel(ParallelStyle):
                                  "sample_rate below 1 classes that they name are left out")
             if target.dtype == torch.int64 and target.device == weight.device:  # others the loss refuses
                 weight = self._chosen(head, weight, part.sample(self.sample_rate, target))
-        return x, weight, target, part
+        x, weight = autocast(x, weight)  # what stays alone is rounded, and not held twice
+        return x, weight_for(x, weight), target, part
 
     def _chosen(self, head: GrassmannLinear, weight: Tensor, kept: Tensor) -> Tensor:
         """Frames of the classes that stay."""

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
-from ..common import weight_for, wide_dtype
+from ..common import wide_dtype
 
 _op = torch.ops.torch_subspace
 _IGNORED = -100  # in the labels that the op gets
@@ -106,7 +106,6 @@ class Part:
                 place = where[place]
             wrong = (target < 0) | (target >= self.classes)  # the op says so
             target = torch.where(ignored, _IGNORED, torch.where(wrong, -1, place))
-        weight = weight_for(x, weight)
         return _Loss.apply(x, weight, target, class_weight, self.mesh, gamma, normalize, _IGNORED, label_smoothing,
                            self.total)
 

@@ -23,7 +23,6 @@ from ..common import (
     check_word,
     second_derivative,
     transformed,
-    weight_for,
     whole,
     wide_dtype,
 )
@@ -80,12 +79,8 @@ def cross_entropy_of(x, weight, target, *, gamma, normalize, dims, class_weight,
                      reduction, part=None):
     """The loss; where `weight` is a part of the classes, `part` has `classes`, their number in all, and `rows`, which
     takes what `_rows` does, of all classes but for the weight, and returns the loss of each row."""
-    if part is None:
-        x, weight = autocast(x, weight)
-        dims = check_frames(_NAME, x, weight, dims)
-    else:  # which rounds the frames that it needs
-        x, = autocast(x)
-        dims = check_frames(_NAME, x, weight_for(x, weight[:0]), dims)
+    x, weight = autocast(x, weight)
+    dims = check_frames(_NAME, x, weight, dims)
     check_number(_NAME, "gamma", gamma)
     check_flag(_NAME, "normalize", normalize)
     if part is not None:
