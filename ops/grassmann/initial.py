@@ -29,9 +29,12 @@ def completed_frame(a: Tensor, k: int, generator: torch.Generator | None = None)
 
 
 def drawn_frames(
-    shape: Sequence[int], first: Tensor | None, generator: torch.Generator | None, device, dtype, wide
+    shape: Sequence[int], first: Tensor | None, generator: torch.Generator | None, device, dtype, wide,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Frames (c, k, n): orthonormal rows `first` (c, j, n), if any, then random directions, uniformly distributed.
+
+    out: where they go, of that shape and dtype.
 
     Cholesky-QR, which keeps the first rows, twice: four products in `dtype`, on numbers that are still in the cache.
     Where rows are too near to dependent (k near n), or products less precise than their dtype, by QR in `wide`.
@@ -41,10 +44,10 @@ def drawn_frames(
         a[:, : first.shape[1]] = first
     w, eye = a, torch.eye(shape[1], dtype=wide, device=device)
     with torch.autocast(device.type, enabled=False):
-        for _ in range(2):
+        for to in (None, out):
             gram = (w @ w.mT).to(wide)
             inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, eye, upper=False)
-            w = inverse.to(dtype) @ w
+            w = torch.matmul(inverse.to(dtype), w, out=to)
     bad = ~((gram - eye).abs().amax((1, 2)) < 1e-4)  # what the first time left
     if bad.any():
         a = a[bad].to(wide)

@@ -237,7 +237,7 @@ class GrassmannLinear(FramesModule):
         if vectors.ndim != 3 or (vectors.shape[0], vectors.shape[2]) != (self.num_classes, self.in_features):
             rule = f"({self.num_classes}, {self.in_features}) or ({self.num_classes}, j, {self.in_features})"
             raise ValueError(f"init_from_vectors: vectors must be {rule}, got {tuple(vectors.shape)}")
-        if not vectors.is_meta and not vectors.isfinite().all():
+        if not vectors.is_meta and vectors.numel() and not torch.stack(vectors.aminmax()).isfinite().all():
             raise ValueError("init_from_vectors: vectors must be finite, got a non-finite entry")
 
         generator = self._generator(generator)

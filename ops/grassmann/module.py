@@ -79,9 +79,12 @@ class FramesModule(nn.Module):
         weight, on_cpu = self._frames(), self.weight.device.type == "cpu"
         dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else self._wide
         for classes, i in self._chunks(BLOCK if on_cpu else CHUNK):
-            shape = weight[i].shape
-            rows = None if first is None else first(classes, shape[1]).to(dtype)
-            weight[i] = drawn_frames(shape, rows, generator, weight.device, dtype, self._wide).to(weight.dtype)
+            own = weight[i]
+            rows = None if first is None else first(classes, own.shape[1]).to(dtype)
+            in_place = own if isinstance(i, slice) and own.dtype == dtype else None
+            frames = drawn_frames(own.shape, rows, generator, weight.device, dtype, self._wide, in_place)
+            if in_place is None:
+                weight[i] = frames.to(weight.dtype)
         self._drawn(weight)
 
     @torch.no_grad()
