@@ -19,10 +19,8 @@ from torch import Tensor
 
 from ..ragged import packed, unpack_
 from .frames import is_stack, local, own_dims, stepped
-from .groups import scalar
+from .groups import PIECE, scalar
 from .rsgd import grassmann_step_
-
-_CHUNK = 1 << 24  # numbers of a weight that are brought to the present at a time
 
 
 class Classes:
@@ -93,11 +91,14 @@ def catch_up(group: dict, frames: Tensor, momentum: Tensor, missed: Tensor, dims
 
 def all_catch_up(group: dict, weight: Tensor, state: dict) -> None:
     """All classes are where a dense optimiser would have them; the state no longer counts their steps."""
-    last, steps = local(state.pop("step")), state.pop("steps")
+    last, steps, dims = local(state.pop("step")), state.pop("steps"), group.get("dims")
     behind = (last < steps).nonzero()[:, 0]
-    for index in behind.split(max(1, _CHUNK // max(1, weight[:1].numel()))):
-        named = Classes(weight, group.get("dims"), index)
+    some = behind.split(max(1, PIECE // max(1, weight[:1].numel())))
+    if dims is not None and not is_stack(weight, dims):  # ragged frames in one process: rows, which no index picks
+        some = [None]
+    for index in some:
+        named = Classes(weight, dims, index)
         frames, momentum = named.take(weight), named.take(state["momentum_buffer"])
-        catch_up(group, frames, momentum, steps - last[index], named.dims)
+        catch_up(group, frames, momentum, steps - (last if index is None else last[index]), named.dims)
         named.put(weight, frames)
         named.put(state["momentum_buffer"], momentum)

@@ -129,7 +129,7 @@ class RiemannianSGD(WholeModel, torch.optim.SGD):
         for group in self.param_groups:
             for part in parts_of(group):
                 for p in part["params"] if is_frames(part) else ():
-                    self._follow(p, group.get("dims"))
+                    self._follow(p, part.get("dims"))
                     if "steps" in self.state.get(p, ()) and part["momentum"] != 0:
                         all_catch_up(part, p, self.state[p])
 

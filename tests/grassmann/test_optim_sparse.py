@@ -274,3 +274,30 @@ def test_a_layers_frames_are_still_known_for_frames():
         head(torch.ones(1, 8))
     opt.catch_up()
     assert not moved_by_others(head.weight) and head.frame_error() < 1e-6
+
+
+@pytest.mark.parametrize("by", ["catch_up", "a dense step"])
+def test_whole_ragged_heads_take_over_what_is_still_to_come(by):
+    """The state of ragged classes that were shared out is a stack, and counts the steps that each has missed."""
+    dims, missed = (2, 1, 2), (0, 3, 2)
+    head = ts.GrassmannLinear(8, 3, dims).double().orthonormalize_()
+    opt = ts.RiemannianSGD(head.parameters(), **MOMENTUM)
+    starts, stack, alone = [0, 2, 3, 5], torch.zeros(3, 2, 8, dtype=torch.float64), []
+    for c, k in enumerate(dims):
+        p = head.weight[starts[c] : starts[c + 1]].detach().clone()[None].requires_grad_()
+        w = p.detach()[0]
+        stack[c, :k] = noise(p, c)[0] - noise(p, c)[0] @ w.T @ w
+        one = ts.RiemannianSGD(marked(p), **MOMENTUM)
+        one.state[p] = {"momentum_buffer": stack[None, c, :k].clone()}
+        for _ in range(missed[c] + (by == "a dense step")):
+            p.grad = torch.zeros_like(p)
+            one.step()
+        alone.append((p.detach()[0], one.state[p]["momentum_buffer"][0]))
+    opt.state[head.weight] = {"momentum_buffer": stack, "steps": 4, "step": 4 - torch.tensor(missed)}
+    if by == "catch_up":
+        opt.catch_up()
+    else:
+        head.weight.grad = torch.zeros_like(head.weight)
+        opt.step()
+    for held, expected in zip((head.weight.detach(), opt.state[head.weight]["momentum_buffer"]), zip(*alone)):
+        assert torch.allclose(held, torch.cat(expected), rtol=0, atol=1e-12)
