@@ -72,11 +72,11 @@ def compare(mesh, classes, n, k, batch, *, optimiser="sgd", dtype=torch.float32,
     assert [share.sent for share in planned.shares] == traffic, planned
     opt.zero_grad()
     x.grad = None
-    before, found = 0, []
-    for part in parts:
-        most, after = memory(part)
-        found.append(before + most)
-        before += after
+    forward, saved = memory(parts[0])
+    backward, _ = memory(parts[1])  # the rest after it is not for sure: a collective's thread may hold a buffer yet
+    step, _ = memory(parts[2])
+    gradients = (head.weight.grad.to_local(), x.grad)
+    found = [forward, saved + backward, sum(t.nbytes for t in gradients) + step]
     if mesh.get_local_rank() > 0:
         return  # the first one has most
     own = [t.to_local() if isinstance(t, DTensor) else t for t in opt.state[head.weight].values() if t is not None]
