@@ -50,7 +50,7 @@ def test_wrong_arguments_are_named(key):
     assert not faults(CALLS[key])
 
 
-HEAD = ts.GrassmannLinear(6, 3, (2, 1, 1))
+HEAD = ts.GrassmannLinear(6, 3, (2, 1, 1), gamma=25.0)
 X = torch.randn(4, 6)
 
 

@@ -65,7 +65,7 @@ def swap_head(
     num_classes: int | None = None,
     subspace_dim: int | Sequence[int] = 8,
     *,
-    gamma: float = 25.0,
+    gamma: float | str = "auto",
     normalize: bool = True,
     init: str | tuple[Tensor, Tensor] = "linear",
     name: str | None = None,
@@ -86,7 +86,7 @@ def swap_head(
     Args:
         model: any `nn.Module`. Swap before the optimiser, `DistributedDataParallel` or `fully_shard` take parameters.
         num_classes: C; None keeps the present number.
-        subspace_dim, gamma, normalize: as in `GrassmannLinear`.
+        subspace_dim, gamma, normalize: as in `GrassmannLinear`; gamma="auto" goes by the size of the new head.
         init: "linear" starts each class from its present class vector (from its frame when the head is a
             `GrassmannLinear` already) where the number of classes stays the same, and is "random" where it changes;
             "random"; or features and labels (x (N, n), y (N,)) for `init_from_features` of the main classifier, when

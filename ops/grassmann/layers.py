@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from ..common import (
     FLOATS,
     HALF,
-    POSITIVE,
     check_dense,
     check_flag,
     check_floating,
     check_generator,
-    check_number,
     told,
     weight_for,
     whole,
@@ -27,6 +25,7 @@ from ..common import (
 from . import watch
 from .cross_entropy import cross_entropy_of
 from .frames import class_dims, enter_layer, of_all
+from .gamma import auto_gamma, check_gamma, keep_gamma, loaded_gamma
 from .initial import completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
 from .module import FramesModule
@@ -65,7 +64,10 @@ class GrassmannLinear(FramesModule):
         in_features: feature length n.
         num_classes: number of classes C, also readable as `out_features`.
         subspace_dim: dimension k of every class's subspace, 1 <= k <= n, or a sequence of C such ints ("ragged").
-        gamma: scale of the logits, positive (the paper's 25).
+        gamma: scale of the logits, positive: a number, or "auto", a rule of C, k and n. With l₀ = √(k/n), the length of a
+            random feature's projection, it is the larger of 0.4 √(2n), so that a new head's logits have a spread of
+            about 0.4, and log(3 (C - 1)) / max(1 - l₀, 1/2), so that a class can reach a probability of 3/4. Without
+            `normalize` it is 1. Gradients shrink with γ, and rates may grow: the heads guide has a table.
         normalize: whether features are scaled to unit length first, so that the logit is γ·cos of the angle to the
             subspace; without it the logit grows with the feature.
         device, dtype: where and in what precision the frames are kept, as for `torch.nn.Linear`.
@@ -81,8 +83,9 @@ class GrassmannLinear(FramesModule):
     A half-precision batch meets float32 frames as under autocast: they are rounded for the product, and the logits have
     the batch's dtype.
 
-    Weights need not be orthonormal when they are loaded. `state_dict` also takes the layout of the paper's code: a
-    matrix (C·k, n), under `weight` or `fc.weight`.
+    Weights need not be orthonormal when they are loaded. `load_state_dict` also takes the layout of the paper's code: a
+    matrix (C·k, n), under `weight` or `fc.weight`. With it a layer whose gamma is "auto" has the paper's 25, and with
+    what `torch.save` has kept of another layer's `state_dict` the other's; plain tensors don't say theirs.
 
     Raises:
         TypeError: a size is not an int, or `dtype` is not a floating-point one.
@@ -99,7 +102,8 @@ class GrassmannLinear(FramesModule):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, subspace_dim=8, *, gamma=25.0, normalize=True, device=None, dtype=None
+        self, in_features: int, num_classes: int, subspace_dim=8, *, gamma="auto", normalize=True, device=None,
+        dtype=None
     ):
         super().__init__()
         self.in_features = whole("GrassmannLinear", "in_features", in_features)
@@ -107,12 +111,13 @@ class GrassmannLinear(FramesModule):
         self.out_features = self.num_classes
         self.dims = class_dims(subspace_dim, self.num_classes, self.in_features)
         self.subspace_dim = int(subspace_dim) if self.dims is None else self.dims
-        check_number("GrassmannLinear", "gamma", gamma, POSITIVE)
+        check_gamma("GrassmannLinear", gamma)
         check_flag("GrassmannLinear", "normalize", normalize)
         check_dtype("GrassmannLinear", dtype)
         check_device("GrassmannLinear", device)
-        self.gamma = float(gamma)
         self.normalize = bool(normalize)
+        self._gamma_by_rule = isinstance(gamma, str)
+        self.gamma = auto_gamma(self) if self._gamma_by_rule else float(gamma)
         if dtype is None and torch.get_default_dtype() in HALF:  # as from_pretrained(dtype=...) sets it
             dtype = torch.float32
         shape = (self.num_classes, self.subspace_dim) if self.dims is None else (sum(self.dims),)
@@ -120,6 +125,8 @@ class GrassmannLinear(FramesModule):
         self.register_parameter("bias", None)  # those who look for a linear layer's find that there is none
         enter_layer(self)
         self.reset_parameters()
+
+    _gamma_by_rule = False  # of a layer that was pickled before there was a rule
 
     def reset_parameters(self) -> None:
         """Draw uniformly distributed subspaces: N(0, 1) entries, orthonormalised."""
@@ -192,7 +199,8 @@ class GrassmannLinear(FramesModule):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, subspace_dim=8, *, gamma=25.0, normalize=True, generator: torch.Generator | None = None
+        cls, linear: nn.Linear, subspace_dim=8, *, gamma="auto", normalize=True,
+        generator: torch.Generator | None = None,
     ) -> "GrassmannLinear":
         """The layer whose classes contain the class vectors of a linear one (`weight` (C, n)); its bias is dropped.
 
@@ -332,16 +340,23 @@ class GrassmannLinear(FramesModule):
         parallel = "" if self.class_parallel is None else f", class_parallel={self.class_parallel}"
         return f"{sizes}, gamma={self.gamma:g}, normalize={self.normalize}{parallel}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        keep_gamma(self, destination, prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         error_msgs = args[-1]
+        before = len(error_msgs)
         key, gcr_key = prefix + "weight", prefix + "fc.weight"
-        if key not in state_dict and gcr_key in state_dict:
+        papers = key not in state_dict and gcr_key in state_dict
+        if papers:
             state_dict[key] = state_dict.pop(gcr_key)
         weight = state_dict.get(key)
         if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
             error_msgs.append(f"{key}: frames must be floating-point, got {weight.dtype}")
         if self.dims is None and isinstance(weight, Tensor) and weight.ndim == 2:
             if weight.shape == (self.num_classes * self.subspace_dim, self.in_features):
+                papers = True
                 frames = state_dict[key] = weight.reshape(self.weight.shape)
                 lengths = frames.detach().float().norm(dim=-1)
                 if lengths.numel() and not frames.is_meta and (lengths - 1).abs().max() > watch.LIMIT:
@@ -352,6 +367,8 @@ class GrassmannLinear(FramesModule):
                     )
         if isinstance(weight := state_dict.get(key), Tensor):
             state_dict[key] = self._as_held(weight)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._undrawn = self._undrawn and key not in state_dict
+        if self._gamma_by_rule and key in state_dict and len(error_msgs) == before:
+            self.gamma = loaded_gamma(self, local_metadata, papers)
         watch.again(self)

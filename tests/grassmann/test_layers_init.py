@@ -64,7 +64,7 @@ class TestFromLinear:
         linear, x = nn.Linear(6, 5, **DOUBLE), torch.randn(7, 6, **DOUBLE)
         cos = torch.cosine_similarity(x[:, None], linear.weight, dim=-1)
         layer = GrassmannLinear.from_linear(linear, 1)
-        torch.testing.assert_close(layer(x), 25 * cos.abs())
+        torch.testing.assert_close(layer(x), layer.gamma * cos.abs())
 
     @pytest.mark.parametrize("k", [1, 3, 6, (1, 2, 3, 6, 6)])
     def test_the_class_vector_comes_first(self, k):
@@ -139,7 +139,7 @@ class TestInitFromFeatures:
         assert layer.init_from_features(x, y) is layer
         for w, truth in zip(rows(layer), frames, strict=True):
             assert contains(w, truth, 1e-12)
-        torch.testing.assert_close(layer(x)[torch.arange(len(y)), y], torch.full((len(y),), 25.0, **DOUBLE))
+        torch.testing.assert_close(layer(x)[torch.arange(len(y)), y], torch.full((len(y),), layer.gamma, **DOUBLE))
 
     def test_is_the_uncentred_pca(self):
         x, y = torch.randn(50, 8, **DOUBLE) + 1, torch.arange(50) % 3
