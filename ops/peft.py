@@ -85,7 +85,8 @@ class TuckerConfig(peft.PeftConfig):
         scaling: "constant", the default: scale = alpha. "lora": alpha / r, as peft's lora_alpha. "rslora": alpha / √r.
             r is the smaller channel rank. An alpha of r or more without a scaling warns.
         dropout: on the layer's input on the adapter's way; of linear and convolutional layers.
-        init: of the factors, "lecun", "kaiming" or "svd", as in `torch_subspace.TuckerConfig`; the core is zero.
+        init: "lecun", "kaiming", "svd" or "lora", as in `torch_subspace.TuckerConfig`; the change starts at zero.
+        train: "all", or "core" for the cores alone, as there.
         target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
             "all-conv", alone or among the names. None takes what peft's LoRA takes for this architecture.
         target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig:
@@ -126,6 +127,7 @@ class TuckerConfig(peft.PeftConfig):
     fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    train: str = "all"
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,7 +181,7 @@ class TuckerConfig(peft.PeftConfig):
             if len(r) > 1 and r[0] == r[1] == _WHOLE:
                 raise ValueError('TuckerConfig: r needs a rank for one of the channel modes, both are "full"')
         return adapter_config.TuckerConfig(rank=r, kernel_rank=self.kernel_rank, alpha=alpha, scaling=self.scaling,
-                                           init=self.init, dropout=self.dropout)
+                                           init=self.init, dropout=self.dropout, train=self.train)
 
     def layer(self, key: str | Sequence[str], shape: Sequence[int],
               stacked: bool = False) -> tuple[list[int | None], float]:

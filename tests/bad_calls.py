@@ -267,12 +267,12 @@ add("tucker_conv", call(
 add("TuckerConfig", call(
     ts.TuckerConfig, rank=2, kernel_rank=2, alpha=1.0, target_modules="0", rank_pattern={"0": 2}, init="lecun",
     scaling="lora", dropout=0.1, save_modules="2", exclude_modules="1", alpha_pattern={"0": 1.0},
-    target_parameters="0.weight"),
+    target_parameters="0.weight", train="core"),
     rank=bad.ranks, kernel_rank=bad.ranks, alpha=bad.optional(bad.number(INF)), init=bad.word,
     scaling=bad.optional(bad.word), target_modules=bad.patterns, target_parameters=bad.patterns,
     save_modules=bad.patterns, exclude_modules=bad.patterns,
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
-    dropout=SHARE)
+    dropout=SHARE, train=bad.word)
 
 
 def adapted():

@@ -205,7 +205,8 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
             p.requires_grad_(False)
     for layer in layers(model).values():
         for name, parts in layer.tucker.items():
-            parts.requires_grad_(name in chosen)
+            for part in parts.values():
+                part.requires_grad_(name in chosen)
     for module in saved:
         for p in module.parameters() if module.tucker_live else ():
             p.requires_grad_(p.is_floating_point())
@@ -325,7 +326,7 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
                 if offload_hook(part) is not None:
                     raise ValueError(f"adapter_parameters: the factors of {own!r} are offloaded, and no step would "
                                      "reach them: offload the model before `adapt`, which then keeps them at hand")
-                for local, p in part.named_parameters():
+                for local, p in part.trained().items():
                     at = multiplier(f"{own}.{local}", full_name(key, local), own, key)
                     groups.setdefault(at, []).append(p)
     result = [({"params": params}, m) for m, params in groups.items()]

@@ -17,7 +17,8 @@ from ..common import check_word, told
 
 WORDS = ("all-linear", "all-conv")
 SCALINGS = ("constant", "lora", "rslora")
-INITS = ("lecun", "kaiming", "svd")
+INITS = ("lecun", "kaiming", "svd", "lora")
+TRAINED = ("all", "core")
 
 
 @dataclasses.dataclass
@@ -38,7 +39,9 @@ class TuckerConfig:
         alpha_pattern: alpha by module, likewise.
         init: of the factors; the core starts at zero. "lecun": N(0, 1/size) for the input mode, N(0, 1/rank) for the
             others. "kaiming": kaiming_normal with a = √3, as FLoRA's code does. "svd": the leading left singular
-            vectors of the base weight's unfoldings, the directions that SVFit trains.
+            vectors of the base weight's unfoldings, the directions that SVFit trains. "lora": as LoRA starts, the
+            output mode's factor at zero, the input's at random as peft has it, and the identity for a core (of a
+            convolution at the kernel's middle): the first steps are LoRA's, and its learning rates fit.
         scaling: "constant", the default: scale = alpha, as FLoRA's s. "lora": alpha / r, as LoRA's lora_alpha.
             "rslora": alpha / √r. r is the smaller of the two channel ranks asked for. An alpha of r or more without
             a scaling warns, as it is mostly meant as LoRA's.
@@ -50,6 +53,8 @@ class TuckerConfig:
             (experts, in, out). Experts share the two channel factors and have a core each; `rank` is that of the last
             two dimensions, or one for every dimension. Patterns and ranks go by the parameter's name or its module's.
             With it `target_modules` may be empty.
+        train: "all", or "core": the factors stay as they start, and the cores alone are trained, of rank² numbers for a
+            linear layer. The file has the factors all the same. Not with init="lora", whose change would stay zero.
 
     Raises:
         ValueError, TypeError: a value is out of range or of a wrong kind.
@@ -74,6 +79,7 @@ class TuckerConfig:
     exclude_modules: str | Sequence[str] = ()
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_parameters: str | Sequence[str] = ()
+    train: str = "all"
 
     def __post_init__(self) -> None:
         self.rank = _rank("rank", self.rank)
@@ -99,8 +105,11 @@ class TuckerConfig:
             check_patterns("TuckerConfig", key, value)
         if not self.target_modules and not self.target_parameters:
             raise ValueError("TuckerConfig: target_modules is empty")
-        for key, known in (("init", INITS), ("scaling", SCALINGS)):
+        for key, known in (("init", INITS), ("scaling", SCALINGS), ("train", TRAINED)):
             check_word("TuckerConfig", key, getattr(self, key), known)
+        if self.train == "core" and self.init == "lora":
+            raise ValueError('TuckerConfig: train="core" needs an init whose factors are not zero, got init="lora": '
+                             "the change would stay zero")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"TuckerConfig: dropout must be in [0, 1), got {self.dropout!r}")
         self.dropout = float(self.dropout)
@@ -213,17 +222,42 @@ def close_names(patterns: Iterable[str], names: Iterable[str]) -> str:
 
 
 @torch.no_grad()
-def init_factors(factors: Sequence[Tensor | None], init: str, base: Tensor, input_mode: int | None) -> None:
-    """Fill the factors; `input_mode` is the weight's dimension that the layer's input meets."""
+def init_change(core: Tensor, factors: Sequence[Tensor | None], init: str, base: Tensor,
+                modes: tuple[int | None, int]) -> None:
+    """Fill core and factors so that the change is zero; `modes` are the weight's dimensions that the layer's input
+    meets, None where rows are picked, and that its output has."""
+    if core.is_meta:
+        return
+    core.zero_()
     for mode, factor in enumerate(factors):
-        if factor is None or factor.is_meta:
+        if factor is None:
             continue
         if init == "kaiming":
             nn.init.kaiming_normal_(factor, a=math.sqrt(3))
-        elif init == "lecun":
-            nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0 if mode == input_mode else 1]))
-        else:
+        elif init == "svd":
             factor.copy_(_leading_vectors(base.movedim(mode, 0).flatten(1).to(factor.dtype), factor.shape[1]))
+        else:
+            nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0 if mode == modes[0] else 1]))
+    if init == "lora":
+        _as_lora(core, factors, *modes)
+
+
+def _as_lora(core: Tensor, factors: Sequence[Tensor | None], given: int | None, out: int) -> None:
+    """B core A, B = 0, A as peft draws it and the identity for a core; of a kernel in its middle, for each expert."""
+    rows, given = given is None, 1 - out if given is None else given
+    b, a = factors[out], core if factors[given] is None else factors[given]
+    if b is None:  # the core is B, and zero
+        return
+    b.zero_()
+    if rows:
+        nn.init.normal_(a)
+    else:
+        bound = 1 / math.sqrt(core.shape[given] if a is core else len(a))
+        nn.init.uniform_(a, -bound, bound)
+    if a is not core:
+        matrices = core.movedim((out, given), (-2, -1))
+        kernel = tuple(n // 2 for n in matrices.shape[:-2]) if {out, given} == {0, 1} else ...
+        matrices[kernel] = torch.eye(*matrices.shape[-2:], dtype=core.dtype, device=core.device)
 
 
 def _leading_vectors(unfolding: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common import WIDE
-from .config import init_factors
+from .config import init_change
 
 
 class WideFactors(nn.Module):
@@ -29,13 +29,27 @@ class WideFactors(nn.Module):
         return self
 
 
+    core_only = False  # whether the factors stay as they are
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that an optimiser is to get."""
+        return {n: p for n, p in self.named_parameters() if not self.core_only or n.endswith("core")}
+
+    def requires_grad_(self, requires_grad: bool = True):
+        trained = self.trained()
+        for name, p in self.named_parameters():
+            p.requires_grad_(requires_grad and name in trained)
+        return self
+
+
+Start = tuple[str, tuple[int | None, int], int | None]  # init, modes of input and output, the row that stays zero
+
+
 @torch.no_grad()
-def restart(core: Tensor, factors: list[Tensor | None], start: tuple[str, int, int | None]) -> None:
-    """No change, and factors as they start: (init, the input's mode, the row that stays zero). "svd", which needs the
-    base, as "lecun"."""
-    init, input_mode, zero_row = start
-    core.zero_()
-    init_factors(factors, "lecun" if init == "svd" else init, core, input_mode)
+def restart(core: Tensor, factors: list[Tensor | None], start: Start) -> None:
+    """No change, and factors as they start. "svd", which needs the base, as "lecun"."""
+    init, modes, zero_row = start
+    init_change(core, factors, "lecun" if init == "svd" else init, core, modes)
     if zero_row is not None:
         factors[0][zero_row] = 0
 
@@ -43,12 +57,11 @@ def restart(core: Tensor, factors: list[Tensor | None], start: tuple[str, int, i
 class TuckerFactors(WideFactors):
     """Core and factors of one parameter's change, scale * core x_0 factor0 x_1 factor1 ...
 
-    A mode whose rank is None has the identity for a factor. The core starts at zero, so the change does too. `start` is
-    how the factors do: (init, the input's mode, the row that stays zero). Calling it gives core and factors, so that
-    hooks which bring and take parameters have their turn.
+    A mode whose rank is None has the identity for a factor. `start` is how it begins, the change being zero. Calling it
+    gives core and factors, so that hooks which bring and take parameters have their turn.
     """
 
-    start = ("lecun", 1, None)
+    start: Start = ("lecun", (1, 0), None)
 
     def __init__(self, shape, ranks, scale: float, dropout: float, device, dtype):
         super().__init__()

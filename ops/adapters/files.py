@@ -157,7 +157,7 @@ def put_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor], about: 
             base = module._parameters[parameter]
             device = home(module, base)
             part = new_factors(d["shape"], d["ranks"], d["scale"], d["dropout"], base,
-                               "cpu" if device.type == "meta" else device)
+                               "cpu" if device.type == "meta" else device, about["config"].get("train"))
             with torch.no_grad():
                 for n, p in part.named_parameters():
                     p.copy_(tensors[f"{key}.{parameter}.{n}"])
@@ -296,7 +296,7 @@ def _filled(model, name, made, saved) -> bool:
     kept = {id(m) for m in saved_modules(model).values() if name in m.tucker_saved}
 
     def alike(a, b):
-        return (a.shape, a.ranks, a.scale, a.dropout) == (b.shape, b.ranks, b.scale, b.dropout)
+        return all(getattr(a, key) == getattr(b, key) for key in ("shape", "ranks", "scale", "dropout", "core_only"))
 
     if any(p.is_meta for parts in now.values() for p in parts.parameters()):
         return False

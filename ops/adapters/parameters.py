@@ -63,11 +63,15 @@ def parameter_refusal(key: str, module: nn.Module, parameter: str, owners) -> st
     return None
 
 
-def input_mode_of(module: nn.Module, parameter: str) -> int | None:
-    """The dimension that an input meets; a stack (experts, in, out) says so by `is_transposed`, as in transformers."""
+def modes_of(module: nn.Module, parameter: str) -> tuple[int | None, int]:
+    """The dimensions that an input meets, None where rows are picked, and an output has; a stack (experts, in, out)
+    says so by `is_transposed`, as in transformers."""
     if not is_stacked(module, parameter):
-        return input_mode(module)
-    return module._parameters[parameter].dim() - (2 if getattr(module, "is_transposed", False) else 1)
+        mode = input_mode(module)
+        return mode, 0 if mode is None else 1 - mode
+    dims = module._parameters[parameter].dim()
+    modes = dims - 1, dims - 2
+    return modes[::-1] if getattr(module, "is_transposed", False) else modes
 
 
 def find_parameters(model: nn.Module, config: TuckerConfig) -> dict[str, dict[str, torch.Size]]:

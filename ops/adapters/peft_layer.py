@@ -164,7 +164,19 @@ class TuckerLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
+        self._freeze_factors()
         self._unchecked = several_processes()
+
+    def set_requires_grad(self, *args, **kwargs) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_factors()
+
+    def _freeze_factors(self) -> None:
+        """Those of adapters whose cores alone are trained: peft switches whatever parameters there are."""
+        for part in self.tucker_parts.values():
+            for name, p in part.named_parameters():
+                if p.requires_grad and name not in part.trained():
+                    p.requires_grad_(False)
 
     @property
     def weight(self) -> Tensor:

@@ -45,6 +45,7 @@ class ParameterFactors(WideFactors):
         super().__init__()
         self.about = {name: (part.shape, part.scale, part.dropout) for name, part in parts.items()}
         self.starts = {name: part.start for name, part in parts.items()}
+        self.core_only = all(part.core_only for part in parts.values())
         for name, part in parts.items():
             for local, p in part._parameters.items():
                 self.register_parameter(f"{name}_{local}", p)

@@ -6,15 +6,17 @@ from torch import nn
 
 from ..common import wide_dtype
 from .adapted import is_packed
-from .config import init_factors
+from .config import init_change
 from .factors import TuckerFactors
-from .parameters import input_mode_of, shape_of
+from .parameters import modes_of, shape_of
 from .placed import home, values_of
 
 
-def new_factors(shape, ranks, scale, dropout, base, device=None) -> TuckerFactors:
-    """Factors beside the parameter `base`, not yet filled."""
-    return TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
+def new_factors(shape, ranks, scale, dropout, base, device=None, train="all") -> TuckerFactors:
+    """Factors beside the parameter `base`, not yet filled; `train` as in the config."""
+    part = TuckerFactors(shape, ranks, scale, dropout, device or base.device, wide_dtype(base.dtype))
+    part.core_only = train == "core"
+    return part
 
 
 def started(function: str, key: str, module: nn.Module, parameter: str, ranks, scale: float, config) -> TuckerFactors:
@@ -26,10 +28,10 @@ def started(function: str, key: str, module: nn.Module, parameter: str, ranks, s
     if config.init == "svd" and not values.isfinite().all():
         raise ValueError(f'{function}: init="svd" needs the {parameter} of {key!r} finite, and it holds NaN or '
                          "infinity")
-    part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base))
+    part = new_factors(shape, ranks, scale, config.dropout, base, home(module, base), config.train)
     row = padding_row(module) if parameter == "weight" and part.factors[0] is not None else None
-    part.start = config.init, input_mode_of(module, parameter), row
-    init_factors(part.factors, config.init, values.to(part.core.device), part.start[1])
+    part.start = config.init, modes_of(module, parameter), row
+    init_change(part.core, part.factors, config.init, values.to(part.core.device), part.start[1])
     if row is not None:
         with torch.no_grad():
             part.factor0[row] = 0

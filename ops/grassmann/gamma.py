@@ -1,20 +1,20 @@
-"""How large the logits of a head are to be: γ by rule of the number of classes, their dimension and the feature's length.
+"""How large the logits of a head are to be: γ by rule of the number of classes, their dimension and the feature's.
 
-A logit is γ l, l in [0, 1] the length of a unit feature's projection onto a class. Of a subspace and a feature at random
-l² is Beta(k/2, (n - k)/2) distributed: l is about l₀ = √(k/n), give or take √((1 - k/n) / 2n). That much of a logit says
-nothing, and grows with γ: the logits of a new head have the mean γ √(k/n) and the spread γ √((1 - k/n) / 2n). Of C classes,
-one at l and the others still at l₀, that one has the probability
+A logit is γ l, l in [0, 1] the length of a unit feature's projection onto a class. Of a subspace and a feature at
+random l² is Beta(k/2, (n - k)/2) distributed: l is about l₀ = √(k/n), give or take √((1 - k/n) / 2n). The logits of a
+new head have the mean γ √(k/n) and the spread γ √((1 - k/n) / 2n), which is chance. Of C classes, one at l and the
+others still at l₀, that one has the probability
 
     p(l) = 1 / (1 + (C - 1) exp(-γ (l - l₀)))
 
-Too large a γ makes much of chance: a few examples are told apart by directions that they happen to have, and then give no
-gradient. Too small a one never lets a class reach a probability to speak of. So the spread of the logits at the start is
+Too large a γ makes much of chance: a few examples are told apart by directions that they happen to have, and then give
+no gradient. Too small a one never lets a class reach a probability to speak of. So the spread of logits at the start is
 SPREAD (but for 1 - k/n), and γ is larger only where p(1) would stay below REACHED:
 
     γ = max(SPREAD √(2n), log((C - 1) REACHED / (1 - REACHED)) / (1 - l₀))
 
-The first is 25.6 for the paper's n = 2048, which found 25. Where k is a large part of n, l₀ is near 1, but other classes
-than the right one can get shorter: 1 - l₀ counts as 1/2 at least. examples/gamma.py has the measurements.
+The first is 25.6 for the paper's n = 2048, which found 25. Where k is a large part of n, l₀ is near 1, but classes
+other than the right one can get shorter: 1 - l₀ counts as 1/2 at least. examples/gamma.py has the measurements.
 """
 
 from __future__ import annotations

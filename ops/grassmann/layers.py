@@ -64,10 +64,10 @@ class GrassmannLinear(FramesModule):
         in_features: feature length n.
         num_classes: number of classes C, also readable as `out_features`.
         subspace_dim: dimension k of every class's subspace, 1 <= k <= n, or a sequence of C such ints ("ragged").
-        gamma: scale of the logits, positive: a number, or "auto", a rule of C, k and n. With l₀ = √(k/n), the length of a
-            random feature's projection, it is the larger of 0.4 √(2n), so that a new head's logits have a spread of
-            about 0.4, and log(3 (C - 1)) / max(1 - l₀, 1/2), so that a class can reach a probability of 3/4. Without
-            `normalize` it is 1. Gradients shrink with γ, and rates may grow: the heads guide has a table.
+        gamma: scale of the logits, positive: a number, or "auto", a rule of C, k and n. With l₀ = √(k/n), the length of
+            a random feature's projection, it is the larger of 0.4 √(2n), so that a new head's logits have a spread of
+            about 0.4, and log(3 (C - 1)) / max(1 - l₀, 1/2), so that a class can reach a probability of 3/4; 1 without
+            `normalize`.
         normalize: whether features are scaled to unit length first, so that the logit is γ·cos of the angle to the
             subspace; without it the logit grows with the feature.
         device, dtype: where and in what precision the frames are kept, as for `torch.nn.Linear`.

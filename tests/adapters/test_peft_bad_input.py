@@ -28,9 +28,9 @@ def checkpoint():
 add("TuckerConfig", call(
     TuckerConfig, r=2, kernel_rank=2, alpha=1.0, scaling="lora", dropout=0.1, init="lecun", target_modules=["0"],
     exclude_modules=["1"], layers_to_transform=[0], layers_pattern=["layers"], rank_pattern={"0": 2},
-    alpha_pattern={"0": 1.0}, modules_to_save=["2"], bias="none"),
+    alpha_pattern={"0": 1.0}, modules_to_save=["2"], bias="none", train="core"),
     ("TuckerConfig: rank",), r=bad.ranks, kernel_rank=bad.ranks, alpha=bad.optional(bad.number(INF)),
-    scaling=bad.optional(bad.word), dropout=SHARE, init=bad.word, bias=bad.word,
+    scaling=bad.optional(bad.word), dropout=SHARE, init=bad.word, train=bad.word, bias=bad.word,
     layers_to_transform=bad.optional(bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1])),
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),

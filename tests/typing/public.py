@@ -30,7 +30,7 @@ made: ts.GrassmannLinear = ts.GrassmannLinear.from_linear(nn.Linear(16, 4))
 layer.init_from_features(x, labels)
 layer.orthonormalize_()
 error: Tensor = layer.frame_error()
-net: nn.Module = ts.swap_head(nn.Sequential(nn.Linear(16, 4)), num_classes=4, subspace_dim=2, gamma="auto", init="random")
+net: nn.Module = ts.swap_head(nn.Sequential(nn.Linear(16, 4)), num_classes=4, subspace_dim=2, gamma="auto", name=None)
 groups: list[dict[str, Any]] = ts.param_groups(net, weight_decay=1e-4, frame_lr_factor=0.3)
 sgd: torch.optim.Optimizer = ts.RiemannianSGD(groups, lr=0.1, momentum=0.9, nesterov=True)
 adam: torch.optim.Optimizer = ts.RiemannianAdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99))
@@ -51,6 +51,7 @@ peak: int = planned.peak + planned.step.memory
 
 # ---------------------------------------------------------------------------------------------------------- adapters
 config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
+small = ts.TuckerConfig(init="lora", train="all")
 adapted: nn.Module = ts.adapt(net, config, name="default")
 of_adapter: list[dict[str, Any]] = ts.adapter_parameters(net)
 table: str = ts.adapter_summary(net)
