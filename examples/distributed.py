@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -150,7 +151,8 @@ def main():
     model = nn.ModuleDict({"body": body(), "head": ts.GrassmannLinear(256, args.characters, args.subspace_dim)})
     done = saved(args.folder)
     if not done:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few features a class, but what is trained on is moved each time
             model["head"].init_from_features(torch.cat([model["body"](part) for part in images.split(512)]), labels)
     ts.distributed.shard_head(model, mesh, input_layouts=Shard(0), output_layouts=Shard(0))
     fully_shard(model["body"], mesh=mesh)

@@ -90,7 +90,7 @@ def swap_head(
         init: "linear" starts each class from its present class vector (from its frame when the head is a
             `GrassmannLinear` already) where the number of classes stays the same, and is "random" where it changes;
             "random"; or features and labels (x (N, n), y (N,)) for `init_from_features` of the main classifier, when
-            second ones start as with "linear".
+            second ones start as with "linear". That warns of few features a class, where random frames are better.
         name: dotted name of the layer to replace, in place of the search.
 
     Raises:

@@ -66,3 +66,19 @@ def principal_directions(x: Tensor, k: int) -> Tensor:
     rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
     u = u[:, -min(k, rank) :].flip(1).mT
     return nearest_frame(u @ x) if m < n else u
+
+
+MEMORY = 4  # features to a dimension: with no more a class begins by knowing its examples
+
+
+def by_heart(counts: Tensor, dims: int | Sequence[int], n: int) -> str | None:
+    """What to tell of classes that start from few features, (C,) of them of length n, where half or more do."""
+    dims = torch.as_tensor(dims).expand_as(counts)
+    some = counts > 0
+    few = some & (counts <= MEMORY * dims) & (counts < n)
+    if not some.any() or 2 * few.sum() < some.sum():
+        return None
+    count, k = int(counts[few].median()), int(dims[few].median())
+    return (f"{int(few.sum())} of {int(some.sum())} classes start from {MEMORY} features a dimension or fewer (the "
+            f"median has {count} for k = {k}), and know these by heart: trained on the same examples they have little to "
+            "learn. Give features of more examples, a smaller subspace_dim, or start at random")

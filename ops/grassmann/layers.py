@@ -5,6 +5,7 @@ onto their span. The frames are parameters on the Grassmannian: train them with 
 whose `param_groups` finds the layer by its type.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from . import watch
 from .cross_entropy import cross_entropy_of
 from .frames import class_dims, enter_layer, of_all
 from .gamma import auto_gamma, check_gamma, keep_gamma, loaded_gamma
-from .initial import completed_frame, nearest_frame, principal_directions
+from .initial import by_heart, completed_frame, nearest_frame, principal_directions
 from .logits import subspace_logits
 from .module import FramesModule
 
@@ -272,6 +273,11 @@ class GrassmannLinear(FramesModule):
         The PCA is not centred, as subspaces go through the origin, and features are scaled to unit length first when
         the layer does so. A class with fewer than k independent features is completed by random directions.
 
+        Of what its N < n features do not share, a class's k directions hold about k/N of each: with few of them it
+        knows its examples by heart, and training on these begins near a loss of zero, with little to learn. Where that
+        is a quarter or more, N <= 4k for half of the classes, a warning says so: take more features, a smaller k, or
+        random frames.
+
         Args:
             x: features (N, n), floating-point, on any device.
             y: labels (N,), int64, 0 <= y < C.
@@ -310,6 +316,8 @@ class GrassmannLinear(FramesModule):
             return torch.stack([frame(c) for c in classes.tolist()])
 
         self._set_frames(frames)
+        if why := by_heart(y.bincount(minlength=self.num_classes), self.dims or self.subspace_dim, self.in_features):
+            warnings.warn(f"init_from_features: {why}", stacklevel=3)
         return self
 
     def load_gcr(self, checkpoint: Mapping[str, Any]) -> "GrassmannLinear":

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -199,3 +200,39 @@ class TestInitFromFeatures:
         with pytest.raises(error, match=match):
             layer.init_from_features(x, y)
         assert torch.equal(layer.weight, before)
+
+
+class TestByHeart:
+    """A class that starts from few features knows them."""
+
+    def start(self, each, k, layer=None, classes=3):
+        layer = layer or GrassmannLinear(40, classes, k)
+        y = torch.arange(classes).repeat_interleave(each if isinstance(each, int) else torch.tensor(each))
+        return layer.init_from_features(torch.randn(len(y), 40), y)
+
+    @pytest.mark.parametrize("each, k, count", [(8, 2, 8), (1, 2, 1), ((8, 9, 5), 2, 5), ((0, 3, 0), 2, 3),
+                                                (7, (1, 2, 2), 7)])
+    def test_few_features_are_told_of(self, each, k, count):
+        with pytest.warns(UserWarning, match=f"init_from_features: .*the median has {count} for k = 2") as caught:
+            self.start(each, k)
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+    @pytest.mark.parametrize("each, k", [(9, 2), ((8, 9, 9), 2), (9, (3, 2, 2)), ((0, 9, 0), 2), (0, 2)])
+    def test_enough_are_not(self, each, k):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.start(each, k)
+
+    def test_a_swapped_head_says_it_too(self):
+        model = nn.Sequential(nn.ReLU(), nn.Linear(40, 3))
+        with pytest.warns(UserWarning, match="or start at random"):
+            swap_head(model, init=(torch.randn(9, 40), torch.arange(9) % 3))
+
+    def test_of_few_features_little_is_left_to_learn(self):
+        """What the warning says: own features lie in the subspaces, others of the same kind do not."""
+        torch.manual_seed(0)
+        y, own, others = torch.arange(60) % 3, torch.randn(60, 40), torch.randn(600, 40)
+        few = GrassmannLinear(40, 3, 8, gamma=25.0)
+        with pytest.warns(UserWarning, match="know these by heart"):
+            few.init_from_features(own, y)
+        assert few.loss(own, y) < 0.1 < 1 < few.loss(others, torch.arange(600) % 3)
