@@ -103,11 +103,6 @@ class Packages:
         model = Model(Encoder(self.folder), nn.Linear(384, len(SECTIONS)))
         if "Grassmann" in method:
             model.head = ts.GrassmannLinear(384, len(SECTIONS), self.subspace_dim)
-            if trained:
-                texts, label = self.data(seed, False)[0]
-                with torch.no_grad():
-                    features = torch.cat([model.body(part) for part in texts.split(100)])
-                model.head.init_from_features(features, label)
         if "ours" in method:
             ts.adapt(model, ts.TuckerConfig(rank=self.rank, target_modules="all-linear", save_modules="head"))
             return model, ts.adapter_parameters(model)
@@ -128,20 +123,33 @@ class Packages:
 
 
 def descriptions():
-    """One-line descriptions of packages and the numbers of their sections, equally many of each.
+    """One-line descriptions of packages and the numbers of their sections, equally many of each."""
+    found = by_section()
+    found = {section: found[section] for section in SECTIONS}
+    least = min(map(len, found.values()))
+    texts = [text for texts in found.values() for text in spread(texts, least)]
+    return texts, [label for label in range(len(SECTIONS)) for _ in range(least)]
+
+
+def spread(texts, count):
+    """So many of the texts, from all over the alphabet."""
+    return sorted(texts)[:: len(texts) // count][:count]
+
+
+def by_section(sections=SECTIONS):
+    """One-line descriptions of packages by their section; `sections`: which, None for all.
 
     Of several packages made from one source, or described in the same words, only the first is taken: none may stand on
     both sides of the split.
     """
-    found, seen = {section: [] for section in SECTIONS}, set()
+    found, seen = {section: [] for section in sections or ()}, set()
     for path in sorted(LISTS.glob(PATTERN)):
         entries = subprocess.run([READER, "cat-file", path], check=True, capture_output=True, text=True).stdout
         for entry in entries.split("\n\n"):
             field = dict(re.findall(r"^(Package|Source|Section|Description): (.*)$", entry, re.M))
             source, text = field.get("Source", field.get("Package", "")).partition(" ")[0], field.get("Description")
-            if field.get("Section") in found and text and not seen & {source, text}:
+            section = field.get("Section")
+            if (section in found or (section and sections is None)) and text and not seen & {source, text}:
                 seen |= {source, text}
-                found[field["Section"]].append(text)
-    least = min(map(len, found.values()))
-    texts = [text for texts in found.values() for text in sorted(texts)[:: len(texts) // least][:least]]
-    return texts, [label for label in range(len(SECTIONS)) for _ in range(least)]
+                found.setdefault(section, []).append(text)
+    return found

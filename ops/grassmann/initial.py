@@ -80,5 +80,5 @@ def by_heart(counts: Tensor, dims: int | Sequence[int], n: int) -> str | None:
         return None
     count, k = int(counts[few].median()), int(dims[few].median())
     return (f"{int(few.sum())} of {int(some.sum())} classes start from {MEMORY} features a dimension or fewer (the "
-            f"median has {count} for k = {k}), and know these by heart: trained on the same examples they have little to "
-            "learn. Give features of more examples, a smaller subspace_dim, or start at random")
+            f"median has {count} for k = {k}), and know these by heart: trained on the same examples they have little "
+            "to learn. Give features of more examples, a smaller subspace_dim, or start at random")
