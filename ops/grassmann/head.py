@@ -103,7 +103,7 @@ def swap_head(
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> ts.swap_head(model, subspace_dim=2)[2]
-        GrassmannLinear(in_features=8, num_classes=3, subspace_dim=2, gamma=25, normalize=True)
+        GrassmannLinear(in_features=8, num_classes=3, subspace_dim=2, gamma=3.6, normalize=True)
     """
     check_module("swap_head", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
