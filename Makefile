@@ -14,7 +14,13 @@ gpu := $(shell nvidia-smi -L 2>/dev/null)
 dev := TORCH_SUBSPACE_CUDA=$(or $(TORCH_SUBSPACE_CUDA),$(if $(gpu),AUTO,OFF)) CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90))
 all := CUDAARCHS='$(or $(CUDAARCHS),all)'
 
-.PHONY: c-files help lock demo test test-latest pytest build bench peers docs lint format asan dist dist-again wheel-check \
+# Kept, whatever the user's habit is: without it every process that imports torch compiles all of it anew, 2 to 10 s
+unexport PYTHONDONTWRITEBYTECODE
+
+# what torch.compile makes in the tests is for no vector unit: C++ that compiles in half the time, around the same ops
+tests_env := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=0
+
+.PHONY: c-files help lock demo test test-latest pytest build bench bench-compare peers docs lint format asan dist dist-again wheel-check \
     clean cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
@@ -68,7 +74,7 @@ demo: build     ## train with a linear and a Grassmann head, then fine-tune with
 test: native-release pytest ## GoogleTest at every instruction set, ABI checks, pytest
 
 pytest: build   ## pytest alone, in JOBS=2 processes; PYTEST_ARGS and VENV=.venv-floor (the oldest torch) are obeyed
-	OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
+	$(tests_env) $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
 
 test-latest:    ## the same tests without the locks, on what the index has today, in .venv-latest
 	rm -rf .venv-latest
@@ -100,7 +106,7 @@ pytest-cuda-on-cpu: build ## pytest likewise; slow: name files in PYTEST_ARGS. T
 	cp -r ops/. $(overlay)/torch_subspace && rm -rf $(overlay)/torch_subspace/lib && mkdir $(overlay)/torch_subspace/lib
 	ln -s $(abspath $(wildcard ops/lib/libscipy_openblas*)) $(abspath build/release/tests/native/libtorch_subspace_cpu.so) \
 	    $(overlay)/torch_subspace/lib/
-	PYTHONPATH=$(overlay) OMP_NUM_THREADS=1 $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
+	PYTHONPATH=$(overlay) $(tests_env) $(py) -m pytest -n $(or $(JOBS),2) --dist worksteal $(PYTEST_ARGS)
 
 cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills and shared memory within cuda/resources.txt
 	$(all) cmake --preset cuda -DPython3_EXECUTABLE=$(abspath $(py))
@@ -109,6 +115,9 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
+
+bench-compare:  ## what differs by more than 10 % between OLD and NEW: commits, or folders of rows; NEW is this tree's
+	$(PYTHON) tests/bench/compare.py $(OLD) $(NEW)
 
 peers: build    ## peft's own tests with our config in LoRA's place; slow. PEFT=a checkout, PYTEST_ARGS are obeyed
 	OMP_NUM_THREADS=1 $(py) tests/peers/run.py $(or $(PEFT),-) -n $(or $(JOBS),2) $(PYTEST_ARGS)

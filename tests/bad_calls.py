@@ -122,6 +122,20 @@ add("grassmann.FrameAverage's call", call(grassmann.FrameAverage(), averaged=x(2
     ("FrameAverage",), num_averaged=bad.whole(-1), current=bad.tensor, averaged=bad.tensor,
     fine="current: another float, float8; averaged: another float")
 
+add("grassmann.subspace_scores", call(grassmann.subspace_scores, x=x(5, 6), frames=FRAMES), x=bad.tensor,
+    frames=bad.tensor, fine=f"{BATCHES}; frames: no rows")
+add("grassmann.subspace_scores ragged", call(grassmann.subspace_scores, x=x(5, 6), frames=RAGGED, dims=(2, 1)),
+    dims=bad.dims)
+add("grassmann.subspace_denoise", call(grassmann.subspace_denoise, x=x(5, 6), frames=FRAMES, signal=1.0, noise=0.5),
+    x=bad.tensor, frames=bad.tensor, signal=POSITIVE, noise=bad.number(-1, INF),
+    fine=f"{BATCHES}; frames: no rows")
+add("grassmann.subspace_denoise ragged", call(grassmann.subspace_denoise, x=x(5, 6), frames=RAGGED, dims=(2, 1)),
+    dims=bad.dims)
+add("grassmann.class_subspaces", call(grassmann.class_subspaces, x=x(5, 6), y=torch.tensor([0, 1, 1, 2, 0]),
+                                      k=2, num_classes=3, generator=None),
+    x=bad.tensor, y=bad.labels, k=bad.whole(0, -1, 7, 2**70), num_classes=bad.whole(0, -1, 2, 2**70),
+    generator=bad.generator, fine="num_classes: None; x: another float")
+
 # ------------------------------------------------------------------------------------------------------- layers
 HEAD = {"in_features": 6, "num_classes": 4, "subspace_dim": 2, "gamma": 2.0, "normalize": True}
 SIZES = {"subspace_dim": bad.whole(0, -1, 9, 2**70), "gamma": POSITIVE, "normalize": bad.flag}

@@ -1,22 +1,27 @@
 """Subspaces as classes: logits, the fused loss, Riemannian steps, the layer, head surgery and optimisers.
 
-`average_frames` and `FrameAverage` are here, at `torch_subspace.grassmann`; all else is at the top.
+`average_frames`, `FrameAverage`, `subspace_scores`, `subspace_denoise` and `class_subspaces` are here, at
+`torch_subspace.grassmann`; all else is at the top.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .averaging import FrameAverage as FrameAverage
     from .averaging import average_frames as average_frames
+    from .subspaces import class_subspaces as class_subspaces
+    from .subspaces import subspace_denoise as subspace_denoise
+    from .subspaces import subspace_scores as subspace_scores
 
-__all__ = ["FrameAverage", "average_frames"]
+_FILES = {"FrameAverage": "averaging", "average_frames": "averaging", "class_subspaces": "subspaces",
+          "subspace_denoise": "subspaces", "subspace_scores": "subspaces"}
+__all__ = ["FrameAverage", "average_frames", "class_subspaces", "subspace_denoise", "subspace_scores"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # on first use
-        from . import averaging
-
-        return getattr(averaging, name)
+    if name in _FILES:  # on first use
+        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,45 +18,49 @@ RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_
 TRANSPORTS = ("project", "parallel")
 
 
-def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | None) -> tuple[int, ...] | None:
-    """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice. Returns the dims."""
+def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | None,
+                 what: str = "weight") -> tuple[int, ...] | None:
+    """Shapes, dtypes and devices that every op on (x, frames) asks for; raises in `name`'s voice. Returns the dims.
+
+    what: the name of the frames there.
+    """
     check_floating(name, "x", x)
-    check_floating(name, "weight", weight)
+    check_floating(name, what, weight)
     if is_sharded(weight) and not is_sharded(x):
-        raise TypeError(f"{name}: weight is sharded over processes, and whole only inside the forward of a module that "
+        raise TypeError(f"{name}: {what} is sharded over processes, and whole only inside the forward of a module that "
                         "was given to fully_shard: shard the head as well, and tell its other methods by "
                         "torch.distributed.fsdp.register_fsdp_forward_method(head, 'loss')")
     if x.dtype != weight.dtype:
-        raise TypeError(f"{name}: x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
+        raise TypeError(f"{name}: x and {what} must share a dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
-        raise ValueError(f"{name}: x and weight must be on one device, got {x.device} and {weight.device}")
+        raise ValueError(f"{name}: x and {what} must be on one device, got {x.device} and {weight.device}")
     if x.dim() < 1:
         raise ValueError(f"{name}: x must be (..., n), got a scalar")
-    dims = check_dims(name, weight, dims)
+    dims = check_dims(name, weight, dims, what)
     if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"{name}: x has {x.shape[-1]} features but weight has {weight.shape[-1]}")
+        raise ValueError(f"{name}: x has {x.shape[-1]} features but {what} has {weight.shape[-1]}")
     return dims
 
 
-def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None) -> tuple[int, ...] | None:
+def check_dims(name: str, weight: Tensor, dims: Iterable[int] | None, what: str = "weight") -> tuple[int, ...] | None:
     """A weight of frames is (C, k, n) with 0 < k <= n, or (sum of dims, n) with such dims, which are returned."""
     if dims is not None and type(dims) is not tuple:
         dims = as_dims(name, dims)
     if weight.dim() != (3 if dims is None else 2):
         want = "(C, k, n), or 2-D with dims" if dims is None else "(sum of dims, n) with dims"
-        raise ValueError(f"{name}: weight must be {want}, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{name}: {what} must be {want}, got shape {tuple(weight.shape)}")
     n = weight.shape[-1]
     if dims is None:
         if weight.shape[0] > 0 and not 0 < weight.shape[1] <= n:
-            raise ValueError(f"{name}: weight must have 0 < k <= n, got k={weight.shape[1]}, n={n}")
+            raise ValueError(f"{name}: {what} must have 0 < k <= n, got k={weight.shape[1]}, n={n}")
         return dims
     for c, k in enumerate(dims):
         if type(k) is not int and not torch.compiler.is_compiling():
-            return check_dims(name, weight, as_dims(name, dims))
+            return check_dims(name, weight, as_dims(name, dims), what)
         if not 0 < k <= n:
-            raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n} of weight")
+            raise ValueError(f"{name}: need 0 < k <= n, got dims[{c}]={k}, n={n} of {what}")
     if sum(dims) != weight.shape[0]:
-        raise ValueError(f"{name}: dims sum to {sum(dims)} but weight has {weight.shape[0]} rows")
+        raise ValueError(f"{name}: dims sum to {sum(dims)} but {what} has {weight.shape[0]} rows")
     return dims
 
 

@@ -103,7 +103,7 @@ def _backward(ctx, dlogits, _dproj):
 torch.library.register_autograd("torch_subspace::logits", _backward, setup_context=_setup)
 
 
-def _owners(ragged: Sequence[int] | Tensor, weight: Tensor) -> Tensor:
+def owners(ragged: Sequence[int] | Tensor, weight: Tensor) -> Tensor:
     """The class of each row."""
     if isinstance(ragged, Tensor):
         return torch.repeat_interleave(ragged.diff(), output_size=weight.shape[0])
@@ -120,7 +120,7 @@ def eager_logits(x: Tensor, weight: Tensor, ragged: Sequence[int] | Tensor | Non
     if weight.dim() == 3:
         squares = squares.view(x.shape[0], weight.shape[0], -1).sum(-1)
     else:
-        owner = _owners(ragged, weight)
+        owner = owners(ragged, weight)
         classes = len(ragged) - isinstance(ragged, Tensor)
         squares = squares.new_zeros(x.shape[0], classes).scatter_add(1, owner.expand_as(squares), squares)
     return gamma * torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)

@@ -258,6 +258,26 @@ def represent_table():
     return "\n".join(lines)
 
 
+def denoise_table():
+    """What examples/denoise.py leaves of the noise."""
+    found = json.loads((ROOT / "examples/denoise.json").read_text())
+    methods = list(next(iter(found["noise"].values()))["dimension"])
+    lines = ["| noise | left alone | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for noise, row in found["noise"].items():
+        errors = [row["error"][name] for name in ("nothing", *methods)]
+        cells = [f"{sum(e) / len(e):.4f}" for e in errors]
+        for i, name in enumerate(methods, 1):
+            chosen = " to ".join(str(d) for d in sorted({min(row["dimension"][name]), max(row["dimension"][name])}))
+            cells[i] += f" ({min(errors[i]):.4f} to {max(errors[i]):.4f}), of dimension {chosen}"
+        lines.append(f"| {noise} | " + " | ".join(cells) + " |")
+    accuracy = ", ".join(f"{sum(a) / len(a):.1%} with {k} dimension{'s' * (k != '1')}"
+                         for k, a in found["nearest subspace"].items())
+    lines += ["", f"Mean squared error of a pixel (range), held-out images, {found['setting']['seeds']} splits. "
+              f"Nearest class subspace, without training: {accuracy}. Numbers in "
+              "[denoise.json](../examples/denoise.json)."]
+    return "\n".join(lines)
+
+
 def plan_table():
     """How many GPUs a head with very many classes takes, by `distributed.plan`."""
     import torch
@@ -333,7 +353,7 @@ def gpu_mark():
 
 PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
     "README.md": {"peers": peers_table, "gpu": gpu_mark},
-    "docs/heads.md": {"gamma": gamma_table, "demo": demo_table},
+    "docs/heads.md": {"gamma": gamma_table, "demo": demo_table, "denoise": denoise_table},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
     "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),

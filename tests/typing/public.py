@@ -43,6 +43,10 @@ left: int | Tensor = ts.RiemannianAdamW(net.parameters()).skipped_frames
 mean: Tensor = ts.grassmann.average_frames([frames, frames], [1, 2], of="bases")
 average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAverage(decay=0.99))
 
+spans: Tensor = ts.grassmann.class_subspaces(x, labels, 2, num_classes=4)
+held: Tensor = ts.grassmann.subspace_scores(x, spans)
+clean: Tensor = ts.grassmann.subspace_denoise(x, spans, signal=1.0, noise=0.3)
+
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 style = ts.distributed.ClassParallel(sample_rate=0.1, sparse_grad=True, use_local_output=True)
 shared: nn.Sequential = ts.distributed.shard_head(nn.Sequential(layer), mesh, sample_rate=0.1)

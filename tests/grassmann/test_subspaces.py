@@ -1,0 +1,144 @@
+"""Scores are squared lengths, the denoiser is Tweedie's formula, class subspaces are those of the data."""
+
+import pytest
+import torch
+from helpers import frame_error, normal
+from sklearn.datasets import load_digits
+
+from torch_subspace.grassmann import class_subspaces, subspace_denoise, subspace_scores
+
+DIMS = [None, (1, 3, 2)]
+
+
+def frames_of(dims, n=7, k=2):
+    stacks = [torch.linalg.qr(normal(n, d, seed=d + i)).Q.mT for i, d in enumerate(dims or (k,) * 3)]
+    return torch.cat(stacks) if dims else torch.stack(stacks)
+
+
+def projectors(frames, dims):
+    return [f.mT @ f for f in (frames.split(dims) if dims else frames)]
+
+
+def log_density(x, frames, dims, signal, noise):
+    """log p(x) but for a constant."""
+    eye = torch.eye(x.shape[-1], dtype=x.dtype)
+    covariances = [signal**2 * p + noise**2 * eye for p in projectors(frames, dims)]
+    laws = [torch.distributions.MultivariateNormal(eye.new_zeros(len(eye)), each) for each in covariances]
+    return torch.stack([law.log_prob(x) for law in laws]).logsumexp(0)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
+def test_scores(dims):
+    frames, x = frames_of(dims), normal(2, 5, 7, seed=1)
+    wanted = torch.stack([(x @ p).square().sum(-1) for p in projectors(frames, dims)], -1)
+    torch.testing.assert_close(subspace_scores(x, frames, dims=dims), wanted, rtol=1e-12, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda x, f: subspace_scores(x, f, dims=dims),
+                                    (x[0].requires_grad_(), frames.requires_grad_()))  # fmt: skip
+
+
+@pytest.mark.parametrize("signal, noise", [(1.0, 0.5), (1.7, 0.2), (0.4, 2.0)])
+@pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
+def test_the_denoiser_is_tweedies_formula(dims, signal, noise):
+    frames, x = frames_of(dims), normal(6, 7, seed=2).requires_grad_()
+    (score,) = torch.autograd.grad(log_density(x, frames, dims, signal, noise).sum(), x)
+    found = subspace_denoise(x, frames, signal, noise, dims=dims)
+    torch.testing.assert_close(found, (x + noise**2 * score) / signal, rtol=1e-9, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda x, f: subspace_denoise(x, f, signal, noise, dims=dims),
+                                    (x, frames.clone().requires_grad_()))  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
+def test_without_noise_the_nearest_subspace_has_it(dims):
+    frames, x = frames_of(dims), normal(9, 7, seed=3)
+    parts = torch.stack([x @ p for p in projectors(frames, dims)])
+    best = parts.square().sum(-1).argmax(0)
+    wanted = parts[best, torch.arange(9)]
+    for noise in (0.0, 5e-324, 1e-200, 1e-12):
+        found = subspace_denoise(2 * x, frames, 2.0, noise, dims=dims)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    mean = subspace_denoise(1e-3 * x, frames, 1.0, 1e9, dims=dims)  # nothing is known: the mean of all points
+    assert mean.abs().max() < 1e-18
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
+def test_other_ways_to_call_it(dims):
+    frames, x = frames_of(dims), normal(5, 7, seed=4)
+    wanted = subspace_denoise(x, frames, noise=0.3, dims=dims)
+
+    def denoise(x):
+        return subspace_denoise(x, frames, noise=0.3, dims=dims)
+
+    for found in (torch.func.vmap(denoise)(x), denoise(x.view(5, 1, 7))[:, 0], torch.stack([denoise(v) for v in x]),
+                  torch.compile(denoise, fullgraph=True, dynamic=True, backend="aot_eager")(x)):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    tangent = normal(5, 7, seed=5)
+    _, forward = torch.func.jvp(denoise, (x,), (tangent,))
+    leaf = x.clone().requires_grad_()
+    (backward,) = torch.autograd.grad(denoise(leaf), leaf, tangent)
+    torch.testing.assert_close((forward * tangent).sum(), (backward * tangent).sum())
+    assert denoise(x[:0]).shape == (0, 7)
+    assert not subspace_denoise(x, torch.zeros(0, 2, 7, dtype=x.dtype)).any()
+
+
+def test_half_types_are_computed_in_float32():
+    frames, x = frames_of(None).bfloat16(), (100 * normal(5, 7, seed=6)).bfloat16()
+    wanted = subspace_denoise(x.double(), frames.double(), noise=0.3)
+    found = subspace_denoise(x, frames, noise=0.3)
+    assert found.dtype == torch.bfloat16 and (found - wanted).abs().max() < 0.01 * wanted.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = subspace_denoise(x.float(), frames.float(), noise=0.3)
+    assert kept.dtype == torch.float32 and (kept - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_points_of_planted_subspaces():
+    """Found exactly, whatever their order; with noise, the denoiser is nearer than the points and than one PCA."""
+    planted, label = frames_of(None, n=12, k=3), torch.arange(300) % 3
+    clean = torch.einsum("nk,nkd->nd", normal(300, 3, seed=7), planted[label])
+    found = class_subspaces(clean, label, 3)
+    assert frame_error(found) < 1e-13
+    torch.testing.assert_close(found.mT @ found, planted.mT @ planted, rtol=0, atol=1e-12)
+    assert (subspace_scores(clean, found).argmax(-1) == label).all()
+    seen = clean + 0.3 * normal(300, 12, seed=8)
+    energy = torch.linalg.eigh(clean.mT @ clean).eigenvectors.flip(1)
+
+    def error(x):
+        return (x - clean).square().mean()
+
+    assert error(subspace_denoise(seen, found, noise=0.3)) < 0.5 * min(
+        error(seen @ energy[:, :r] @ energy[:, :r].mT) for r in range(1, 13))  # fmt: skip
+
+
+def test_class_subspaces_of_few_points_and_half_types():
+    x, generator = normal(4, 6, seed=9), torch.Generator().manual_seed(1)
+    y = torch.tensor([3, 0, 3, 0])
+    frames = class_subspaces(x.half(), y, 3, num_classes=5, generator=generator)
+    assert frames.shape == (5, 3, 6) and frames.dtype == torch.float32 and frame_error(frames) < 1e-6
+    torch.testing.assert_close(subspace_scores(x.float(), frames)[torch.arange(4), y], x.float().square().sum(1),
+                               rtol=1e-2, atol=0)  # fmt: skip
+    order = subspace_scores(x[[0, 2]], class_subspaces(x[[0, 2]], torch.zeros(2, dtype=torch.int64), 2).view(2, 1, 6))
+    assert order.sum(0)[0] >= order.sum(0)[1]  # by energy
+
+
+def test_digits_by_the_nearest_class_subspace():
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    known, asked = order[:1200], order[1200:]
+    for k, least in ((4, 0.96), (8, 0.97), (16, 0.98)):
+        frames = class_subspaces(x[known], y[known], k)
+        assert (subspace_scores(x[asked], frames).argmax(1) == y[asked]).double().mean() > least
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x, f: subspace_scores(x, f[..., :5]), "subspace_scores: x has 7 features but frames has 5"),
+    (lambda x, f: subspace_scores(x.float(), f), "subspace_scores: x and frames must share a dtype"),
+    (lambda x, f: subspace_denoise(x, f[0]), r"subspace_denoise: frames must be \(C, k, n\)"),
+    (lambda x, f: subspace_denoise(x, f, 0.0), "subspace_denoise: signal must be a finite number above 0, got 0.0"),
+    (lambda x, f: subspace_denoise(x, f, noise=-1), "subspace_denoise: noise must be a finite number of at least 0"),
+    (lambda x, f: class_subspaces(x, torch.arange(5), 8), "k must be at most the features of x, 7, got 8"),
+    (lambda x, f: class_subspaces(x, torch.arange(5) - 1, 2), "0 <= y < num_classes = 4, got labels -1 to 3"),
+    (lambda x, f: class_subspaces(x * torch.inf, torch.arange(5), 2), "class_subspaces: a point is not finite"),
+    (lambda x, f: class_subspaces(x[:0], torch.arange(0), 2), "class_subspaces: y is empty: num_classes must be given"),
+])  # fmt: skip
+def test_wrong_input(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(normal(5, 7), frames_of(None))
