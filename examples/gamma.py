@@ -6,8 +6,8 @@
 
 Each task is learnt with the γ that `gamma="auto"` gives, with fractions and multiples of it, and with the paper's 25.
 Of each γ the learning rate is the best of a grid in validation, one seed; then three seeds, the same for all, are
-measured on what is held out. Frames start at random. What has been measured is kept beside the script, and not measured
-again.
+measured on what is held out. Frames start at random. What has been measured is kept beside the script and not measured
+again: `--output new.json` begins anew.
 """
 
 import argparse
@@ -220,6 +220,9 @@ def main():
             found["tasks"].append(entry)
         entry |= measure(task, entry["rows"], keep)
         keep()
+        means = {g: sum(row["accuracy"]) / len(row["accuracy"]) for g, row in entry["rows"].items()}
+        print(f"{task.name}, {task.classes} classes, γ by rule {entry['auto']:g}: "
+              + ", ".join(f"{mean:.1%} at {gamma}" for gamma, mean in means.items()), flush=True)
 
 
 if __name__ == "__main__":

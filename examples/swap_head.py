@@ -37,6 +37,8 @@ def arguments():
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3, help="runs per head (default: 3)")
     parser.add_argument("--subspace-dim", type=int, default=8, help="dimension of a class's subspace (default: 8)")
+    parser.add_argument("--gamma", type=lambda text: text if text == "auto" else float(text), default="auto",
+                        help="scale of the Grassmann head's logits (default: auto, by its sizes)")
     parser.add_argument("--size", type=int, help="side of the images (default: 32, pretrained 96)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="peak learning rate of both heads (default: the one picked for each)")
@@ -90,7 +92,7 @@ def train(head, seed, args, data, progress):
     torch.manual_seed(seed)
     model = make_model(args)
     if head == "grassmann":
-        ts.swap_head(model, subspace_dim=args.subspace_dim)
+        ts.swap_head(model, subspace_dim=args.subspace_dim, gamma=args.gamma)
     model.to(memory_format=torch.channels_last)
 
     lr = args.lr or LEARNING_RATES[head]

@@ -141,8 +141,8 @@ def demo_table():
         error = "–" if row["frame_error"] is None else f"{row['frame_error']:.1e}"
         lines.append(f"| {head} | {row['lr']:g} | {row['accuracy']:.2%} ± {row['spread']:.2%} | {row['lowest']:.2%} to "
                      f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")
-    lines += ["", f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
-              "[swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the heads apart; "
+    lines += ["", f"γ: {setting.get('gamma', 25)}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers "
+              "in [swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the heads apart; "
               "what subspaces bring on ImageNet is in the paper."]
     return "\n".join(lines)
 
@@ -188,8 +188,9 @@ def recipes_table():
         return f"{name} {row['accuracy']:.1%}"
 
     rows, setting = swap["rows"], swap["setting"]
-    add("digits", "ResNet-18 from scratch", "`RiemannianSGD`, momentum 0.9", rows["grassmann"], setting["subspace_dim"],
-        setting["epochs"], beside("linear head", rows["linear"]), "swap_head.py")
+    gamma_there = setting.get("gamma", 25)
+    add("digits", f"ResNet-18 from scratch, γ: {gamma_there}", "`RiemannianSGD`, momentum 0.9", rows["grassmann"],
+        setting["subspace_dim"], setting["epochs"], beside("linear head", rows["linear"]), "swap_head.py")
     for task in gamma["tasks"]:
         if task["n"] == 384 and task["classes"] > 2:
             best, papers = ({"lr": row["lr"], "accuracy": statistics.mean(row["accuracy"])}
