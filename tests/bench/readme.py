@@ -141,9 +141,9 @@ def demo_table():
         error = "–" if row["frame_error"] is None else f"{row['frame_error']:.1e}"
         lines.append(f"| {head} | {row['lr']:g} | {row['accuracy']:.2%} ± {row['spread']:.2%} | {row['lowest']:.2%} to "
                      f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")
-    lines += ["", f"γ: {setting.get('gamma', 25)}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers "
-              "in [swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the heads apart; "
-              "what subspaces bring on ImageNet is in the paper."]
+    lines += ["", f"γ: {setting.get('gamma', 25)}. CPU, threads: {setting['threads']}, torch {setting['torch']}; "
+              "numbers in [swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the "
+              "heads apart; what subspaces bring on ImageNet is in the paper."]
     return "\n".join(lines)
 
 
