@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import optional
+from helpers import close, optional
 
 import torch_subspace as ts
 
@@ -18,11 +18,9 @@ needs_compilers = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("g
 # run where torch_subspace has not been imported, and is not needed
 ELSEWHERE = """
 import sys, torch
-program, package, images, logits = sys.argv[1:]
-images = torch.load(images)
+program, images, logits = sys.argv[1:]
 with torch.no_grad():
-    made = torch.export.load(program).module()(images), torch._inductor.aoti_load_package(package)(images)
-torch.save(made, logits)
+    torch.save(torch.export.load(program).module()(torch.load(images)), logits)
 assert "torch_subspace" not in sys.modules
 """
 
@@ -49,18 +47,20 @@ def answers(text):
     return torch.tensor([[float(word) for word in line.split()] for line in text.splitlines()]).T
 
 
+@pytest.mark.slow
 @needs_compilers
 def test_a_package_runs_without_us_and_without_python(serve, tmp_path):
     model, images = model_of(serve), torch.randn(71, *serve.SHAPE)
     host, package, program, inputs, outputs = (tmp_path / name for name in ("host", "a.pt2", "b.pt2", "in", "out"))
-    torch.export.save(serve.package(model, serve.SHAPE, package), program)
+    with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):  # one model does not pay for them
+        torch.export.save(serve.package(model, serve.SHAPE, package), program)
     torch.save(images, inputs)
     with torch.no_grad():
         expected = model(images)
-        assert (expected - expected[:1]).abs().max() > 0.1
-    subprocess.run([sys.executable, "-c", ELSEWHERE, program, package, inputs, outputs], check=True)
-    for logits in torch.load(outputs):
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        compiled = torch._inductor.aoti_load_package(str(package))(images)
+    assert (expected - expected[:1]).abs().max() > 0.1
+    subprocess.run([sys.executable, "-c", ELSEWHERE, program, inputs, outputs], check=True)
+    close((compiled, torch.load(outputs)), (expected, expected), 1e-5)
 
     serve.build(host)
     raw = images.numpy().tobytes()
@@ -82,7 +82,6 @@ def test_a_package_runs_without_us_and_without_python(serve, tmp_path):
         done = subprocess.run([host, package], input=stdin, capture_output=True)
         return done.returncode, done.stderr.decode().splitlines()[-1:]
 
-    assert refused(b"") == (0, [])
     assert refused(raw[:300]) == (1, ["serve: the last image, of 1x8x8, is not whole: it has 44 bytes of 256"])
     images[3, 0, 2, 2] = torch.nan
     assert refused(images.numpy().tobytes()) == (1, ["serve: the logits of image 3 are not finite"])
