@@ -25,13 +25,17 @@ from pathlib import Path
 import torch
 
 PROGRAM = Path(__file__).with_name("distributed.py")
+# torchrun's own store outlives a restart, and with it addresses of processes that are gone: gloo, which may read one of
+# them, then fails to connect, and a restart is lost. So each start has a store of its own.
+STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def start(processes, restarts, options):
-    """torchrun, and a queue of the lines that it prints, None after the last one."""
+def start(processes, restarts, options, errors):
+    """torchrun, and a queue of the lines that it prints, None after the last one. Errors go to a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                "--max-restarts", str(restarts), PROGRAM, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with errors.open("w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ | STORE)
     lines = queue.Queue()
 
     def read():
@@ -72,23 +76,29 @@ def bits(lines, said=""):
 
 def killed(process, lines, count, processes, startup, epoch, rng):
     """Kill so many, and write down which, when, and what had been reached."""
-    log, reached, before = [], "nothing", set()
+    log, reached, before = [], "", set()
+
+    def heard(**options):
+        said = lines.get(**options)[1]
+        if said is None or said.startswith("weights"):
+            sys.exit(f"it ended after {len(log)} kills: give it more --epochs")
+        return said
+
     for _ in range(count):
         while len(alive := workers(process)) < processes or before & set(alive.values()):
             if process.poll() is not None:
-                sys.exit(f"it ended after {len(log)} kills: give it more --epochs")
+                sys.exit(f"torchrun ended with {process.returncode} after {len(log)} kills")
             time.sleep(0.05)
+        while not lines.empty():  # what those before have said
+            reached = heard()
         begun, before, phase = time.monotonic(), set(alive.values()), "starting"
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0, startup))
         else:
-            said = lines.get()[1]  # that it goes on, or that an epoch is done
-            if said is None:
-                sys.exit(f"it ended after {len(log)} kills: give it more --epochs")
-            reached, phase = said, "training"
+            reached, phase = heard(timeout=300), "training"  # it goes on, or an epoch is done
             time.sleep(rng.uniform(0, 2 * epoch))
         while not lines.empty():
-            reached, phase = lines.get()[1] or reached, "training"
+            reached, phase = heard(), "training"
         rank = rng.choice(sorted(alive))
         os.kill(alive[rank], signal.SIGKILL)
         log.append({"rank": rank, "seconds": round(time.monotonic() - begun, 2), "phase": phase, "last line": reached})
@@ -102,20 +112,23 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--characters", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=60, help="more than the kills leave time for (default: 60)")
+    parser.add_argument("--epochs", type=int, default=30, help="more than the kills leave time for (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    print(f"torchrun's messages: {folder}/*.log", flush=True)
     options = ["--characters", str(args.characters), "--epochs", str(args.epochs), "--batch", "128"]
 
     begun = time.monotonic()
-    expected, moments = bits(start(args.processes, 0, [*options, "--folder", str(folder / "whole")])[1])
+    _, lines = start(args.processes, 0, [*options, "--folder", str(folder / "whole")], folder / "whole.log")
+    expected, moments = bits(lines)
     epoch = (moments[-1] - moments[0]) / (len(moments) - 1)
     startup = moments[0] - epoch - begun
     print(f"uninterrupted: {expected}, {startup:.1f} s to start, {epoch:.2f} s an epoch", flush=True)
 
-    process, lines = start(args.processes, args.kills, [*options, "--folder", str(folder / "killed")])
+    options += ["--folder", str(folder / "killed")]
+    process, lines = start(args.processes, args.kills, options, folder / "killed.log")
     log = killed(process, lines, args.kills, args.processes, startup, epoch, random.Random(args.seed))
     found, _ = bits(lines)
     process.wait()
