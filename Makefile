@@ -6,7 +6,7 @@ BUNDLE := gpu-bundle
 py             := $(VENV)/bin/python
 lint           := .venv-lint/bin
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
-sources        := cpu cuda shim tests/native tests/abi
+sources        := cpu cuda shim examples tests/native tests/abi
 c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 # A developer's build is for the GPU of this machine, or for none; what ships (make dist) is for all.
@@ -129,7 +129,7 @@ lint: .venv-lint/.ready $(VENV)/.ready ## clang-format, cppcheck, ruff; mypy and
 	$(lint)/clang-format --dry-run -Werror $(c_files)
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
 	    --suppress=missingIncludeSystem -Ishim -Ishim/contract -Icpu -DSUBSPACE_LEVEL=baseline \
-	    -U__cplusplus $(filter cpu/%.c shim/%.c,$(c_files))
+	    -U__cplusplus $(filter cpu/%.c shim/%.c examples/%.c,$(c_files))
 	$(lint)/ruff check .
 	mkdir -p build/typing && ln -sfn ../../ops build/typing/torch_subspace
 	MYPYPATH=build/typing $(lint)/mypy --strict --follow-imports=silent --python-executable $(py) tests/typing

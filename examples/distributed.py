@@ -2,13 +2,14 @@
 
     apt install fonts-arphic-gbsn00lp fonts-arphic-gkai00mp fonts-arphic-ukai fonts-arphic-uming fonts-wqy-microhei \
         fonts-wqy-zenhei fonts-droid-fallback
-    torchrun --nproc-per-node 2 --max-restarts 20 examples/distributed.py
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 20 examples/distributed.py
 
 The characters of GB 2312's first level are rendered in five faces to train on, and in two others to be recognised in.
 Rows and classes are shared out among the same processes, as in Partial-FC: the body under `fully_shard`, the head by
 `shard_head`. After every epoch `torch.distributed.checkpoint` saves both and the optimiser. A run that was killed goes
 on from there, under torchrun by itself, and ends with the bits of one that was not: random numbers are those of the
-epoch, and sums are taken in one order. What is printed last is a sum over the bits of all weights.
+epoch, and sums are taken in one order. What is printed last is a sum over the bits of all weights. kill_loop.py tries
+it; the variable lets torchrun take a fresh store for each start, where gloo may else find addresses of the one before.
 """
 
 import argparse

@@ -136,6 +136,13 @@ add("grassmann.class_subspaces", call(grassmann.class_subspaces, x=x(5, 6), y=to
     x=bad.tensor, y=bad.labels, k=bad.whole(0, -1, 7, 2**70), num_classes=bad.whole(0, -1, 2, 2**70),
     generator=bad.generator, fine="num_classes: None; x: another float")
 
+add("grassmann.KSubspaces", call(
+    lambda **parameters: grassmann.KSubspaces(**parameters).fit(normal(9, 6, seed=1)), n_clusters=3, dim=2, n_init=1,
+    max_iter=5, tol=1e-3, random_state=0), ("KSubspaces",),
+    n_clusters=bad.whole(0, -1, 10, 2**70), dim=bad.whole(0, -1, 7, 2**70),
+    n_init=bad.whole(0, -1, 2**70), max_iter=bad.whole(0, -1, 2**70), tol=bad.number(-1, INF),
+    random_state=bad.optional(bad.whole(-1, 2**32)))
+
 # ------------------------------------------------------------------------------------------------------- layers
 HEAD = {"in_features": 6, "num_classes": 4, "subspace_dim": 2, "gamma": 2.0, "normalize": True}
 SIZES = {"subspace_dim": bad.whole(0, -1, 9, 2**70), "gamma": POSITIVE, "normalize": bad.flag}

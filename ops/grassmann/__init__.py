@@ -1,6 +1,6 @@
 """Subspaces as classes: logits, the fused loss, Riemannian steps, the layer, head surgery and optimisers.
 
-`average_frames`, `FrameAverage`, `subspace_scores`, `subspace_denoise` and `class_subspaces` are here, at
+`average_frames`, `FrameAverage`, `subspace_scores`, `subspace_denoise`, `class_subspaces` and `KSubspaces` are here, at
 `torch_subspace.grassmann`; all else is at the top.
 """
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .averaging import FrameAverage as FrameAverage
     from .averaging import average_frames as average_frames
+    from .k_subspaces import KSubspaces as KSubspaces
     from .subspaces import class_subspaces as class_subspaces
     from .subspaces import subspace_denoise as subspace_denoise
     from .subspaces import subspace_scores as subspace_scores
 
-_FILES = {"FrameAverage": "averaging", "average_frames": "averaging", "class_subspaces": "subspaces",
-          "subspace_denoise": "subspaces", "subspace_scores": "subspaces"}
-__all__ = ["FrameAverage", "average_frames", "class_subspaces", "subspace_denoise", "subspace_scores"]
+_FILES = {"FrameAverage": "averaging", "KSubspaces": "k_subspaces", "average_frames": "averaging",
+          "class_subspaces": "subspaces", "subspace_denoise": "subspaces", "subspace_scores": "subspaces"}
+__all__ = ["FrameAverage", "KSubspaces", "average_frames", "class_subspaces", "subspace_denoise", "subspace_scores"]
 
 
 def __getattr__(name: str) -> Any:

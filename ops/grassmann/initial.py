@@ -36,24 +36,35 @@ def drawn_frames(
 
     out: where they go, of that shape and dtype.
 
-    Cholesky-QR, which keeps the first rows, twice: four products in `dtype`, on numbers that are still in the cache.
-    Where rows are too near to dependent (k near n), or products less precise than their dtype, by QR in `wide`.
+    Cholesky-QR, which keeps the first rows: two products in `dtype`, on numbers that are still in the cache. Random
+    rows are nearly orthogonal where n is some times k, and come out as orthonormal as rounding lets them; else it is
+    done twice, and where rows are too near to dependent, or products less precise than their dtype, by QR in `wide`.
     """
     a = torch.randn(shape, generator=generator, dtype=dtype, device=device)
     if first is not None:
-        a[:, : first.shape[1]] = first
-    w, eye = a, torch.eye(shape[1], dtype=wide, device=device)
+        a[:, : first.shape[1]] = first * shape[2] ** 0.5  # as long as the others
     with torch.autocast(device.type, enabled=False):
-        for to in (None, out):
-            gram = (w @ w.mT).to(wide)
-            inverse = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, eye, upper=False)
-            w = torch.matmul(inverse.to(dtype), w, out=to)
-    bad = ~((gram - eye).abs().amax((1, 2)) < 1e-4)  # what the first time left
+        gram = (a @ a.mT).to(wide)
+        lower = torch.linalg.cholesky_ex(gram).L
+        w = torch.matmul(_inverse(lower).to(dtype), a, out=out)
+        sizes = lower.diagonal(dim1=1, dim2=2)
+        alike = bool((sizes.amax(1) < 2 * sizes.amin(1)).all()) if shape[1] else True
+        some = w[:8] if alike else w  # where one fell short of its precision, all did
+        gram = (some @ some.mT).to(wide)
+        if not alike:
+            w.copy_(_inverse(torch.linalg.cholesky_ex(gram).L).to(dtype) @ w)
+    bad = ~((gram - torch.eye(shape[1], dtype=wide, device=device)).abs().amax((1, 2)) < 1e-4)  # of the first time
     if bad.any():
+        bad = bad if bad.shape == w.shape[:1] else slice(None)
         a = a[bad].to(wide)
         a = nearest_frame(a) if first is None else completed_frame(a[:, : first.shape[1]], shape[1], generator)
         w[bad] = a.to(dtype)
     return w
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(lower, torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device),
+                                         upper=False)
 
 
 def principal_directions(x: Tensor, k: int) -> Tensor:

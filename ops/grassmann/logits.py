@@ -123,7 +123,7 @@ def eager_logits(x: Tensor, weight: Tensor, ragged: Sequence[int] | Tensor | Non
         owner = owners(ragged, weight)
         classes = len(ragged) - isinstance(ragged, Tensor)
         squares = squares.new_zeros(x.shape[0], classes).scatter_add(1, owner.expand_as(squares), squares)
-    return gamma * torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    return gamma * torch.where(squares != 0, squares, 1).sqrt() * (squares != 0)  # NaN stays NaN
 
 
 def _setup_backward(ctx, inputs, output):

@@ -1,6 +1,6 @@
 """A class-parallel head of ImageNet-21k's number of classes on 1, 2 and 4 gloo processes, by turns in one run.
 
-    python tests/bench/class_parallel.py          # writes tests/bench/results/class_parallel.json
+    python tests/bench/class_parallel.py          # writes tests/bench/results/class_parallel.json and .png
 
 Times are medians of what the first process waits for the loss and its backward, and for the optimiser's step, from a
 barrier to a barrier, a thread a process. Memory is what torch's allocator has counted in that process, and its highest
@@ -102,8 +102,40 @@ def work(rank, store, classes, rounds, out):
     dist.destroy_process_group()
 
 
+def draw(found, path):
+    """Times and memory by the number of processes, beside an even share of one process's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5})
+    rows = found["rows"]
+    count, cores = [row["processes"] for row in rows], found["environment"]["cores"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    lines = {axes[0]: {"loss and gradients": "loss_ms", "step": "step_ms"},
+             axes[1]: {"peak of a process": "peak_mb", "planned": "planned_mb"}}
+    for axis, named in lines.items():
+        for (label, key), color in zip(named.items(), ("#1f6fb2", "#c2410c")):
+            axis.plot(count, [row[key] for row in rows], color=color, marker="o", markersize=4, label=label)
+        key = next(iter(named.values()))
+        share = [rows[0][key] / (min(n, cores) if axis is axes[0] else n) for n in count]
+        axis.plot(count, share, color="0.6", linewidth=0.9, linestyle="--", zorder=0, label="even shares of the first")
+        axis.set(xscale="log", yscale="log", xticks=count, xticklabels=count, xlabel="processes")
+        axis.minorticks_off()
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.legend(frameon=False)
+    for axis, unit in zip(axes, ("ms", "MB")):
+        low, high = axis.get_ylim()
+        ticks = [t for t in (m * 10**e for e in range(5) for m in (1, 2, 5)) if low <= t <= high]
+        axis.set(yticks=ticks, yticklabels=[f"{t} {unit}" for t in ticks])
+    axes[0].set_title(f"{found['case'].split(',')[0]}, cores: {cores}")
+    axes[1].set_title("memory")
+    figure.savefig(path, dpi=100)
+
+
 def main():
-    """Measure, write, print."""
+    """Measure, write, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--classes", type=int, default=CLASSES)
     parser.add_argument("--rounds", type=int, default=7, help="0 where the machine is busy: no times then")
@@ -116,6 +148,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (f"{folder}/store", args.classes, args.rounds, args.out), max(PROCESSES))
     print(args.out.read_text())
+    if args.rounds:
+        draw(json.loads(args.out.read_text()), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -416,6 +416,10 @@ def all_checks(rank):
 def compiled(rank):
     mesh = init_device_mesh("cpu", (2,))
     x, labels = batch()
+    for layouts in ({}, {"input_layouts": Shard(0), "output_layouts": Shard(0)}):
+        shared = ts.distributed.shard_head(head(RAGGED), mesh, **layouts)
+        fast = torch.compile(shared, backend="aot_eager", fullgraph=True)
+        close(results(shared, x, run=fast), results(shared, x), 1e-12)
     for options in ({}, {"sample_rate": 0.5}, {"sample_rate": 0.5, "sparse_grad": True}):
         shared = ts.distributed.shard_head(head(), mesh, **options)
         eager = ts.distributed.shard_head(head(), mesh, **options | {"sparse_grad": False})  # as a graph's always is

@@ -30,15 +30,17 @@ def problem(v, n, d, k, dtype=torch.float64, length=1.0, seed=0):
     return z.to(dtype), weights.to(dtype)
 
 
-def both(z, weights, eps=0.5):
-    """[rate, dz, dweights] of ours and of the reference in float64 at the same points."""
-    found = []
+def of(f, z, weights, dtype, eps=0.5):
+    """Rate, dz and dweights."""
     drate = torch.linspace(0.5, 1.5, z.shape[0], dtype=torch.float64)
-    for f, dtype in ((soft_rate, z.dtype), (ref.coding_rate_soft, torch.float64)):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (z, weights)]
-        rate = f(*leaves, eps)
-        found.append((rate.detach(), *torch.autograd.grad(rate, leaves, drate.to(dtype))))
-    return found
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (z, weights)]
+    rate = f(*leaves, eps)
+    return rate.detach(), *torch.autograd.grad(rate, leaves, drate.to(dtype))
+
+
+def both(z, weights, eps=0.5):
+    """Those of ours and of the reference in float64 at the same points."""
+    return of(soft_rate, z, weights, z.dtype, eps), of(ref.coding_rate_soft, z, weights, torch.float64, eps)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -100,7 +102,7 @@ def test_nothing_to_sum():
 def test_only_the_gradients_asked_for():
     for shape in ((1, 40, 8, 5), (1, 40, 8, 50)):
         z, weights = problem(*shape)
-        whole = both(z, weights)[0]
+        whole = of(soft_rate, z, weights, z.dtype)
         z.requires_grad_()
         assert torch.equal(torch.autograd.grad(soft_rate(z, weights, 0.5).sum() * 0.5, z)[0], whole[1])
         weights.requires_grad_()
@@ -179,7 +181,7 @@ def test_rotations_and_permutations_change_nothing(shape):
 def test_fewer_points_than_features_are_turned_into_as_few():
     """n < d goes through the n x n factor of Z; the op itself would take either."""
     z, weights = problem(2, 9, 30, 40)
-    dual, primal = both(z, weights)[0], None
+    dual = of(soft_rate, z, weights, z.dtype)
     leaves = z.clone().requires_grad_(), weights.clone().requires_grad_()
     rate = OP.coding_rate_soft(*leaves, 0.5, True)[0]
     primal = (rate.detach(), *torch.autograd.grad(rate, leaves, torch.linspace(0.5, 1.5, 2, dtype=torch.float64)))
@@ -271,7 +273,7 @@ def test_opcheck(dtype):
 
 def test_torch_func_takes_the_plain_formula():
     z, weights = problem(3, 20, 5, 4)
-    _, truth = both(z, weights)
+    truth = of(ref.coding_rate_soft, z, weights, torch.float64)
     assert torch.allclose(torch.func.grad(lambda z: soft_rate(z, weights, 0.5)[0])(z)[0] * 0.5, truth[1][0])
     rows = torch.vmap(lambda z, w: soft_rate(z[None], w[None], 0.5)[0])(z, weights)
     assert torch.allclose(rows, truth[0])
@@ -307,10 +309,12 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("shape", [(1, 300, 20, 5), (1, 300, 20, 50), (1, 60, 8, 40)], ids=str)
 @pytest.mark.parametrize("length", [1, 1e3], ids=["fast", "careful"])
 def test_same_bits_every_time(shape, length):
+    points = problem(*shape, torch.float32, length)
+    truth = of(ref.coding_rate_soft, *points, torch.float64)
     for _ in threads(1, 2, 3):
-        first, again = (both(*problem(*shape, torch.float32, length))[0] for _ in range(2))
+        first, again = (of(soft_rate, *points, torch.float32) for _ in range(2))
         assert same(first, again)
-        close(first, both(*problem(*shape, torch.float32, length))[1], 1e-5)
+        close(first, truth, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -45,6 +45,7 @@ average = torch.optim.swa_utils.AveragedModel(net, avg_fn=ts.grassmann.FrameAver
 
 spans: Tensor = ts.grassmann.class_subspaces(x, labels, 2, num_classes=4)
 held: Tensor = ts.grassmann.subspace_scores(x, spans)
+lines = ts.grassmann.KSubspaces(4, dim=1, n_init=2, tol=1e-3, random_state=0).fit(x.numpy()).predict(x.numpy())
 clean: Tensor = ts.grassmann.subspace_denoise(x, spans, signal=1.0, noise=0.3)
 
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
