@@ -1,9 +1,13 @@
 """tests/bench/compare.py on runs made up here."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
-from bench.compare import main, report, runs
+
+sys.path.insert(0, str(Path(__file__).with_name("bench")))
+from compare import main, report, runs  # noqa: E402
 
 
 def run(time=2.0, limit=0.5, ratio=1.5, cpu="one", sense="<=", missing=False):

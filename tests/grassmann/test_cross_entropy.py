@@ -254,7 +254,7 @@ def test_autocast_gives_a_float32_loss():
 @pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
 def test_soft_targets_are_not_rounded_to_half(given, options):
     """Probabilities of 1/20 + i/10^5 can't be told apart in half types: the loss must know them."""
-    layer = ts.GrassmannLinear(33, 20, 4)
+    layer = ts.GrassmannLinear(33, 20, 4, gamma=25.0)
     x, w = features(70, 33).bfloat16().float(), layer.weight.detach().bfloat16().float()
     target = (0.05 + torch.arange(-10, 10, dtype=torch.float64) / 1e5).expand(70, 20).to(given)
     options = {"reduction": "none", **options}
