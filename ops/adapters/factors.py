@@ -28,7 +28,6 @@ class WideFactors(nn.Module):
             self.reset_parameters()
         return self
 
-
     core_only = False  # whether the factors stay as they are
 
     def trained(self) -> dict[str, nn.Parameter]:

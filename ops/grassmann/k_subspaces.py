@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..common import HALF, check_dense, check_number, told, whole
-from .initial import completed_frame, principal_directions
+from .initial import principal_frame
 from .subspaces import AT_LEAST_0, subspace_scores
 
 try:
@@ -164,22 +164,18 @@ def _start(x: Tensor, energy: Tensor, count: int, dim: int, generator: torch.Gen
     near = min(len(x), max(2 * dim, len(x) // (4 * count)))
     for _ in range(count):
         left = left.clamp(min=0).double()
-        left = left if left.sum() > 0 else torch.ones_like(left)
-        at = int(torch.multinomial(left / left.sum(), 1, generator=generator)) if len(left) < 1 << 24 else int(
-            torch.searchsorted(left.cumsum(0), left.sum() * torch.rand((), dtype=left.dtype, generator=generator)))
+        sums = (left if left.any() else torch.ones_like(left)).cumsum(0)
+        drawn = torch.rand((), dtype=sums.dtype, device=sums.device, generator=generator) * sums[-1]
+        at = min(int(torch.searchsorted(sums, drawn, right=True)), len(x) - 1)
         chosen = (unit @ unit[at]).abs().topk(near).indices
-        frames.append(_frame(x[chosen], dim, generator))
+        frames.append(principal_frame(x[chosen], dim, generator))
         left = energy - subspace_scores(x, torch.stack(frames)).amax(1)
     return torch.stack(frames)
 
 
-def _frame(points: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    return completed_frame(principal_directions(points, dim), dim, generator)
-
-
 def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: float, generator: torch.Generator):
     """(frames, labels, what is left, alternations, whether it ended) of one start."""
-    frames, labels, before, ended = _start(x, energy, count, dim, generator), None, float("inf"), False
+    frames, labels, before = _start(x, energy, count, dim, generator), None, float("inf")
     for turn in range(1, most + 1):
         held, found = subspace_scores(x, frames).max(1)
         left = (energy - held).clamp_(min=0)
@@ -190,6 +186,7 @@ def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: 
         sizes = labels.bincount(minlength=count)
         spare = iter(left.topk(int((sizes == 0).sum())).indices)  # clusters without points begin anew, about the worst
         own = labels.argsort(stable=True).split(sizes.tolist())
-        frames = torch.stack([_frame(x[rows] if len(rows) else x[next(spare)][None], dim, generator) for rows in own])
+        own = [x[rows] if len(rows) else x[next(spare)][None] for rows in own]
+        frames = torch.stack([principal_frame(points, dim, generator) for points in own])
     held, labels = subspace_scores(x, frames).max(1)
-    return frames, labels, float((energy - held).clamp_(min=0).sum(dtype=torch.float64)), most, ended
+    return frames, labels, float((energy - held).clamp_(min=0).sum(dtype=torch.float64)), most, False

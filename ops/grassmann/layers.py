@@ -27,7 +27,7 @@ from . import watch
 from .cross_entropy import cross_entropy_of
 from .frames import class_dims, enter_layer, of_all
 from .gamma import auto_gamma, check_gamma, keep_gamma, loaded_gamma
-from .initial import by_heart, completed_frame, nearest_frame, principal_directions
+from .initial import by_heart, nearest_frame, principal_frame
 from .logits import subspace_logits
 from .module import FramesModule
 
@@ -311,7 +311,7 @@ class GrassmannLinear(FramesModule):
             def frame(c):
                 xc = x[samples[c]].to(a)
                 xc = nn.functional.normalize(xc, dim=-1) if self.normalize else xc
-                return completed_frame(principal_directions(xc, a.shape[1]), a.shape[1], generator)
+                return principal_frame(xc, a.shape[1], generator)
 
             return torch.stack([frame(c) for c in classes.tolist()])
 

@@ -29,7 +29,7 @@ from ..common import (
     wide_dtype,
 )
 from .frames import check_frames, starts
-from .initial import completed_frame, principal_directions
+from .initial import principal_frame
 from .logits import KEEP_PROJECTIONS, owners, subspace_logits
 
 _op = torch.ops.torch_subspace
@@ -199,5 +199,5 @@ def class_subspaces(x: Tensor, y: Tensor, k: int, *, num_classes: int | None = N
         raise ValueError(f"{name}: a point is not finite")
     own = y.cpu().argsort(stable=True).to(x.device).split(y.cpu().bincount(minlength=found).tolist())
     with torch.autocast(x.device.type, enabled=False):
-        frames = [completed_frame(principal_directions(x[rows].double(), k), k, generator) for rows in own]
+        frames = [principal_frame(x[rows].double(), k, generator) for rows in own]
         return torch.stack(frames).to(wide_dtype(x.dtype))

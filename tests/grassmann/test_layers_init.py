@@ -10,6 +10,7 @@ from layers_cases import DOUBLE, assert_frames, rows
 from torch import nn
 
 from torch_subspace import GrassmannLinear, swap_head
+from torch_subspace.grassmann.initial import drawn_frames
 
 
 def contains(w, v, tol=1e-6):
@@ -236,3 +237,14 @@ class TestByHeart:
         with pytest.warns(UserWarning, match="know these by heart"):
             few.init_from_features(own, y)
         assert few.loss(own, y) < 0.1 < 1 < few.loss(others, torch.arange(600) % 3)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("k, n", [(8, 768), (4, 8), (8, 8), (1, 5), (16, 20)])
+def test_random_frames_are_orthonormal_however_near_k_is_to_n(k, n, given):
+    """In one pass, in two, or by QR; rows that are given come first, as they are."""
+    first = torch.nn.functional.normalize(torch.randn(50, 1, n), dim=-1) if given else None
+    frames = drawn_frames((50, k, n), first, None, torch.device("cpu"), torch.float32, torch.float64)
+    wide = frames.double()
+    assert (wide @ wide.mT - torch.eye(k)).abs().max() < 2e-6
+    assert first is None or (frames[:, :1] - first).abs().max() < 1e-6
