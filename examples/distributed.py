@@ -59,19 +59,28 @@ def faces(folder, names):
     return [found[name] for name in names]
 
 
-def glyphs(paths, count):
-    """(faces x characters, 1, SIDE, SIDE) in [-1, 1], and which characters they are."""
-    codes = ((a, b) for a in range(0xB0, 0xD8) for b in range(0xA1, 0xFF) if (a, b) < (0xD7, 0xFA))
-    characters = [bytes(code).decode("gb2312") for code, _ in zip(codes, range(count))]
+def characters(rows, last):
+    """Those of GB 2312 in these rows, up to the last one."""
+    codes = ((row, column) for row in rows for column in range(0xA1, 0xFF))
+    return [bytes(code).decode("gb2312") for code in codes if code <= last]
+
+
+def drawn(paths, which):
+    """(faces x characters, 1, SIDE, SIDE) in [-1, 1], face by face."""
     pages = []
     for path in paths:
         font = ImageFont.truetype(path, SIDE - 4)
-        for character in characters:
+        for character in which:
             image = Image.new("L", (SIDE, SIDE))
             ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), character, fill=255, font=font, anchor="mm")
             pages.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
-    images = torch.stack(pages).view(-1, 1, SIDE, SIDE).float() / 127.5 - 1
-    return images, torch.arange(len(characters)).repeat(len(paths))
+    return torch.stack(pages).view(-1, 1, SIDE, SIDE).float() / 127.5 - 1
+
+
+def glyphs(paths, count):
+    """The first of the 3755 characters as images, and which characters they are."""
+    which = characters(range(0xB0, 0xD8), (0xD7, 0xF9))[:count]
+    return drawn(paths, which), torch.arange(len(which)).repeat(len(paths))
 
 
 def body(width=48):

@@ -6,7 +6,7 @@ The ranks of the adapters are such that they train about as many parameters. A t
 measured; the learning rate of each method was picked from one grid on other images (`--validate` does it again).
 
     python examples/finetune.py
-    python examples/finetune.py --text      # a pretrained text encoder on real texts from this machine's package lists
+    python examples/finetune.py --glyphs    # from a thousand Chinese characters to the Japanese syllables
 """
 
 import argparse
@@ -146,9 +146,9 @@ class Digits:
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", action="store_true", help="MiniLM on descriptions of Debian packages instead")
-    parser.add_argument("--seeds", type=int, help="runs per method (default: 3, with --text 1)")
-    parser.add_argument("--epochs", type=int, help="default: 30, with --text 3")
+    parser.add_argument("--glyphs", action="store_true", help="Japanese syllables from Debian's fonts instead")
+    parser.add_argument("--seeds", type=int, help="runs per method (default: 3)")
+    parser.add_argument("--epochs", type=int, help="default: 30, with --glyphs 20")
     parser.add_argument("--validate", action="store_true", help="try every rate of the grid on other examples instead")
     parser.add_argument("--output", type=Path, help="the picture, numbers beside it (default: in build/)")
     return parser.parse_args()
@@ -157,12 +157,8 @@ def arguments():
 def main():
     """Train by every method, then tabulate and draw."""
     args, kind = arguments(), Digits
-    if args.text:
-        import finetune_text
-
-        kind = finetune_text.Packages
-        if missing := kind.missing():
-            return print(f"Skipped: {missing}")
+    if args.glyphs:
+        from finetune_glyphs import Syllables as kind
     task, threads = kind(), torch.get_num_threads()
     task.epochs, task.seeds = args.epochs or task.epochs, args.seeds or task.seeds
     if args.validate:

@@ -17,18 +17,22 @@ import torch_subspace as ts
 
 
 def fit(model, parameters, data, *, epochs, batch, lr, seed=0, after=lambda epoch: None):
-    """Train by AdamW under torch's one-cycle schedule with the peak `lr`. Returns the seconds of each step."""
+    """Train by AdamW under torch's one-cycle schedule with the peak `lr`. Returns the seconds of each step.
+
+    A model that has a loss(x, y) of its own is trained by that, others by cross-entropy.
+    """
     x, y = data
+    loss_of = getattr(model, "loss", lambda x, y: cross_entropy(model(x), y))
     opt = ts.RiemannianAdamW(parameters, lr=lr, weight_decay=0.01)  # torch's AdamW, but for frames
     steps, seconds = len(y) // batch, []
-    rates = [group["lr"] for group in opt.param_groups]
+    rates = [group["lr"] * group.get("rate_factor", 1) for group in opt.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, rates, total_steps=epochs * steps, cycle_momentum=False)
     shuffle = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         model.train()
         for part in torch.randperm(len(y), generator=shuffle).split(batch)[:steps]:
             start = time.perf_counter()
-            loss = cross_entropy(model(x[part]), y[part])
+            loss = loss_of(x[part], y[part])
             opt.zero_grad()
             loss.backward()
             opt.step()
