@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # what torch.compile makes in the tests is for no vector unit: C++ that compiles in half the time, around the same ops
 tests_env := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=0
 
-.PHONY: c-files help lock demo test test-latest pytest build bench bench-compare peers docs lint format asan dist dist-again wheel-check \
+.PHONY: c-files help lock demo test test-latest pytest build bench bench-compare evidence peers docs lint format asan dist dist-again wheel-check \
     clean cuda-on-cpu cuda-race pytest-cuda-on-cpu cuda-check gpu gpu-quick gpu-bundle gpu-build gpu-native gpu-test gpu-bench
 
 help:           ## this list
@@ -115,6 +115,9 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 
 bench: build    ## benchmarks on the CPU
 	$(py) tests/bench/bench.py
+
+evidence: build ## measure all that the pages show of accuracy; hours, goes on where it was. EVIDENCE_ARGS=--quick: minutes
+	$(py) examples/evidence.py $(EVIDENCE_ARGS)
 
 bench-compare:  ## what differs by more than 10 % between OLD and NEW: commits, or folders of rows; NEW is this tree's
 	$(PYTHON) tests/bench/compare.py $(OLD) $(NEW)

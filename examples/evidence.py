@@ -1,0 +1,78 @@
+"""Measure everything that docs/evidence.md and the other pages show of accuracy, two scripts at a time.
+
+    python examples/evidence.py                # all of it, into build/evidence; then examples/ and docs/ are renewed
+    python examples/evidence.py --quick        # does each script run? A few minutes, into build/evidence-quick only
+
+Stopped and started again it goes on: what is done is not done again, and the longest scripts go on where they were.
+Numbers and pictures go to examples/ and tables into the pages only when all have ended well; `git diff` then says what
+has changed. `--only` names some of the scripts.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+EXAMPLES = Path(__file__).resolve().parent
+ROOT = EXAMPLES.parent
+SCRIPTS = {  # what it writes, the other file beside it: the script and its arguments; those that make it quick
+    "finetune_text.json": ("finetune_text.py", "--quick"),
+    "gamma.json": ("gamma.py", "--quick"),
+    "many_classes.json": ("many_classes.py", "--quick"),
+    "clustering_sets.json": ("clustering_sets.py", "--quick"),
+    "mcr2.json": ("mcr2.py", "--seeds 1"),
+    "finetune_glyphs.png": ("finetune.py --glyphs", "--seeds 1 --epochs 1"),
+    "finetune.png": ("finetune.py", "--seeds 1 --epochs 1"),
+    "swap_head.png": ("swap_head.py", "--seeds 1 --epochs 1 --size 16"),
+    "cluster.png": ("cluster.py", "--seeds 1 --init-epochs 2 --epochs 2"),
+    "represent.png": ("represent.py", "--seeds 1"),
+    "denoise.png": ("denoise.py", "--seeds 1"),
+}
+
+
+def run(name, folder, quick):
+    """One script, unless it has been done; what it prints goes to a file. Whether it ended well."""
+    done, begun = folder / f"{name}.done", time.monotonic()
+    if not done.exists():
+        command, fast = SCRIPTS[name]
+        script, *options = command.split() + (fast.split() if quick else [])
+        with (folder / f"{name}.log").open("w") as log:
+            command = [sys.executable, EXAMPLES / script, *options, "--output", folder / name]
+            ended = subprocess.call(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if ended == 0:
+            done.write_text(f"{time.monotonic() - begun:.0f} s\n")
+    return done.exists()
+
+
+def main():
+    """Run what has not been done, then renew the files that show it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a little of each script")
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="scripts at a time, a processor each (default: 2)")
+    args = parser.parse_args()
+    folder = ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
+    folder.mkdir(parents=True, exist_ok=True)
+    failed, pool = [], ThreadPoolExecutor(args.jobs)
+    runs = {pool.submit(run, name, folder, args.quick): name for name in args.only}
+    for ended in tqdm(as_completed(runs), "evidence", total=len(runs), unit="script", dynamic_ncols=True):
+        if not ended.result():
+            failed.append(folder / f"{runs[ended]}.log")
+            tqdm.write(f"failed: {failed[-1]}")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(runs)} scripts failed")
+    if args.quick:
+        return
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.png")):
+        shutil.copy(path, EXAMPLES)
+    subprocess.run([sys.executable, ROOT / "tests/bench/readme.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()
