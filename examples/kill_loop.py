@@ -1,6 +1,7 @@
 """Kill processes of examples/distributed.py at random, by kill -9, and hold its weights against an uninterrupted run's.
 
-    python examples/kill_loop.py                         # writes examples/kill_loop.json
+    python examples/kill_loop.py                                     # a few characters, minutes
+    python examples/kill_loop.py --characters 3755 --epochs 16       # all; what examples/kill_loop.json tells of
 
 torchrun starts all processes again whenever one has ended, up to `--max-restarts` times, and they go on from the last
 checkpoint that is whole. One kill in four comes while they start, the others in what would be the next two epochs:
@@ -114,7 +115,7 @@ def main():
     parser.add_argument("--characters", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30, help="more than the kills leave time for (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="the log")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     print(f"torchrun's messages: {folder}/*.log", flush=True)
