@@ -1,0 +1,84 @@
+"""The tables of docs/evidence.md about heads and adapters, as those of evidence.py."""
+
+import statistics
+
+from evidence import place, result
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by the number of seeds
+
+MEASURES = ("accuracy", "nearest mean", "linear probe")
+
+
+def shares(runs, measure):
+    """Of each run the share that is right."""
+    return [run[measure].count("1") / len(run[measure]) for run in runs]
+
+
+def off(ours, theirs, measure):
+    """Points of one method over another with the 95 % interval, paired by seed."""
+    pairs = [100 * (a - b) for a, b in zip(shares(ours, measure), shares(theirs, measure), strict=True)]
+    half = STUDENT[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
+
+
+def cell(values):
+    return f"{statistics.mean(values):.1%} ± {100 * statistics.stdev(values):.1f}"
+
+
+def many_classes():
+    """Heads of a thousand classes, and what their features are good for elsewhere."""
+    found = result("many_classes")
+    setting, rows = found["setting"], found["rows"]
+    lines = ["| head | accuracy | others, nearest mean | others, linear probe | angle within a class | ms a step | "
+             "parameters |", "|---" * 7 + "|"]
+    for name, row in rows.items():
+        chosen = ", ".join(f"{key} {value:g}" for key, value in (row["setting"] | {"rate": row["lr"]}).items()
+                           if key != "k")
+        cells = [cell(shares(row["runs"], measure)) for measure in MEASURES]
+        angle = statistics.mean(run["variability"] for run in row["runs"])
+        step = statistics.median(run["seconds"] for run in row["runs"])
+        lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {1e3 * step:.0f} | "
+                     f"{row['parameters']:,} |")
+    lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the same "
+              f"faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; settings are "
+              "the best in validation. " + place("many_classes", setting)]
+    lines += ["", "| paired difference, 95 % | " + " | ".join(("accuracy", *("others, " + m for m in MEASURES[1:]))) + " |",
+              "|---" * 4 + "|"]
+    margin = "cosine, ArcFace's margin"
+    for name in rows:
+        if name.startswith("Grassmann"):
+            for other in ("linear", margin):
+                cells = [off(rows[name]["runs"], rows[other]["runs"], measure) for measure in MEASURES]
+                lines.append(f"| {name}, less {other} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def texts():
+    """Methods of examples/finetune_text.py by task and number of texts."""
+    found = result("finetune_text")
+    cases = {f"{name}, {shots} a class": rows for name, task in found["tasks"].items()
+             for shots, rows in task["shots"].items()
+             if all(len(row["runs"]) == found["setting"]["seeds"] for row in rows.values())}
+    first = next(iter(cases.values()))
+    lines = [f"| method | {' | '.join(cases)} | trained parameters | ms a step | peak beyond the model |",
+             "|---" * (len(cases) + 4) + "|"]
+    for method, row in first.items():
+        cells = [f"{cell(shares(rows[method]['runs'], 'right'))} ({rows[method]['lr']:g})" for rows in cases.values()]
+        step = statistics.median(run["seconds"] for run in row["runs"])
+        peak = found["peaks"].get(method)
+        lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | {1e3 * step:.0f} | "
+                     f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
+    setting = found["setting"]
+    lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best in "
+              f"validation; {setting['epochs']} epochs. Heads on a frozen encoder take its features as they are, reckoned "
+              "once. " + place("finetune_text", setting)]
+    ours = "ours, Grassmann head"
+    lines += ["", f"| {ours}, less | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for method in first:
+        if method != ours:
+            cells = [off(rows[ours]["runs"], rows[method]["runs"], "right") for rows in cases.values()]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"many_classes": many_classes, "texts": texts}
