@@ -6,6 +6,7 @@ labels: Ding et al., Unsupervised Manifold Linearizing and Clustering (MLC), arX
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -218,14 +219,18 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         """Cluster the anchors c (m, dim) by their plan, and keep what it takes to extend the plan to other points.
 
         Spectral clustering with twice as many eigenvectors as clusters, and rows of unit length: where Γ has more
-        groups than asked for, small ones are then joined to others, rather than large ones to each other. The
-        eigenvalues squared are those of two steps of Γ, a doubly stochastic matrix, and let noise fade.
+        groups than asked for, small ones are then joined to others, rather than large ones to each other. Γ is doubly
+        stochastic, a walk among the points, and t steps of it weigh an eigenvector by its eigenvalue to the t. How fast
+        the walk mixes depends on the points, so t is such that the last eigenvector weighs a third of the first: what
+        tells clusters apart stays, and what only divides them counts for less.
         """
         from sklearn.cluster import KMeans
 
         plan = self._mlc().membership(c)
         values, vectors = torch.linalg.eigh((plan + plan.mT).double().cpu() / 2)
-        rows = normalize((vectors * values.square())[:, -2 * clusters :])
+        values, vectors = values[-2 * clusters :].clamp(1e-9, 1), vectors[:, -2 * clusters :]
+        steps = math.log(1 / 3) / values[0].clamp(max=1 - 1e-9).log()
+        rows = normalize(vectors * values**steps)
         kmeans = KMeans(clusters, n_init=20, random_state=random)
         labels = kmeans.fit_predict(rows.numpy())
         # Γ_jj = g_j² exp(1/η) tells the potentials g of the plan Γ_ij = g_i exp(|c_i'c_j|/η) g_j
