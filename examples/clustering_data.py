@@ -152,9 +152,9 @@ SETS = {
     "iris": Points("iris", table(load_iris)),
     "wine": Points("wine", table(load_wine)),
     "cancer": Points("breast cancer", table(load_breast_cancer)),
-    "glyphs": Points("Chinese characters", glyphs, 3, {"augment": "images", "image_shape": (16, 16)}, no_fonts),
-    "texts": Points("texts on packages", texts, 3, missing=no_texts),
-    "patches": Points("patches of photographs", patches, 3, {"augment": "images", "image_shape": (3, PATCH, PATCH)}),
+    "glyphs": Points("Chinese characters", glyphs, 5, {"augment": "images", "image_shape": (16, 16)}, no_fonts),
+    "texts": Points("texts on packages", texts, 5, missing=no_texts),
+    "patches": Points("patches of photographs", patches, 5, {"augment": "images", "image_shape": (3, PATCH, PATCH)}),
     "subspaces": Points("planted subspaces", subspaces),
     "curves": Points("planted curves", curves),
 }

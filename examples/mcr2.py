@@ -143,7 +143,7 @@ def summary(runs):
             scores, rates = zip(*(run[task][method] for run in runs))
             rows[method] = {"scores": scores, "rates": rates}
         for method, row in rows.items():
-            shots = method.rpartition(", ")[2] if task != "open set" else ""
+            shots = method[method.rindex(", ") :] if task != "open set" else ""
             peers = [m for m in rows if m.startswith("cross-entropy") and m.endswith(shots)]
             best = max(peers, key=lambda m: statistics.mean(rows[m]["scores"]))
             if not method.startswith("cross-entropy"):
