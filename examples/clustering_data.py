@@ -50,16 +50,15 @@ def glyphs(seed):
     folder, draw = Path("/usr/share/fonts"), np.random.RandomState(seed)
     from PIL import Image, ImageDraw, ImageFont
 
-    codes = [(a, b) for a in range(0xB0, 0xD8) for b in range(0xA1, 0xFF) if (a, b) < (0xD7, 0xFA)]
-    chosen = np.random.RandomState(0).permutation(len(codes))[:CHARACTERS]
+    common = source.characters(range(0xB0, 0xD8), (0xD7, 0xF9))
+    chosen = [common[i] for i in np.random.RandomState(0).permutation(len(common))[:CHARACTERS]]
     pages, classes = [], []
     for path in source.faces(folder, source.TRAIN + source.UNSEEN):
         for size in draw.randint(44, 57, COPIES):
             font = ImageFont.truetype(path, int(size))
-            for c, code in enumerate(chosen):
+            for c, character in enumerate(chosen):
                 page = Image.new("L", (64, 64))
                 place = tuple(int(p) for p in 32 + draw.randint(-4, 5, 2))
-                character = bytes(codes[code]).decode("gb2312")
                 ImageDraw.Draw(page).text(place, character, fill=255, font=font, anchor="mm")
                 pages.append(np.asarray(page.resize((16, 16), Image.Resampling.BOX)))
                 classes.append(c)
@@ -108,9 +107,9 @@ def text_features():
 
 def no_texts():
     """Why there are no texts here."""
-    from finetune_text import Packages
+    from finetune_text import Texts
 
-    return None if (CACHE / f"texts-{EACH}.pt").exists() else Packages.missing()
+    return None if (CACHE / f"texts-{EACH}.pt").exists() else Texts.missing()
 
 
 def patches(seed):
