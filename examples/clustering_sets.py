@@ -112,23 +112,25 @@ def main(given=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     before = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    # a run of some sets keeps the others' rows
-    names = args.sets or (QUICK if args.quick else SETS)
-    rows = [row for row in before["rows"] if row["set"] not in names]
-    for name in names:
+    rows = {(row["set"], row["seed"], row["algorithm"]): row for row in before["rows"]}
+    setting = {"torch": torch.__version__, "threads": 1}
+    for name in args.sets or (QUICK if args.quick else SETS):
         if SETS[name].missing and (why := SETS[name].missing()):
             print(f"{SETS[name].title} left out: {why}")
-            rows += [row for row in before["rows"] if row["set"] == name]
             continue
-        seeds = 1 if args.quick else SETS[name].seeds
-        with tqdm(range(seeds), unit="seed", dynamic_ncols=True) as progress:
+        old = {place for place in rows if place[0] == name}
+        with tqdm(range(1 if args.quick else SETS[name].seeds), unit="seed", dynamic_ncols=True) as progress:
             for seed in progress:
                 for row in measure(name, seed, before["rows"], args.quick, progress.set_description):
-                    rows.append(row)
-                    setting = {"torch": torch.__version__, "threads": 1}
-                    report.keep(path, {"setting": setting, "rows": rows})
+                    place = name, seed, row["algorithm"]
+                    rows[place] = row
+                    old.discard(place)
+                    report.keep(path, before | {"setting": setting, "rows": list(rows.values())})
+        for place in old:  # of more seeds, or of an algorithm that is no more
+            del rows[place]
+    rows = sorted(rows.values(), key=lambda row: (list(SETS).index(row["set"]), row["seed"]))
     summary = report.summary(rows, {name: points.title for name, points in SETS.items()})
-    report.keep(path, {"setting": {"torch": torch.__version__, "threads": 1}, "sets": summary, "rows": rows})
+    report.keep(path, {"setting": setting, "sets": summary, "rows": rows})
     report.print_table(summary)
     report.draw(path.with_suffix(".png"), summary)
     print(f"picture: {path.with_suffix('.png')}")

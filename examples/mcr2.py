@@ -22,8 +22,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from clustering_report import keep, paired
 from represent import DIRECTIONS, EPOCHS, EPS, FEATURES, GRID, held_by_subspaces, train
-from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -127,13 +127,6 @@ def measure(seed, bar):
     return found
 
 
-def against(rows, method, other):
-    """Mean difference of a method to another and half of its 95 % interval, paired by seed (Student's t)."""
-    off = [a - b for a, b in zip(rows[method]["scores"], rows[other]["scores"], strict=True)]
-    half = float(student.ppf(0.975, len(off) - 1)) * statistics.stdev(off) / len(off) ** 0.5 if len(off) > 1 else None
-    return {"to": other, "mean": statistics.mean(off), "half": half}
-
-
 def summary(runs):
     """{task: {method: its scores, rates, and the difference to the best of cross-entropy's}}."""
     found = {}
@@ -147,7 +140,8 @@ def summary(runs):
             peers = [m for m in rows if m.startswith("cross-entropy") and m.endswith(shots)]
             best = max(peers, key=lambda m: statistics.mean(rows[m]["scores"]))
             if not method.startswith("cross-entropy"):
-                row["difference"] = against(rows, method, best)
+                mean, half = paired(row["scores"], rows[best]["scores"])
+                row["difference"] = {"to": best, "mean": mean, "half": half}
         found[task] = rows
     return found
 
@@ -197,7 +191,7 @@ def main(given=None):
             bar.set_description(f"seed {seed}")
             if str(seed) not in runs:
                 runs[str(seed)] = measure(seed, bar)
-                path.write_text(json.dumps({"setting": setting, "runs": runs}, indent=1, ensure_ascii=False) + "\n")
+                keep(path, found | {"setting": setting, "runs": runs})
     tasks = summary([runs[str(seed)] for seed in range(args.seeds)])
     for task, rows in tasks.items():
         print(f"\n{task}")
@@ -207,7 +201,7 @@ def main(given=None):
             beside = f"{off['mean']:+.3f}{half} to {off['to']}" if off else ""
             print(f"{method:<42}{statistics.mean(row['scores']):>7.3f}  {beside}")
     draw(path.with_suffix(".png"), tasks)
-    path.write_text(json.dumps({"setting": setting, "tasks": tasks, "runs": runs}, indent=1, ensure_ascii=False) + "\n")
+    keep(path, {"setting": setting, "tasks": tasks, "runs": runs})
     print(f"picture: {path.with_suffix('.png')}")
 
 
