@@ -29,8 +29,7 @@ def chains(leak, groups=3, size=30):
 
 
 @pytest.mark.parametrize("leak", [1e-4, 1e-2])
-def test_slow_walks_are_read(leak):
-    # a chain mixes in about size² steps: two of them would tell next to nothing
+def test_walks_are_read_whether_they_mix_soon_or_late(leak):
     plan, chain = chains(leak)
     found = Walk(plan).divide(3, np.random.RandomState(0))
     assert found.dtype == torch.int64 and clustering_accuracy(chain, found) == 1
