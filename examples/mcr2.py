@@ -149,7 +149,7 @@ def summary(runs):
 def draw(path, tasks):
     """Open set: every seed's area by method. Further classes: accuracy by the number of images."""
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.8), layout="constrained")
     for y, (method, row) in enumerate(tasks["open set"].items()):
         color = COLORS[method.partition(",")[0]]
         left.scatter(row["scores"], [y] * len(row["scores"]), s=14, color=color, alpha=0.5)
@@ -165,7 +165,7 @@ def draw(path, tasks):
     right.set(xscale="log", xticks=SHOTS, xticklabels=SHOTS, xlabel="images of each further digit",
               ylabel="held-out accuracy, all digits (%)", title="six digits learnt, four more on the same features")
     right.minorticks_off()
-    right.legend(frameon=False, fontsize=7.5)
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=100)
