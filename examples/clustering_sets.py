@@ -67,7 +67,7 @@ def algorithms(clusters, seed, images, quick):
 
 
 def fingerprint(model, x):
-    """Of settings and points; seeds and objects aside, the same on every machine."""
+    """Of settings and points, these to a 64th: other roundings are no other points."""
     settings = {k: str(v) for k, v in sorted(model.get_params().items())}
     told = json.dumps([type(model).__name__, settings, x.shape]).encode()
     return hashlib.sha256(told + np.round(64 * x).astype("int32").tobytes()).hexdigest()[:16]
