@@ -61,15 +61,15 @@ def wrong_labels(label, share, seed):
     return label
 
 
-def train(kind, x, label, lr, seed, progress):
+def train(kind, x, label, lr, seed, progress, batch=BATCH):
     """A network trained by MCR² or by cross-entropy."""
     torch.manual_seed(seed)
     net, loss = Network(), ts.MCR2Loss(eps=EPS)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
-    steps = len(x) // BATCH
+    steps = len(x) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=EPOCHS * steps, cycle_momentum=False)
     for _ in range(EPOCHS):
-        for part in torch.randperm(len(x)).split(BATCH)[:steps]:
+        for part in torch.randperm(len(x)).split(batch)[:steps]:
             z = net(x[part])
             value = loss(normalize(z), label[part]) if kind == "mcr2" else cross_entropy(net.head(z), label[part])
             opt.zero_grad()
@@ -83,8 +83,15 @@ def train(kind, x, label, lr, seed, progress):
 @torch.no_grad()
 def nearest_subspace(z, label, queries):
     """Class whose subspace (the first DIRECTIONS principal directions of its features) a query lies nearest to."""
-    frames = [torch.linalg.svd(z[label == c], full_matrices=False).Vh[:DIRECTIONS] for c in range(10)]
-    return torch.stack([(queries @ f.mT).square().sum(1) for f in frames], 1).argmax(1)
+    return held_by_subspaces(z, label, queries).argmax(1)
+
+
+@torch.no_grad()
+def held_by_subspaces(z, label, queries):
+    """(B, classes): how much of the squared length of each query each class's subspace holds."""
+    classes = range(int(label.max()) + 1)
+    frames = [torch.linalg.svd(z[label == c], full_matrices=False).Vh[:DIRECTIONS] for c in classes]
+    return torch.stack([(queries @ f.mT).square().sum(1) for f in frames], 1)
 
 
 @torch.no_grad()

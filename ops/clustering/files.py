@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..files import write_whole
+from .readout import MOST
 from .training import ordinary
 
 FORMAT, VERSION = "torch_subspace.clustering", 1
@@ -77,9 +78,11 @@ def _check_anchors(estimator) -> None:
     shapes = [tuple(t.shape) for t in (estimator._anchors, estimator._potentials, labels, estimator._mean)]
     if shapes != [(points, estimator.dim), (points,), (points,), (estimator.n_features_in_,)] or not points:
         raise ValueError(f"tensors of shapes {shapes}")
+    most = MOST if estimator.n_clusters is None else estimator.n_clusters
     for found in (labels.numpy(), estimator.labels_):
-        if found.ndim != 1 or found.dtype != np.int64 or found.min() < 0 or found.max() >= estimator.n_clusters:
+        if found.ndim != 1 or found.dtype != np.int64 or found.min() < 0 or found.max() >= most:
             raise ValueError("labels that are not clusters")
+    estimator.n_clusters_ = int(labels.max()) + 1
 
 
 def _read(path):

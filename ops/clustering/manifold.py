@@ -25,6 +25,7 @@ from .files import read_clustering, write_clustering
 from .network import ROWS, Network, build
 from .parameters import check_parameters
 from .randomness import Randomness
+from .readout import MOST, Walk
 from .training import cluster_loss, ordinary, progress, rate_loss, train
 from .views import viewer
 
@@ -46,7 +47,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     Γ by spectral clustering, the labels of the true classes are used nowhere.
 
     Args:
-        n_clusters: clusters to find.
+        n_clusters: clusters to find. None: as many as the features are coded with in the fewest nats, 32 at most; for
+            clusters that are subspaces, or compact. A curved one counts as several.
         encoder: module from batches to features (n, ...), flattened; a copy in float32 is trained, except where its
             parameters don't require gradients. None: a perceptron with layers `hidden`.
         hidden: widths of that perceptron's layers.
@@ -75,7 +77,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         callbacks: callables (estimator, record), called with each epoch's entry of `history_`; True ends the phase.
 
     Attributes:
-        labels_: int64 array (n,), clusters of the points that were fitted, 0 to n_clusters - 1.
+        labels_: int64 array (n,), clusters of the points that were fitted, 0 to n_clusters_ - 1.
+        n_clusters_: how many clusters were found.
         history_: list of dicts: phase ("rate" or "clusters"), epoch, loss, effective_rank of the last batch's features.
         network_: the trained `Network`.
         n_features_in_, feature_names_in_: as in scikit-learn.
@@ -99,7 +102,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     def __init__(
         self,
-        n_clusters: int = 8,
+        n_clusters: int | None = 8,
         *,
         encoder: nn.Module | None = None,
         hidden: Sequence[int] = (256,),
@@ -151,7 +154,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         """Learn features and clusters of X (n, f), or ``(n, *image_shape)``; y is not used."""
         self._check_parameters()
         X = self._checked(X, reset=True)
-        if len(X) < max(2, self.n_clusters):
+        if len(X) < max(2, self.n_clusters or 0):
             raise ValueError(f"ManifoldClustering: n_samples={len(X)} should be >= n_clusters={self.n_clusters}, and "
                              "two at least")
         draws = check_random_state(self.random_state)
@@ -171,9 +174,9 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             self._train("clusters", points, view, loss, self.epochs, random, bar)
             self.network_.eval()
             bar.set_description("clusters")
-            _, c = self._embed(points)
+            z, c = self._embed(points)
             chosen = torch.as_tensor(draws.permutation(len(c))[: self.readout_size])
-            self._read_out(c[chosen], self._distinct(points), draws)
+            self._read_out(z[chosen], c[chosen], self._distinct(points), draws)
             labels = self._assigned(c)
             labels[chosen] = self._anchor_labels
             self.labels_ = labels.numpy()
@@ -205,36 +208,33 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     def _distinct(self, points) -> int:
         """How many clusters there can be: `n_clusters`, or the distinct points where there are fewer."""
         seen: set[bytes] = set()
+        most = min(MOST, self.readout_size) if self.n_clusters is None else self.n_clusters
         for row in points.flatten(1).cpu().numpy():
             seen.add(row.tobytes())
-            if len(seen) >= self.n_clusters:
-                return self.n_clusters
+            if len(seen) >= most:
+                return most
+        if self.n_clusters is None:
+            return len(seen)
         warnings.warn(f"ManifoldClustering: the distinct points, {len(seen)}, and so the clusters, are fewer than "
                       f"n_clusters={self.n_clusters}", ConvergenceWarning, stacklevel=3)
         return len(seen)
 
     @torch.no_grad()
-    def _read_out(self, c, clusters, random) -> None:
-        """Cluster the anchors c (m, dim) by their plan, and keep what it takes to extend the plan to other points.
-
-        Spectral clustering with twice as many eigenvectors as clusters, and rows of unit length: where Γ has more
-        groups than asked for, small ones are then joined to others, rather than large ones to each other. The
-        eigenvalues squared are those of two steps of Γ, a doubly stochastic matrix, and let noise fade.
-        """
-        from sklearn.cluster import KMeans
-
+    def _read_out(self, z, c, clusters, random) -> None:
+        """Cluster the anchors (m, dim) by their plan, and keep what it takes to extend the plan to other points."""
         plan = self._mlc().membership(c)
-        values, vectors = torch.linalg.eigh((plan + plan.mT).double().cpu() / 2)
-        rows = normalize((vectors * values.square())[:, -2 * clusters :])
-        kmeans = KMeans(clusters, n_init=20, random_state=random)
-        labels = kmeans.fit_predict(rows.numpy())
+        walk = Walk(plan)
+        if self.n_clusters is None:
+            self._anchor_labels = walk.divide_briefly(z, float(self.eps), clusters, random)
+        else:
+            self._anchor_labels = walk.divide(clusters, random)
+        self.n_clusters_ = int(self._anchor_labels.max()) + 1
         # Γ_jj = g_j² exp(1/η) tells the potentials g of the plan Γ_ij = g_i exp(|c_i'c_j|/η) g_j
         self._anchors, self._potentials = c, plan.diagonal().log() / 2
-        self._anchor_labels = torch.as_tensor(labels, dtype=torch.int64)
 
     def _belonging(self, c) -> Tensor:
-        """(n, n_clusters): the rows of the plan that points c would have, summed by cluster."""
-        member = one_hot(self._anchor_labels, self.n_clusters).to(c)
+        """(n, clusters): the rows of the plan that points c would have, summed by cluster."""
+        member = one_hot(self._anchor_labels).to(c)
         rows = ((c @ self._anchors.to(c).mT).abs() / self.eta + self._potentials.to(c)).softmax(1)
         return rows @ member
 

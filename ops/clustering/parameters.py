@@ -22,7 +22,9 @@ def check_parameters(estimator) -> None:
         if not good:
             raise InvalidParameter(f"ManifoldClustering: {name} must be {rule}, got {values[name]!r}")
 
-    for name in ("n_clusters", "dim", "views", "batch_size", "readout_size"):
+    clusters = values["n_clusters"]
+    need(clusters is None or _whole(clusters) and clusters > 0, "n_clusters", "a whole number > 0 or None")
+    for name in ("dim", "views", "batch_size", "readout_size"):
         need(_whole(values[name]) and values[name] > 0, name, "a whole number > 0")
     for name in ("init_epochs", "epochs", "neighbors"):
         need(_whole(values[name]) and values[name] >= 0, name, "a whole number >= 0")
@@ -30,7 +32,7 @@ def check_parameters(estimator) -> None:
         need(_number(values[name]) and values[name] > 0, name, "a number > 0")
     for name in ("reg", "weight_decay"):
         need(_number(values[name]) and values[name] >= 0, name, "a number >= 0")
-    need(values["readout_size"] >= values["n_clusters"], "readout_size", f">= n_clusters={values['n_clusters']}")
+    need(values["readout_size"] >= (clusters or 0), "readout_size", f">= n_clusters={clusters}")
     need(values["batch_size"] > 1, "batch_size", "> 1")
     encoder, invariance, augment = (values[name] for name in ("encoder", "invariance", "augment"))
     need(encoder is None or isinstance(encoder, nn.Module), "encoder", "a torch module or None")

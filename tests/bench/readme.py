@@ -5,6 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
+import evidence_tables
 import gpu_table
 import overview
 
@@ -360,6 +361,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),
                          "finetune_text": lambda: finetune_table("finetune_text")},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
+    "docs/evidence.md": evidence_tables.TABLES,
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }

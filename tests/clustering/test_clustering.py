@@ -58,6 +58,20 @@ class TestFinds:
         model = ts.ManifoldClustering(**QUICK).fit(X[:150])
         assert clustering_accuracy(y[150:], model.predict(X[150:])) > 0.98
 
+    def test_a_number_of_its_own(self, tmp_path):
+        X, y = subspaces(clusters=4, features=16)
+        model = ts.ManifoldClustering(None, hidden=(64,), views=2, random_state=0).fit(X)
+        assert model.n_clusters_ == 4 == len(set(model.labels_))
+        assert clustering_accuracy(y, model.labels_) > 0.95
+        model.save(tmp_path / "a.safetensors")
+        again = ts.ManifoldClustering.load(tmp_path / "a.safetensors")
+        assert again.n_clusters is None and again.n_clusters_ == 4
+        assert np.array_equal(again.predict(X), model.predict(X))
+
+    def test_one_point_over_and_over_is_one_cluster(self):
+        model = ts.ManifoldClustering(**QUICK | {"n_clusters": None}).fit(np.ones((9, 3)) * np.eye(9, 1))
+        assert model.n_clusters_ <= 2
+
     def test_one_cluster(self):
         X, _ = subspaces()
         model = ts.ManifoldClustering(**QUICK | {"n_clusters": 1}).fit(X)

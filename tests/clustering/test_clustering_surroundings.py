@@ -158,7 +158,7 @@ def test_sparse_input():
 @pytest.mark.parametrize("name, value", [
     ("device", "gpu"), ("device", 1.5), ("device", "meta"), ("callbacks", print), ("callbacks", [3]),
     ("verbose", "yes"), ("random_state", "seed"), ("random_state", -1), ("hidden", "ab"), ("invariance", "ab"),
-    ("augment", [1]), ("image_shape", "ab"), ("n_clusters", None), ("eps", "0.2"), ("lr", torch.tensor(1e-3)),
+    ("augment", [1]), ("image_shape", "ab"), ("n_clusters", "two"), ("eps", "0.2"), ("lr", torch.tensor(1e-3)),
 ])
 def test_parameters_of_wrong_types_are_named(name, value):
     with pytest.raises(ValueError, match=f"ManifoldClustering: {name} must be") as caught:
