@@ -4,9 +4,10 @@
         fonts-wqy-zenhei fonts-droid-fallback
     python examples/many_classes.py                       # writes many_classes.json and .png beside it
 
-A small network, which ends in a normalisation as is customary below such heads, learns with a linear head, with a cosine head without and with ArcFace's margin, and with Grassmann
-heads of k = 1 to 16, all by one loop. Learning rates, and scale and margin of the cosine heads, are the best of a grid
-in validation: on one of the faces, left out of training, one seed. Then, on the same seeds for all:
+A small network, which ends in a normalisation as is customary below such heads, learns with a linear head, with a
+cosine head without and with ArcFace's margin, and with Grassmann heads of k = 1 to 16, all by one loop. Learning rates,
+and scale and margin of the cosine heads, are the best of a grid in validation: on one of the faces, left out of
+training, one seed. Then, on the same seeds for all:
 
 * accuracy: of these characters in two unseen faces;
 * transfer: of a thousand other characters in the unseen faces, from the features that were learnt: by the nearest mean

@@ -1,8 +1,8 @@
-"""The tables of docs/evidence.md about heads and adapters, as those of evidence.py."""
+"""The tables of docs/evidence.md about heads and adapters, as those of evidence_tables.py."""
 
 import statistics
 
-from evidence import place, result
+from evidence_tables import place, result
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by the number of seeds
 
@@ -39,10 +39,10 @@ def many_classes():
         step = statistics.median(run["seconds"] for run in row["runs"])
         lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {1e3 * step:.0f} | "
                      f"{row['parameters']:,} |")
-    lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the same "
-              f"faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; settings are "
-              "the best in validation. " + place("many_classes", setting)]
-    lines += ["", "| paired difference, 95 % | " + " | ".join(("accuracy", *("others, " + m for m in MEASURES[1:]))) + " |",
+    lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the "
+              f"same faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; settings "
+              "are the best in validation. " + place("many_classes", setting)]
+    lines += ["", f"| paired difference, 95 % | {' | '.join(('accuracy', *('others, ' + m for m in MEASURES[1:])))} |",
               "|---" * 4 + "|"]
     margin = "cosine, ArcFace's margin"
     for name in rows:
@@ -69,9 +69,9 @@ def texts():
         lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | {1e3 * step:.0f} | "
                      f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
     setting = found["setting"]
-    lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best in "
-              f"validation; {setting['epochs']} epochs. Heads on a frozen encoder take its features as they are, reckoned "
-              "once. " + place("finetune_text", setting)]
+    lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best "
+              f"in validation; {setting['epochs']} epochs. Heads on a frozen encoder take its features as they are, "
+              "reckoned once. " + place("finetune_text", setting)]
     ours = "ours, Grassmann head"
     lines += ["", f"| {ours}, less | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
     for method in first:
