@@ -40,8 +40,8 @@ def many_classes():
         lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {1e3 * step:.0f} | "
                      f"{row['parameters']:,} |")
     lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the "
-              f"same faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; settings "
-              "are the best in validation. " + place("many_classes", setting)]
+              f"same faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; "
+              "settings are the best in validation. " + place("many_classes", setting)]
     lines += ["", f"| paired difference, 95 % | {' | '.join(('accuracy', *('others, ' + m for m in MEASURES[1:])))} |",
               "|---" * 4 + "|"]
     margin = "cosine, ArcFace's margin"
