@@ -104,7 +104,7 @@ const device devices[] = {{"sm_80", 8, 0, 163 << 10, 164 << 10, 0},
                           {"sm_90", 9, 0, 227 << 10, 228 << 10, 2}};
 const device *gpu = &devices[2];
 constexpr int MULTIPROCESSORS = 2, WARP = 32;
-thread_local cudaError_t last = cudaSuccess;
+FOUND_AT_ONCE thread_local cudaError_t last = cudaSuccess;
 
 [[noreturn]] void stop(const char *what, const char *kernel)
 {
@@ -217,7 +217,7 @@ struct block {
     char token[2] = {}, begun = 0;
 };
 char begun, ended, fenced; // more tokens
-thread_local block *current = nullptr;
+FOUND_AT_ONCE thread_local block *current = nullptr;
 
 void set(std::vector<uint64_t> &bits, const fiber *f)
 {
@@ -472,7 +472,7 @@ void order(warp *w, int line, unsigned mask, int lane)
 }
 } // namespace
 
-__thread place *here = nullptr;
+FOUND_AT_ONCE __thread place *here = nullptr;
 
 void barrier(int line)
 {
