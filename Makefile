@@ -84,8 +84,12 @@ test-latest:    ## the same tests without the locks, on what the index has today
 	touch .venv-latest/.ready .venv-latest/.in_place
 	$(MAKE) test VENV=.venv-latest
 
+# KERNELS, the build folder in a tree with the same sources: what was compiled there is tested, not compiled once more
+native-release: kernels := $(abspath $(wildcard $(KERNELS)))
+
 native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug, clang, asan
-	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py))
+	$(if $(kernels),for folder in cpu shim; do diff -r $$folder $(kernels)/../../$$folder || exit; done)
+	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py)) -DTS_KERNELS=$(kernels)
 	cmake --build --preset $* --parallel
 	ctest --preset $*
 

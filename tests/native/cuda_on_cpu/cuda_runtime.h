@@ -53,7 +53,8 @@ struct place { // of the thread that runs
     uint3 thread, block;
     dim3 threads, blocks;
 };
-extern __thread place *here; // no wrapper of C++ about it
+#define FOUND_AT_ONCE __attribute__((tls_model("initial-exec"))) /* not by a call, which ASan would watch besides */
+extern FOUND_AT_ONCE __thread place *here /* no wrapper of C++ about it */;
 
 void barrier(int line);                   // __syncthreads
 int vote(int line, bool value, int kind); // __syncthreads_count (0), _and (1), _or (2)

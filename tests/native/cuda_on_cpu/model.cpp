@@ -104,7 +104,7 @@ const device devices[] = {{"sm_80", 8, 0, 163 << 10, 164 << 10, 0},
                           {"sm_90", 9, 0, 227 << 10, 228 << 10, 2}};
 const device *gpu = &devices[2];
 constexpr int MULTIPROCESSORS = 2, WARP = 32;
-thread_local cudaError_t last = cudaSuccess;
+FOUND_AT_ONCE thread_local cudaError_t last = cudaSuccess;
 
 [[noreturn]] void stop(const char *what, const char *kernel)
 {
@@ -208,7 +208,9 @@ struct block {
     cluster *mates;
     unsigned rank, live, arrived = 0, round = 0, line = 0;
     int votes = 0, counted = 0;
-    bool paused = false;
+    bool paused = false, entered = false; // entered: the stack that was left last is the scheduler's
+    size_t word = 0;                      // of `ready`, that this round is at
+    uint64_t ahead = 0;                   // in it: of the places that the round has passed
     fiber *now = nullptr;
     void *scheduler = nullptr, *fake = nullptr;
     const void *bottom = nullptr; // of the scheduler's stack
@@ -217,7 +219,7 @@ struct block {
     char token[2] = {}, begun = 0;
 };
 char begun, ended, fenced; // more tokens
-thread_local block *current = nullptr;
+FOUND_AT_ONCE thread_local block *current = nullptr;
 
 void set(std::vector<uint64_t> &bits, const fiber *f)
 {
@@ -234,23 +236,39 @@ void release(block *b)
 __attribute__((noinline)) void arrive(void *fake)
 {
 #ifdef ASAN
-    __sanitizer_finish_switch_fiber(fake, &current->bottom, &current->bottom_size);
+    block *b = current;
+    __sanitizer_finish_switch_fiber(fake, b->entered ? &b->bottom : nullptr, b->entered ? &b->bottom_size : nullptr);
+    b->entered = false;
 #else
     (void)fake;
 #endif
 }
 
-// Back to the scheduler, until somebody sets the fiber's bit in `ready`.
+// The next fiber of this round that can go on, if there is one; it is `now`.
+fiber *next(block *b)
+{
+    for (; b->word < b->ready.size(); b->word++, b->ahead = ~uint64_t(0)) {
+        const uint64_t left = b->ready[b->word] & b->ahead;
+        if (!left) continue;
+        const uint64_t bit = left & -left;
+        b->ahead = ~(bit | (bit - 1)), b->ready[b->word] &= ~bit;
+        b->now = b->fibers[b->order[64 * b->word + static_cast<size_t>(__builtin_ctzll(bit))]], here = &b->now->p;
+        return b->now;
+    }
+    return nullptr;
+}
+
+// On with the next fiber, or at the end of a round the scheduler, until somebody sets this one's bit in `ready`.
 void wait(int line)
 {
     block *b = current;
-    fiber *f = b->now;
+    fiber *f = b->now, *to = next(b);
     f->line = line;
 #ifdef ASAN
-    __sanitizer_start_switch_fiber(&f->fake, b->bottom, b->bottom_size);
+    __sanitizer_start_switch_fiber(&f->fake, to ? to->stack : b->bottom, to ? STACK : b->bottom_size);
 #endif
-    SWITCH_TO(b->watched);
-    swap_stacks(&f->sp, b->scheduler);
+    SWITCH_TO(to ? to->watched : b->watched);
+    swap_stacks(&f->sp, to ? to->sp : b->scheduler);
     arrive(f->fake);
 }
 
@@ -293,7 +311,7 @@ void entry() // a fiber's whole life: one thread after the other
 
 void enter(block *b, fiber *f)
 {
-    b->now = f, here = &f->p;
+    b->entered = true;
 #ifdef ASAN
     __sanitizer_start_switch_fiber(&b->fake, f->stack, STACK);
 #endif
@@ -309,16 +327,10 @@ void run(block *b)
 {
     current = b;
     while (b->live) {
-        bool moved = false;
-        for (size_t i = 0; i < b->ready.size(); i++) {
-            uint64_t ahead = ~uint64_t(0); // of the places that this round has passed
-            while (const uint64_t left = b->ready[i] & ahead) {
-                const uint64_t next = left & -left;
-                ahead = ~(next | (next - 1)), b->ready[i] &= ~next, moved = true;
-                enter(b, b->fibers[b->order[64 * i + static_cast<size_t>(__builtin_ctzll(next))]]);
-            }
-        }
-        if (!moved) {
+        b->word = 0, b->ahead = ~uint64_t(0);
+        fiber *first = next(b);
+        if (first) enter(b, first);
+        if (!first) {
             for (fiber *f : b->fibers)
                 if (!f->done)
                     std::fprintf(stderr, "thread %u,%u waits at line %d\n", f->p.thread.x, f->p.thread.y, f->line);
@@ -472,7 +484,7 @@ void order(warp *w, int line, unsigned mask, int lane)
 }
 } // namespace
 
-__thread place *here = nullptr;
+FOUND_AT_ONCE __thread place *here = nullptr;
 
 void barrier(int line)
 {
