@@ -142,6 +142,14 @@ def reshard(module: torch.nn.Module) -> None:
         module.state_dict()  # reshards, also what belongs to a module above this one
 
 
+def check_device(name: str, device: torch.device | str | int | None) -> None:
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(f"{name}: device must be one of torch's, got {told(device)}") from error
+
+
 def check_generator(name: str, generator: object) -> None:
     """Raises in `name`'s voice unless it is None or a generator of torch."""
     if generator is not None and not isinstance(generator, torch.Generator):

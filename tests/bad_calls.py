@@ -79,8 +79,10 @@ RULE = {"lr": RATE, "momentum": RATE, "dampening": bad.number(INF), "weight_deca
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False,
        "retraction": "geodesic", "transport": "project"}
 add("grassmann_step_", call(ts.grassmann_step_, weight=FRAMES, grad=x(4, 2, 6),
-                            momentum_buffer=lambda: torch.zeros(4, 2, 6), **SGD),
-    weight=bad.tensor, grad=bad.tensor, momentum_buffer=bad.tensor, **RULE)
+                            momentum_buffer=lambda: torch.zeros(4, 2, 6), manifold="grassmann", **SGD),
+    weight=bad.tensor, grad=bad.tensor, momentum_buffer=bad.tensor, manifold=bad.word, **RULE)
+add("grassmann_step_ stiefel", call(ts.grassmann_step_, weight=lambda: w()[0], grad=x(2, 6), lr=0.1,
+                                    manifold="stiefel"), weight=bad.tensor, grad=bad.tensor, lr=RATE)
 add("grassmann_step_ ragged", call(ts.grassmann_step_, weight=RAGGED, grad=x(3, 6), lr=0.1, dims=(2, 1)),
     weight=bad.tensor, grad=bad.tensor, lr=RATE, dims=bad.dims, fine="lr: a tensor")  # one of each class
 add("grassmann_step_ several", call(
@@ -135,6 +137,21 @@ add("grassmann.class_subspaces", call(grassmann.class_subspaces, x=x(5, 6), y=to
                                       k=2, num_classes=3, generator=None),
     x=bad.tensor, y=bad.labels, k=bad.whole(0, -1, 7, 2**70), num_classes=bad.whole(0, -1, 2, 2**70),
     generator=bad.generator, fine="num_classes: None; x: another float")
+
+add("grassmann.subspace_patch", call(grassmann.subspace_patch, base=x(5, 6), source=x(5, 6), basis=lambda: w()[0]),
+    base=bad.tensor, source=bad.tensor, basis=bad.tensor,
+    fine="base: dimensions more, a dimension less; source: dimensions more, a dimension less; "
+         "basis: a dimension less, dimensions more")
+BASIS = {"in_features": bad.whole(0, -1, 1, 2**70), "dim": bad.whole(0, -1, 7, 2**70),
+         "device": bad.optional(bad.device), "dtype": bad.optional(bad.dtype), "generator": bad.generator}
+MADE = {"in_features": 6, "dim": 2, "device": None, "dtype": torch.float32, "generator": None}
+add("grassmann.SubspacePatch", call(grassmann.SubspacePatch, **MADE), **BASIS)
+add("grassmann.SubspacePatch.forward", method(lambda: grassmann.SubspacePatch(6, 2), "forward", base=x(5, 6),
+                                              source=x(5, 6)), ("subspace_patch",),
+    base=bad.tensor, source=bad.tensor,
+    fine="base: dimensions more, a dimension less; source: dimensions more, a dimension less")
+add("grassmann.rowspace_split", call(grassmann.rowspace_split, v=x(5, 6), weight=x(3, 6)), v=bad.tensor,
+    weight=bad.tensor, fine=f"{BATCHES.replace('x:', 'v:')}; weight: no rows")
 
 add("grassmann.KSubspaces", call(
     lambda **parameters: grassmann.KSubspaces(**parameters).fit(normal(9, 6, seed=1)), n_clusters=3, dim=2, n_init=1,

@@ -55,6 +55,33 @@ def cayley(weight, tangent):
 RETRACTIONS = {"geodesic": geodesic, "polar": polar, "qr": qr, "cayley": cayley}
 
 
+def tangential(weight, direction):
+    """On the Stiefel manifold: `direction` without the symmetric part of its components along the rows."""
+    inner = direction @ weight.mT
+    return direction - (inner + inner.mT) / 2 @ weight
+
+
+def turning(weight, tangent):
+    """The skew n x n matrix Z of least rank with Z Wᵀ = tangentᵀ."""
+    z = tangent.mT @ weight
+    return z - z.mT + weight.mT @ (tangent @ weight.mT) @ weight
+
+
+def stiefel_geodesic(weight, tangent):
+    """Of the canonical metric."""
+    return (torch.linalg.matrix_exp(turning(weight, tangent)) @ weight.mT).mT
+
+
+def stiefel_cayley(weight, tangent):
+    z = turning(weight, tangent)
+    eye = torch.eye(z.shape[-1], dtype=z.dtype)  # (I - Z/2)^-1 by the SPD system of `cayley`
+    y = (eye + z / 2) @ (eye + z / 2) @ weight.mT
+    return torch.cholesky_solve(y, torch.linalg.cholesky(eye - z @ z / 4)).mT
+
+
+STIEFEL = {"geodesic": stiefel_geodesic, "polar": polar, "qr": qr, "cayley": stiefel_cayley}
+
+
 def transport(weight, tangent, moved):
     """`moved`, a horizontal vector at W, carried in parallel along the geodesic that starts along `tangent`."""
     u, s, vt = torch.linalg.svd(tangent, full_matrices=False)
@@ -75,6 +102,7 @@ def rsgd_step(
     maximize=False,
     retraction="geodesic",
     transport_by="project",
+    manifold="grassmann",
 ):
     """The new (weight, buffer) of frames (C, k, n); `lr` a number or one per class (C,)."""
     weight, grad = weight.double(), grad.double()
@@ -85,6 +113,9 @@ def rsgd_step(
         buffer = momentum * buffer.double() + (1 - dampening) * g
         direction = g + momentum * buffer if nesterov else buffer
     frame = orthonormal(weight)
+    if manifold == "stiefel":
+        buffer = None if buffer is None else tangential(frame, buffer)
+        return STIEFEL[retraction](frame, -lr * tangential(frame, direction)), buffer
     tangent = -lr * horizontal(frame, direction)
     if buffer is not None and transport_by == "parallel":
         buffer = transport(frame, tangent, horizontal(frame, buffer))

@@ -7,6 +7,15 @@
  *     qr         f = g = L^-1, L L' = I + X
  *     cayley     f = (I + X/4)^-1 (I - X/4), g = (I + X/4)^-1
  *
+ * On the Stiefel manifold a step is T = B W + a D with B = -B' (k x k) beside it, and W' = f W + a g D, now with
+ *
+ *     geodesic   f = M, g = N of  exp [[B, -X], [I, 0]] = [[M, -N X], [N, M - N B]]     (canonical metric)
+ *     polar, qr  g of X + B B' as above, f = g (I + B)
+ *     cayley     g = (I - B/2 + X/4)^-1, f = 2 g - I
+ *
+ * The geodesic is exp(Z) W' transposed, Cayley's transform (I - Z/2)^-1 (I + Z/2) W', with the skew n x n matrix
+ * Z = T'W - W'T + W'BW, for which Z W' = T': it maps the span of W' and D' into itself. At B = 0 they are those above.
+ *
  * Matrices are [ld, ld] with zeros outside [k, k]; ld is 4, 8, 16 or a larger multiple of 4, and
  * the products are compiled for the small constants.
  *
@@ -237,6 +246,94 @@ static void retraction(const kxk *s, subspace_retraction kind, bool exact, doubl
         from_eigen(s, s->scratch, fs, f), from_eigen(s, s->scratch, gs, g);
         if (h && kind == SUBSPACE_GEODESIC) from_eigen(s, s->scratch, hs, h);
     }
+}
+
+/* f and g as M and N of the head: [f; g] is the first column of exp C, C = [[B, -X], [I, 0]], by Horner once C is
+ * scaled below 1, then doubled: the other column is known from the first.       b and x are overwritten; t and u are
+ * scratch. */
+static void stiefel_geodesic(const kxk *s, double tolerance, double *b, double *x, double *f, double *g, double *t,
+                             double *u)
+{
+    const int64_t size = s->ld * s->ld;
+    double norm = row_sum_norm(s, b) + sqrt(row_sum_norm(s, x));
+    int doublings = 0, terms = 1;
+    for (; doublings < 60 && norm > 1; doublings++) norm *= 0.5;
+    affine(s, ldexp(1, -doublings), 0, b), affine(s, ldexp(1, -2 * doublings), 0, x);
+    for (double next = norm * norm / 2; next > tolerance; terms++) next *= norm / (terms + 2);
+    identity(s, f), memset(g, 0, (size_t)size * sizeof *g);
+    for (int j = terms; j > 0; j--) { /* [f; g] <- [I; 0] + C [f; g] / j */
+        product(s, b, f, s->scratch), product(s, x, g, s->spare);
+        affine_of(s, 1. / j, f, 0, g);
+        for (int64_t i = 0; i < size; i++) s->scratch[i] = (s->scratch[i] - s->spare[i]) / j;
+        affine_of(s, 1, s->scratch, 1, f);
+    }
+    for (; doublings > 0; doublings--) { /* f <- f f - g x g,  g <- (g f + (f - g b) g) / 2 */
+        product(s, g, x, t), product(s, t, g, s->scratch);
+        product(s, g, b, t);
+        for (int64_t i = 0; i < size; i++) t[i] = f[i] - t[i];
+        product(s, t, g, u), product(s, g, f, t);
+        for (int64_t i = 0; i < size; i++) g[i] = (t[i] + u[i]) / 2;
+        product(s, f, f, t);
+        for (int64_t i = 0; i < size; i++) f[i] = t[i] - s->scratch[i];
+        affine(s, 2, 0, b), affine(s, 4, 0, x);
+    }
+}
+
+/* inv = a^-1 by Gauss-Jordan with row pivots; a is overwritten */
+static void inverse(const kxk *s, double *a, double *inv)
+{
+    const int64_t k = s->k, ld = s->ld;
+    identity(s, inv);
+    for (int64_t j = 0; j < k; j++) {
+        int64_t p = j;
+        for (int64_t i = j + 1; i < k; i++)
+            if (fabs(a[i * ld + j]) > fabs(a[p * ld + j])) p = i;
+        const double scale = 1 / a[p * ld + j];
+        for (int64_t c = 0; c < k; c++) {
+            const double x = a[p * ld + c], y = inv[p * ld + c];
+            a[p * ld + c] = a[j * ld + c], inv[p * ld + c] = inv[j * ld + c];
+            a[j * ld + c] = x * scale, inv[j * ld + c] = y * scale;
+        }
+        for (int64_t i = 0; i < k; i++) {
+            const double x = a[i * ld + j];
+            for (int64_t c = 0; i != j && c < k; c++)
+                a[i * ld + c] -= x * a[j * ld + c], inv[i * ld + c] -= x * inv[j * ld + c];
+        }
+    }
+}
+
+/* The Stiefel manifold's f and g of B and X, which are overwritten; t and u are scratch. */
+static void stiefel(const kxk *s, subspace_retraction kind, bool exact, double tolerance, double *b, double *x,
+                    double *f, double *g, double *t, double *u)
+{
+    const int64_t size = s->ld * s->ld;
+    if (kind == SUBSPACE_GEODESIC) {
+        stiefel_geodesic(s, tolerance, b, x, f, g, t, u);
+    } else if (kind == SUBSPACE_CAYLEY) {
+        for (int64_t i = 0; i < size; i++) x[i] = x[i] / 4 - b[i] / 2;
+        affine(s, 1, 1, x);
+        inverse(s, x, g), affine_of(s, 2, g, -1, f);
+    } else {
+        product_t(s, b, b, t);
+        for (int64_t i = 0; i < size; i++) x[i] += t[i];
+        retraction(s, kind, exact, tolerance, x, f, g, NULL);
+        product(s, g, b, f);
+        for (int64_t i = 0; i < size; i++) f[i] += g[i];
+    }
+}
+
+/* b = -sym(p) */
+static inline void negative_symmetric(const kxk *s, const double *p, double *b)
+{
+    for (int64_t i = 0; i < s->ld; i++)
+        for (int64_t j = 0; j < s->ld; j++) b[i * s->ld + j] = -(p[i * s->ld + j] + p[j * s->ld + i]) / 2;
+}
+
+/* b = a skew(p) */
+static inline void skew(const kxk *s, double a, const double *p, double *b)
+{
+    for (int64_t i = 0; i < s->ld; i++)
+        for (int64_t j = 0; j < s->ld; j++) b[i * s->ld + j] = a / 2 * (p[i * s->ld + j] - p[j * s->ld + i]);
 }
 
 #endif

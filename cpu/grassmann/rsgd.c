@@ -5,6 +5,8 @@
  *        P = dir W' R,  S = dir dir' - P P' = D D',  X = a^2 S,  f, g of X          (retraction.h)
  *     3  W <- (f - a g P) R W + a g dir,   M <- its momentum step, or transported
  *
+ * On the Stiefel manifold f and g are of B = a skew(P) too, and M keeps its tangent part; the rest is the same.
+ *
  * D = dir - P W is never stored. Nothing is written before the k x k part is known to be finite.
  * Traffic: W, grad and M are read, W and M written; the second read comes from cache.
  *
@@ -61,8 +63,9 @@ static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char 
     /* g = sign grad + wd W;  M' = mu M + keep g;  dir = M', or with Nesterov g + mu M' */
     r.step = (rsgd_step){.mm = mu, .mg = keep * sign, .mw = keep * a->weight_decay, .dm = 1};
     if (a->nesterov) r.step.dm = mu, r.step.dg = sign, r.step.dw = a->weight_decay;
-    r.step.kind = a->retraction, r.step.parallel = a->parallel && mu != 0;
-    r.blocks = r.step.parallel && a->nesterov ? 3 : 2;
+    r.step.kind = a->retraction, r.step.parallel = a->parallel && mu != 0, r.step.stiefel = a->stiefel;
+    r.step.tangent = a->stiefel && mu != 0;
+    r.blocks = (r.step.parallel || r.step.tangent) && a->nesterov ? 3 : 2;
     for (int64_t i = 0; i < a->count; i++) {
         r.classes += a->frames[i].c;
         r.k = MAX(r.k, a->frames[i].k), r.n = MAX(r.n, a->frames[i].n);
@@ -133,7 +136,9 @@ static bool FN(step_class)(rsgd_slot *s)
     product(q, E, R, P);
     product_t(q, P, P, X);
     for (int64_t i = 0; i < kp * kp; i++) S[i] -= X[i], X[i] = a * a * S[i];
-    retraction(q, st->kind, false, IS_F32 ? 1e-10 : 1e-19, X, f, g, st->parallel ? h : NULL);
+    const double tolerance = IS_F32 ? 1e-10 : 1e-19;
+    if (st->stiefel) skew(q, a, P, Pm), stiefel(q, st->kind, false, tolerance, Pm, X, f, g, h, Y);
+    else retraction(q, st->kind, false, tolerance, X, f, g, st->parallel ? h : NULL);
 
     T *coef = s->coef;
     product(q, g, P, X);
@@ -159,10 +164,16 @@ static bool FN(step_class)(rsgd_slot *s)
         FN(put)(s, S, coef, 1, 1);
         identity(q, E);
         if (s->blocks == 3) FN(put)(s, E, coef, 1, 2);
+    } else if (st->tangent) { /* M <- M' - sym(M' W') W */
+        if (s->blocks == 3) FN(block_of)(s, gram, 2, 0, E), product(q, E, R, P);
+        negative_symmetric(q, P, X), product(q, X, R, E);
+        FN(put)(s, E, coef, 1, 0);
+        identity(q, E);
+        FN(put)(s, E, coef, 1, s->blocks - 1);
     }
     affine(q, a, 0, g);
     FN(put)(s, g, coef, 0, 1);
-    FN(combine)(s, coef, st->parallel ? 2 : 1);
+    FN(combine)(s, coef, st->parallel || st->tangent ? 2 : 1);
     return true;
 }
 

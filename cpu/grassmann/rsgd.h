@@ -17,7 +17,7 @@ enum {
 typedef struct rsgd_step {
     double mm, mg, mw, dm, dg, dw;
     subspace_retraction kind;
-    bool parallel;
+    bool parallel, stiefel, tangent; /* tangent: M is kept so */
 } rsgd_step;
 
 typedef struct rsgd_slot { /* what one thread works with */

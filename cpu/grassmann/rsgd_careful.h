@@ -76,10 +76,12 @@ static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
     if (a == 0) return true; /* a step of no length leaves every bit */
     FN(combine_exact)(s, R, NULL, NULL, w);
     FN(project)(s, w, dir, P, E);
+    skew(q, -a, P, s->Pm); /* it is -dir W' now */
     FN(project)(s, w, dir, P, E);
     FN(gram_exact)(s, dir, dir, S);
     for (int64_t i = 0; i < s->kp * s->kp; i++) X[i] = a * a * S[i];
-    retraction(q, st->kind, true, 0, X, f, g, h);
+    if (st->stiefel) stiefel(q, st->kind, true, 1e-19, s->Pm, X, f, g, h, s->Y);
+    else retraction(q, st->kind, true, 0, X, f, g, h);
 
     if (st->parallel) { /* V + Y (a^2 h D - a g W), V the horizontal part of M and Y = V D', as in step_class */
         FN(project)(s, w, buffer, P, E);
@@ -89,6 +91,11 @@ static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
         product(q, P, h, X), affine(q, a * a, 0, X);
         FN(combine_exact)(s, E, X, dir, buffer);
         product(q, P, g, X), affine(q, -a, 0, X);
+        FN(combine_exact)(s, E, X, w, buffer);
+    }
+    if (st->tangent) {
+        FN(gram_exact)(s, buffer, w, P);
+        identity(q, E), negative_symmetric(q, P, X);
         FN(combine_exact)(s, E, X, w, buffer);
     }
     affine(q, a, 0, g);

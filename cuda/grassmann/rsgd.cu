@@ -6,6 +6,8 @@
  *        P = dir W' R,  S = dir dir' - P P' = D D',  X = a^2 S,  f, g of X          (retraction.cuh)
  *     3  W <- (f - a g P) R W + a g dir,   M <- its momentum step, or transported
  *
+ * On the Stiefel manifold f and g are of B = a skew(P) too, and M keeps its tangent part; the rest is the same.
+ *
  * D = dir - P W is never stored. Nothing is written before the k x k part is known to be finite.
  *
  * A class belongs to the blocks of a cluster, each with a slice of its columns in shared memory: they exchange their
@@ -73,7 +75,9 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
         X[e] = a * a * S[e];
     }
     meet(q);
-    retraction(q, st->kind, sizeof(T) == 4 ? 1e-11 : 1e-19, X, f, g, st->parallel ? h : NULL);
+    const double tolerance = sizeof(T) == 4 ? 1e-11 : 1e-19;
+    if (st->stiefel) skew(q, a, P, Pm), stiefel(*q, st->kind, false, tolerance, Pm, X, f, g, E, S);
+    else retraction(q, st->kind, tolerance, X, f, g, st->parallel ? h : NULL);
     EACH_OF(q, e, k * k)
     {
         const int i = quotient(e, q->inverse), j = e - i * k;
@@ -84,6 +88,13 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     else identity(q, E); /* a step of no length leaves every bit, drift included */
     put<T, T>(s, E, 0, 0), put<T, T>(s, g, 0, 1, a);
     if (st->rule.blocks == 3) put<T, T>(s, NULL, 0, 2);
+    if (st->tangent) { /* M <- M' - sym(M' W') W */
+        if (st->rule.blocks == 3) product(q, Mw, R, P), put<T, T>(s, NULL, 1, 1);
+        negative_symmetric(q, P, X), product(q, X, R, E);
+        put<T, T>(s, E, 1, 0);
+        identity(q, E);
+        put<T, T>(s, E, 1, st->rule.blocks - 1);
+    }
     if (!st->parallel) return;
 
     /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */
@@ -193,9 +204,10 @@ static rsgd_run plan(const subspace_rsgd_args *a, char *base, size_t *bytes)
     if (a->nesterov) by->dm = mu, by->dg = sign, by->dw = a->weight_decay;
     r.step.single = {(float)by->mm, (float)by->mg, (float)by->mw, (float)by->dm, (float)by->dg, (float)by->dw};
     r.step.kind = a->retraction, r.step.parallel = a->parallel && mu != 0;
+    r.step.stiefel = a->stiefel != 0, r.step.tangent = a->stiefel && mu != 0;
     rule->item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    rule->outputs = r.step.parallel ? 2 : 1;
-    rule->blocks = r.step.parallel && a->nesterov ? 3 : 2;
+    rule->outputs = r.step.parallel || r.step.tangent ? 2 : 1;
+    rule->blocks = rule->outputs == 2 && a->nesterov ? 3 : 2;
     rule->held = a->nesterov && mu != 0 ? 3 : 2;
     r.start = a->start, r.lr = (const double *)a->lr, r.lr_value = a->lr_value, r.lr_per_class = a->lr_per_class;
     r.skipped = (unsigned long long *)a->skipped;

@@ -28,7 +28,7 @@ typedef struct rsgd_step {
     rsgd_weights<double> exact;
     rsgd_weights<float> single; /* the same, for FMAs that take them from here */
     subspace_retraction kind;
-    bool parallel;
+    bool parallel, stiefel, tangent; /* tangent: M is kept so */
     rsgd_rule rule;
 } rsgd_step;
 

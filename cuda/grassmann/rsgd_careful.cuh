@@ -97,6 +97,7 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     const int k = s->k;
     const double a = -s->lr;
     const bool parallel = s->step->parallel && a != 0; /* a step of no length leaves every bit, and M as it is */
+    const bool tangent = s->step->tangent && a != 0;
     double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *S = matrix(s, AT_S), *X = matrix(s, AT_X), *f = matrix(s, AT_F),
            *g = matrix(s, AT_G), *E = matrix(s, AT_E), *Dw = matrix(s, AT_PM), *h = matrix(s, AT_H),
            *Mw = matrix(s, AT_MW), *Y = matrix(s, AT_Y);
@@ -110,9 +111,19 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     project(s, R, 1, P, E, Dw); /* D = dir + Dw W */
     gram_exact(s, {Dw, NULL, 1}, {Dw, NULL, 1}, S);
     copy(q, S, X, a * a);
-    retraction_exact(q, s->step->kind, X, f, g, parallel ? h : NULL);
+    if (s->step->stiefel) {
+        gram_exact(s, {NULL, NULL, 1}, {R, NULL, -1}, P), skew(q, a, P, S);
+        stiefel(*q, s->step->kind, true, 1e-19, S, X, f, g, P, E);
+    } else {
+        retraction_exact(q, s->step->kind, X, f, g, parallel ? h : NULL);
+    }
 
     clear(s);
+    if (tangent) { /* M' - sym(M' w') w */
+        gram_exact(s, {NULL, NULL, s->step->rule.blocks - 1}, {R, NULL, -1}, P);
+        negative_symmetric(q, P, X), product(q, X, R, E), put<T, double>(s, E, 1, 0);
+        identity(q, E), put<T, double>(s, E, 1, s->step->rule.blocks - 1);
+    }
     if (parallel) { /* V + Y (a^2 h D - a g w), V the horizontal part of M and Y = V D' */
         if (s->step->rule.blocks == 3) project(s, R, 2, P, E, Mw), gram_exact(s, {Mw, NULL, 2}, {Dw, NULL, 1}, Y);
         else copy(q, Dw, Mw), copy(q, S, Y); /* M' is dir */
@@ -132,7 +143,7 @@ template <typename T> static __device__ __noinline__ bool careful(rsgd_class<T> 
     copy(q, g, P, a);
     if (a == 0) identity(q, E);
     put<T, double>(s, E, 0, 0), put<T, double>(s, P, 0, 1);
-    combine_exact(s, parallel ? 2 : 1, s->buffer && !parallel);
+    combine_exact(s, parallel || tangent ? 2 : 1, s->buffer && !parallel && !tangent);
     if (a != 0 && gram_exact(s, {NULL, NULL, 0}, {NULL, NULL, 0}, X) && inverse_root(q, X, R)) {
         clear(s);
         put<T, double>(s, R, 0, 0);

@@ -26,7 +26,7 @@ typedef struct rsgd_rule {
     size_t item; /* bytes of a number */
     int blocks;  /* of k rows in the Gram matrix: W, dir and, where it differs and is needed, M' */
     int held;    /* of k rows to keep: M' is written at the end, and is dir or one more */
-    int outputs; /* W, and M where it is transported */
+    int outputs; /* W, and M where it is transported or projected */
 } rsgd_rule;
 
 typedef struct rsgd_shape {

@@ -1,7 +1,6 @@
 """Subspaces as classes: logits, the fused loss, Riemannian steps, the layer, head surgery and optimisers.
 
-`average_frames`, `FrameAverage`, `subspace_scores`, `subspace_denoise`, `class_subspaces` and `KSubspaces` are here, at
-`torch_subspace.grassmann`; all else is at the top.
+What `__all__` names is here, at `torch_subspace.grassmann`, and loaded on first use; all else is at the top.
 """
 
 import importlib
@@ -11,13 +10,18 @@ if TYPE_CHECKING:
     from .averaging import FrameAverage as FrameAverage
     from .averaging import average_frames as average_frames
     from .k_subspaces import KSubspaces as KSubspaces
+    from .patching import SubspacePatch as SubspacePatch
+    from .patching import rowspace_split as rowspace_split
+    from .patching import subspace_patch as subspace_patch
     from .subspaces import class_subspaces as class_subspaces
     from .subspaces import subspace_denoise as subspace_denoise
     from .subspaces import subspace_scores as subspace_scores
 
-_FILES = {"FrameAverage": "averaging", "KSubspaces": "k_subspaces", "average_frames": "averaging",
-          "class_subspaces": "subspaces", "subspace_denoise": "subspaces", "subspace_scores": "subspaces"}
-__all__ = ["FrameAverage", "KSubspaces", "average_frames", "class_subspaces", "subspace_denoise", "subspace_scores"]
+_FILES = {"FrameAverage": "averaging", "KSubspaces": "k_subspaces", "SubspacePatch": "patching",
+          "average_frames": "averaging", "class_subspaces": "subspaces", "rowspace_split": "patching",
+          "subspace_denoise": "subspaces", "subspace_patch": "patching", "subspace_scores": "subspaces"}
+__all__ = ["FrameAverage", "KSubspaces", "SubspacePatch", "average_frames", "class_subspaces", "rowspace_split",
+           "subspace_denoise", "subspace_patch", "subspace_scores"]
 
 
 def __getattr__(name: str) -> Any:

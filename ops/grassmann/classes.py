@@ -59,6 +59,8 @@ def with_gradient(name: str, group: dict, weight: Tensor) -> Classes:
     grad, dims = local(weight.grad), group.get("dims")
     if not grad.is_sparse:
         return Classes(weight, dims, grad=grad)
+    if dims is None and weight.dim() != 3:
+        raise RuntimeError(f"{name}: a sparse gradient names classes of (C, k, n), got one of {tuple(weight.shape)}")
     if grad.sparse_dim() != 1:
         raise RuntimeError(f"{name}: frames need gradients that are dense, or sparse in the classes alone, got one of "
                            f"sparse_dim={grad.sparse_dim()}")
@@ -82,7 +84,8 @@ def catch_up(group: dict, frames: Tensor, momentum: Tensor, missed: Tensor, dims
     length = missed if mu == 1 else mu * (1 - left) / (1 - mu)
     length = length * mu if group["nesterov"] else length
     grassmann_step_(frames, torch.zeros_like(frames), momentum, lr=scalar(group["lr"]) * length, momentum=1.0,
-                    retraction=group["retraction"], transport=group["transport"], dims=dims)
+                    retraction=group["retraction"], transport=group["transport"], dims=dims,
+                    manifold=group["manifold"])
     left = left.to(momentum.dtype)
     if dims is not None:
         left = left.repeat_interleave(torch.tensor(dims, dtype=torch.int64, device=left.device))

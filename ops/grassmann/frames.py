@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..ragged import packed, unpack_
 
 RETRACTIONS = ("geodesic", "polar", "qr", "cayley")  # in the order of subspace_retraction, shim/contract/subspace.h
 TRANSPORTS = ("project", "parallel")
+MANIFOLDS = ("grassmann", "stiefel")
 
 
 def check_frames(name: str, x: Tensor, weight: Tensor, dims: Iterable[int] | None,
@@ -77,6 +79,26 @@ def as_dims(name: str, dims: Iterable[int] | None) -> tuple[int, ...] | None:
     except TypeError:
         raise TypeError(f"{name}: dims must be a sequence of ints, a subspace dimension each, got {told(dims)}"
                         ) from None
+
+
+def check_stiefel(name: str, what: str, weight: Tensor) -> None:
+    """Points of the Stiefel manifold are (..., k, n) with 0 < k <= n; raises in `name`'s voice."""
+    if weight.dim() < 2 or not (0 < weight.shape[-2] <= weight.shape[-1] or 0 in weight.shape[:-2]):
+        raise ValueError(f"{name}: {what} on the Stiefel manifold must be (..., k, n) with 0 < k <= n, got shape "
+                         f"{tuple(weight.shape)}")
+
+
+def stacked(t: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """(..., k, n) as (C, k, n), in the same memory."""
+    return t if dims is not None or t.dim() == 3 else t.view(math.prod(t.shape[:-2]), *t.shape[-2:])
+
+
+def check_transport(name: str, transport: str, retraction: str, manifold: str) -> None:
+    """Parallel transport is along the Grassmannian's geodesics; raises in `name`'s voice."""
+    if transport == "parallel" and retraction != "geodesic":
+        raise ValueError(f'{name}: transport="parallel" follows geodesics, got retraction={retraction!r}')
+    if transport == "parallel" and manifold == "stiefel":
+        raise ValueError(f'{name}: transport="parallel" has no closed form for manifold="stiefel": take "project"')
 
 
 def class_dims(subspace_dim, num_classes: int, in_features: int) -> tuple[int, ...] | None:
@@ -211,9 +233,9 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
-def know(weight: Tensor, dims: Sequence[int] | None) -> None:
+def know(weight: Tensor, dims: Sequence[int] | None, manifold: str = "grassmann") -> None:
     """Enter a layer's weight as frames, orthonormal as it is now."""
-    _known[weight] = None if dims is None else tuple(dims), _version(weight)
+    _known[weight] = None if dims is None else tuple(dims), _version(weight), manifold
 
 
 def forget(weight: Tensor) -> None:
@@ -243,14 +265,15 @@ def is_known(weight: Tensor) -> bool:
     return weight in _known
 
 
-def known_dims(weight: Tensor) -> tuple[int, ...] | None:
-    """The dims of a layer's frames."""
-    return _known[weight][0]
+def known_as(weight: Tensor) -> tuple[tuple[int, ...] | None, str]:
+    """The dims of a layer's frames, and the manifold."""
+    dims, _, manifold = _known[weight]
+    return dims, manifold
 
 
 def dims_at(tensor: Tensor) -> tuple[tuple[int, ...] | None] | None:
     """(dims,) where a layer's frames lie in the memory of `tensor`, such as their detached view; None elsewhere."""
-    for weight, (dims, _) in list(_known.items()):
+    for weight, (dims, *_) in list(_known.items()):
         if weight.shape == tensor.shape and weight.data_ptr() == tensor.data_ptr():
             return (dims,)
     return None
@@ -265,6 +288,6 @@ def stepped(weights: Sequence[Tensor]) -> None:
     """Our own step was the last to write to these."""
     for weight in weights:
         weight = weight if weight._base is None else weight._base  # some classes of it
-        dims, version = _known.get(weight, (None, None))
+        dims, version, manifold = _known.get(weight, (None, None, None))
         if version == _version(weight) - 1:
-            _known[weight] = dims, version + 1
+            _known[weight] = dims, version + 1, manifold

@@ -1,6 +1,7 @@
 """Groups of frames: built from a model, checked, and the numbers Adam needs of each class.
 
-A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, or (Σdims, n) with a `dims` entry.
+A parameter group with `manifold="grassmann"` holds frames: (C, k, n) weights, or (Σdims, n) with a `dims` entry. One
+with `manifold="stiefel"` holds frames whose rows themselves count: these, or any (..., k, n).
 """
 
 import fnmatch
@@ -23,7 +24,18 @@ from ..common import (
     reshard,
     told,
 )
-from .frames import RETRACTIONS, TRANSPORTS, is_known, is_layer, is_sharded, is_stack, known_dims
+from .frames import (
+    MANIFOLDS,
+    RETRACTIONS,
+    TRANSPORTS,
+    check_stiefel,
+    check_transport,
+    is_known,
+    is_layer,
+    is_sharded,
+    is_stack,
+    known_as,
+)
 
 
 def param_groups(
@@ -47,7 +59,7 @@ def param_groups(
 
     Returns:
         A list of dicts with the Euclidean parameters, those without decay, then the weights of every `GrassmannLinear`,
-        a group per `dims`. Empty groups are left out.
+        a group per `dims`, then the bases of modules such as `SubspacePatch`. Empty groups are left out.
 
     Raises:
         TypeError: `model` is no module, or a number is of another kind.
@@ -60,6 +72,7 @@ def param_groups(
         [(None, 0.0001, 1), (None, 0.0, 1), ('grassmann', 0.0, 1)]
     """
     from .layers import GrassmannLinear  # here, since layers may use what is above
+    from .stiefel import StiefelModule
 
     check_module("param_groups", model)
     for what, value in (("frame_lr_factor", frame_lr_factor), ("weight_decay", weight_decay), ("lr", lr)):
@@ -82,7 +95,8 @@ def param_groups(
                 )
             dims = getattr(module, "dims", None)
             frames.setdefault(None if dims is None else tuple(dims), {})[module.weight] = None
-    taken = {p for weights in frames.values() for p in weights}
+    bases = dict.fromkeys(module.basis for module in model.modules() if isinstance(module, StiefelModule))
+    taken = {p for weights in (*frames.values(), bases) for p in weights}
     plain = [(name, p) for name, p in model.named_parameters() if p not in taken]
     exempt = {p for name, p in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in no_decay)}
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
@@ -93,6 +107,7 @@ def param_groups(
     for dims, weights in frames.items():
         group = {"params": list(weights), "weight_decay": 0.0, "manifold": "grassmann", "lr_factor": frame_lr_factor}
         groups.append(group if dims is None else group | {"dims": dims})
+    groups.append({"params": list(bases), "weight_decay": 0.0, "manifold": "stiefel", "lr_factor": frame_lr_factor})
     if lr is not None:
         for group in groups:
             group["lr"] = lr * frame_lr_factor if is_frames(group) else lr
@@ -104,19 +119,20 @@ def is_frames(group):
 
 
 def enter_frames(name, group):
-    """Note which parameters of a Euclidean group are a layer's frames: `frames`, (dims, places in `params`) each."""
+    """Note which parameters of a Euclidean group are a layer's frames: `frames`, dims, places in `params` and manifold
+    of each kind."""
     check_not_flat(name, group["params"])
-    found = [] if is_frames(group) else [(i, known_dims(p)) for i, p in enumerate(group["params"]) if is_known(p)]
+    found = [] if is_frames(group) else [(i, known_as(p)) for i, p in enumerate(group["params"]) if is_known(p)]
     if found:
         parts = partition(found, key=lambda item: item[1])
-        group["frames"] = [(dims, [i for i, _ in part]) for dims, part in parts]
+        group["frames"] = [(dims, [i for i, _ in part], manifold) for (dims, manifold), part in parts]
 
 
 def parts_of(group):
     """The group, then the frames that stand in it as groups of their own."""
     yield group
-    for dims, places in group.get("frames", ()):
-        part = group | {"params": [group["params"][i] for i in places], "manifold": "grassmann", "weight_decay": 0.0}
+    for dims, places, manifold in group.get("frames", ()):
+        part = group | {"params": [group["params"][i] for i in places], "manifold": manifold, "weight_decay": 0.0}
         yield part if dims is None else part | {"dims": dims}
 
 
@@ -133,7 +149,7 @@ def check_rate(name, what, value, interval=NOT_NEGATIVE):
 
 RATES = {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": NOT_NEGATIVE,
          "lr_factor": NOT_NEGATIVE, "dampening": FINITE}
-WORDS = {"manifold": ("euclidean", "grassmann"), "retraction": RETRACTIONS, "transport": TRANSPORTS}
+WORDS = {"manifold": ("euclidean", *MANIFOLDS), "retraction": RETRACTIONS, "transport": TRANSPORTS}
 FLAGS = ("nesterov", "maximize", "amsgrad", "differentiable", "capturable")
 
 
@@ -156,11 +172,10 @@ def check_values(name, options):
 
 
 def check_group(name, group):
-    """Raises in `name`'s voice unless the group is Euclidean or can be stepped on the Grassmannian."""
+    """Raises in `name`'s voice unless the group is Euclidean or can be stepped on its manifold."""
     if not is_frames(group):
         return
-    if group["transport"] == "parallel" and group["retraction"] != "geodesic":
-        raise ValueError(f'{name}: transport="parallel" follows geodesics, got retraction={group["retraction"]!r}')
+    check_transport(name, group["transport"], group["retraction"], group["manifold"])
     if group.get("differentiable"):
         raise ValueError(f"{name}: frames are stepped in place: differentiable=True is for Euclidean groups only")
     dims = group.get("dims")
@@ -173,7 +188,9 @@ def check_group(name, group):
                 "orthonormal frame; "
                 "keep float32 master weights and run the model under torch.autocast"
             )
-        if dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
+        if dims is None and group["manifold"] == "stiefel":
+            check_stiefel(name, "frames in params", p)
+        elif dims is None and not (p.dim() == 3 and 0 < p.shape[1] <= p.shape[2]):
             raise ValueError(f"{name}: frames in params without dims must be (C, k, n) with 0 < k <= n, got {shape}")
         if is_stack(p, dims):
             if len(dims) != shape[0] or max(dims, default=0) != shape[1]:
@@ -199,6 +216,9 @@ def check_shards(name, p, dims):
     if not is_sharded(p):
         return
     cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
+    if dims is None and cut and p.dim() != 3:
+        raise ValueError(f"{name}: frames that are sharded must be (C, k, n), got {tuple(p.shape)}, which is cut within "
+                         "a frame: keep it whole")
     if dims is not None and cut and p.dim() == 2:
         raise ValueError(
             f"{name}: frames with dims are cut within classes where they are sharded: cut them between classes before, "
@@ -253,8 +273,9 @@ def pieces(dims, frames, per_class):
                [None if t is None else t[i:j] for t in per_class])
 
 
-def horizontal_gradient(weight, grad, dims=None):
-    """D = G - (G Wᵀ) W, shaped like G, and ||D||² / (k n) of every class, (C,) in float64.
+def horizontal_gradient(weight, grad, dims=None, manifold="grassmann"):
+    """D = G - (G Wᵀ) W, shaped like G, and ||D||² / (k n) of every class, (C,) in float64; the symmetric part of G Wᵀ
+    alone on the Stiefel manifold.
 
     A rotation of the frame leaves the second as it is. It is never below what the rounding of G can account for: else a
     gradient that lies within the subspace would have its rounding errors blown up to a full step.
@@ -264,7 +285,8 @@ def horizontal_gradient(weight, grad, dims=None):
     horizontal, squares = {}, {}
     with torch.autocast(weight.device.type, enabled=False):
         for (classes, w), (_, g) in zip(class_blocks(weight, dims), class_blocks(grad, dims), strict=True):
-            d = torch.baddbmm(g, g @ w.mT, w, alpha=-1)
+            inner = g @ w.mT
+            d = torch.baddbmm(g, inner if manifold == "grassmann" else (inner + inner.mT) / 2, w, alpha=-1)
             square, whole = (torch.linalg.vector_norm(t, dim=(1, 2), dtype=torch.float64).square() for t in (d, g))
             square = torch.maximum(square, torch.finfo(w.dtype).eps * whole) / max(1, w[:1].numel())
             if dims is None:

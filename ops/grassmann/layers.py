@@ -16,6 +16,7 @@ from ..common import (
     FLOATS,
     HALF,
     check_dense,
+    check_device,
     check_flag,
     check_floating,
     check_generator,
@@ -42,14 +43,6 @@ def logits_of_layer(x: Tensor, weight: Tensor, gamma: float, normalize: bool, di
 def check_dtype(name: str, dtype: torch.dtype | None) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         raise TypeError(f"{name}: dtype must be floating-point: {', '.join(map(str, FLOATS))}; got {told(dtype)}")
-
-
-def check_device(name: str, device: torch.device | str | int | None) -> None:
-    try:
-        if device is not None:
-            torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise type(error)(f"{name}: device must be one of torch's, got {told(device)}") from error
 
 
 torch.fx.wrap("logits_of_layer")

@@ -1,21 +1,22 @@
 """Optimisers for a whole model: frames take a Riemannian step, all other parameters that of torch's own optimiser.
 
 Frames are the weights of our layers, in whatever group they stand, and all parameters of a group with
-`manifold="grassmann"`; `param_groups` gives them groups of their own. All others are Euclidean and go through the code
-of `torch.optim.SGD` and `torch.optim.AdamW`, bit for bit.
+`manifold="grassmann"` or "stiefel"; `param_groups` gives them groups of their own. All others are Euclidean and go
+through the code of `torch.optim.SGD` and `torch.optim.AdamW`, bit for bit.
 
 Subspace classification and its optimiser: arXiv 2308.01547. Geodesics: Edelman, Arias and Smith, SIAM J. Matrix Anal.
 Appl. 20(2), 1998. One second moment per manifold: Bécigneul and Ganea, ICLR 2019.
 """
 
 import inspect
+import math
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .classes import all_catch_up, catch_up
-from .frames import local, per_class
+from .frames import local, per_class, stacked
 from .groups import adam_rates, horizontal_gradient, is_frames, param_groups, partition, parts_of, pieces, scalar
 from .rsgd import grassmann_step_
 from .whole_model import WholeModel
@@ -32,16 +33,20 @@ class RiemannianSGD(WholeModel, torch.optim.SGD):
     Args:
         params: parameters or dicts as for torch's optimisers, or `param_groups(model)`. Weights of
             `GrassmannLinear` are frames in any group, without weight decay. A group with `manifold="grassmann"` holds
-            nothing but frames: float32 or float64, (C, k, n), or (Σdims, n) with a `dims` entry.
+            nothing but frames: float32 or float64, (C, k, n), or (Σdims, n) with a `dims` entry. With
+            `manifold="stiefel"` the rows of a frame count, not only their span: orthonormal (..., k, n), as `basis` of
+            `grassmann.SubspacePatch` is; their direction G - sym(G Wᵀ) W turns them among themselves too.
         lr: learning rate, a number or a 1-element tensor. A frame group without its own `lr` takes lr times its
             `lr_factor`, once, when it is added: `group["lr"]` is always the rate in use. Schedulers that set one peak
             for all groups (`OneCycleLR`, `CyclicLR`) need a list of peaks to keep the ratio. Measured: peaks from 1e-2
             to 1e-1 did about as well for a ResNet-18 from scratch, with momentum 0.9.
         momentum, dampening, nesterov, maximize: as in torch. Nesterov's direction is projected as a whole.
         weight_decay: number or tensor, for Euclidean groups; a frame group has 0 unless it says otherwise.
-        retraction: "geodesic", "polar", "qr" or "cayley"; a group's own entry wins.
+        retraction: "geodesic", "polar", "qr" or "cayley"; a group's own entry wins. On the Stiefel manifold geodesics
+            are the canonical metric's.
         transport: "project" keeps the momentum in the ambient space and projects it at each step; "parallel" carries
-            its horizontal part along the geodesic.
+            its horizontal part along the geodesic, on the Grassmannian. On the Stiefel manifold "project" keeps its
+            tangent part, as a gradient there has a large one that is none.
         foreach, fused, differentiable: torch's implementations for the Euclidean groups. With `fused=True`, GradScaler
             leaves unscaling and skipping to the optimiser, frames included.
 
@@ -152,7 +157,7 @@ class RiemannianSGD(WholeModel, torch.optim.SGD):
         return own, buffer
 
     def _step_frames(self, group, work):
-        rule = {key: group[key] for key in ("momentum", "nesterov", "maximize", "retraction", "transport")}
+        rule = {key: group[key] for key in ("momentum", "nesterov", "maximize", "retraction", "transport", "manifold")}
         rule |= {"lr": scalar(group["lr"]), "weight_decay": float(group["weight_decay"])}
         skipped = 0
 
@@ -258,7 +263,7 @@ class RiemannianAdamW(WholeModel, torch.optim.AdamW):
             p, state = classes.weight, self.state[classes.weight]
             if not state:
                 dims = group.get("dims")
-                count = p.shape[0] if dims is None else len(dims)
+                count = math.prod(p.shape[:-2]) if dims is None else len(dims)
                 state["step"] = per_class(p, count, torch.float32)  # a skipped one does not age
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = per_class(p, count, p.dtype)
@@ -266,12 +271,13 @@ class RiemannianAdamW(WholeModel, torch.optim.AdamW):
                     state["max_exp_avg_sq"] = per_class(p, count, p.dtype)
             own, taken = classes.take(p), {key: classes.take(t) for key, t in state.items() if t is not None}
             ages = taken["step"], taken["exp_avg_sq"], taken.get("max_exp_avg_sq") if group["amsgrad"] else None
-            for dims, (w, g, m), moments in pieces(classes.dims, (own, grad, taken["exp_avg"]), ages):
-                g, square = horizontal_gradient(w, g, dims)
+            frames = [stacked(t, classes.dims) for t in (own, grad.contiguous(), taken["exp_avg"])]
+            for dims, (w, g, m), moments in pieces(classes.dims, frames, ages):
+                g, square = horizontal_gradient(w, g, dims, group["manifold"])
                 rates = adam_rates(square, *moments, lr=scalar(group["lr"]), betas=(beta1, beta2), eps=group["eps"])
                 skipped = skipped + grassmann_step_(
                     w, g, m, lr=rates, momentum=beta1, dampening=beta1, maximize=group["maximize"],
-                    retraction=group["retraction"], transport=group["transport"], dims=dims,
+                    retraction=group["retraction"], transport=group["transport"], dims=dims, manifold=group["manifold"],
                 )
             classes.put(p, own)
             for key, t in taken.items():

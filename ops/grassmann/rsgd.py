@@ -1,22 +1,34 @@
-"""One Riemannian SGD step of frames on the Grassmannian, all parameters in one call.
+"""One Riemannian SGD step of frames on the Grassmannian or the Stiefel manifold, all parameters in one call.
 
     M' = momentum M + (1 - dampening) g                  g = +-grad + weight_decay W
     D  = dir - (dir W') W                                dir = M', or g + momentum M' with Nesterov
     W' = f(X) W - lr g(X) D                              X = lr^2 D D', k x k
 
-f and g are given by the retraction; the exponential map has f = cos sqrt X, g = sinc sqrt X. No SVD and
+f and g are given by the retraction; the exponential map has f = cos sqrt X, g = sinc sqrt X. On the Stiefel manifold
+the direction has dir W' replaced by its symmetric part, and f and g are of what is left of it as well. No SVD and
 no QR; drift from orthonormality is repaired on the way. Edelman, Arias & Smith 1998 for the geodesics,
 arXiv 2308.01547 for their use in classifiers; cpu/grassmann/rsgd.c for the two passes.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common import NOT_NEGATIVE, WIDE, check_dense, check_flag, check_number, check_word, told
-from .frames import RETRACTIONS, TRANSPORTS, check_dims, starts, stepped
+from .frames import (
+    MANIFOLDS,
+    RETRACTIONS,
+    TRANSPORTS,
+    check_dims,
+    check_stiefel,
+    check_transport,
+    stacked,
+    starts,
+    stepped,
+)
 
 _op = torch.ops.torch_subspace
 _NAME = "grassmann_step_"
@@ -26,20 +38,24 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
                     momentum_buffer: Tensor | Sequence[Tensor] | None = None, *, lr: float | Tensor,
                     momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
                     maximize: bool = False, retraction: str = "geodesic", transport: str = "project",
-                    dims: Sequence[int] | None = None) -> Tensor:
+                    dims: Sequence[int] | None = None, manifold: str = "grassmann") -> Tensor:
     """Step every frame along its negative Riemannian gradient, in place.
 
     Args:
         weight: frames (C, k, n) with orthonormal rows, or (sum(dims), n) with ``dims``; float32 or
-            float64. A sequence of such tensors is stepped in one call.
+            float64; (..., k, n) on the Stiefel manifold. A sequence of such tensors is stepped in one call.
         grad: Euclidean gradients of the same shapes.
         momentum_buffer: momentum M of the same shapes, updated in place; needed unless ``momentum`` is 0.
         lr: step length; a float, a 0-dim tensor, or for a single weight a (C,) tensor: one per class.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         retraction: "geodesic" (the exponential map), "polar", "qr" (Cholesky-QR) or "cayley".
         transport: "project": M stays as it is and is projected at each step (as the public GCR code
-            does); "parallel": M is parallel-transported along the geodesic ("geodesic" only).
+            does; on the Stiefel manifold what is tangent at the old frame is kept); "parallel": M is
+            parallel-transported along the geodesic ("geodesic" only).
         dims: subspace dimension of each class, for ragged frames.
+        manifold: "grassmann", for what depends on a frame's span alone: the direction is orthogonal to it. "stiefel",
+            where the rows themselves count: the direction G - sym(G W') W also turns them among themselves. Of the
+            retractions "geodesic" is then the canonical metric's; there is no parallel transport.
 
     Returns:
         int64, 0-dim, the number of classes left alone because their gradient, momentum or frame was not
@@ -56,11 +72,11 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
         (0, True)
     """
     weights, grads, buffers = _as_lists(weight, grad, momentum_buffer)
-    _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport)
+    _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport, manifold)
     if not weights:
         return torch.zeros((), dtype=torch.int64)
     for w, g, *m in zip(weights, grads, *([buffers] if buffers else [])):
-        dims = _check_tensors(w, g, m, weights[0], dims)
+        dims = _check_tensors(w, g, m, weights[0], dims, manifold)
     if not torch.compiler.is_compiling() and len({id(t) for t in (*weights, *buffers)}) < len(weights) + len(buffers):
         raise ValueError(f"{_NAME}: weight and momentum_buffer must all be different tensors, as all are written to, "
                          "got one twice")
@@ -69,14 +85,14 @@ def grassmann_step_(weight: Tensor | Sequence[Tensor], grad: Tensor | Sequence[T
     step = _step_length(lr, weights, dims)
     if momentum == 0:
         buffers = []
-    dense = [w.detach().contiguous() for w in weights]
-    dense_buffers = [m.detach().contiguous() for m in buffers]
-    skipped = _op.rsgd_(dense, [g.detach() for g in grads], dense_buffers, starts(dims, weights[0].device), step,
+    dense, dense_grads, dense_buffers = ([stacked(t.detach().contiguous(), dims) for t in given]
+                                         for given in (weights, grads, buffers))
+    skipped = _op.rsgd_(dense, dense_grads, dense_buffers, starts(dims, weights[0].device), step,
                         float(momentum), float(dampening), float(weight_decay), bool(nesterov), bool(maximize),
-                        RETRACTIONS.index(retraction), transport == "parallel")
+                        RETRACTIONS.index(retraction), transport == "parallel", manifold == "stiefel")
     for target, source in zip((*weights, *buffers), (*dense, *dense_buffers)):
         if not target.is_contiguous():
-            target.detach().copy_(source)
+            target.detach().copy_(source.view_as(target))
     if not torch.compiler.is_compiling():  # a kernel of the stable ABI does not count versions itself
         torch.autograd.graph.increment_version([*weights, *buffers])
         stepped(weights)
@@ -101,7 +117,7 @@ def _as_lists(weight, grad, buffer):
     return weight, grad, buffer
 
 
-def _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport) -> None:
+def _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, transport, manifold) -> None:
     for what, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if isinstance(value, Tensor) and (value.numel() == 1 or what == "lr") and not value.is_complex():
             continue
@@ -113,12 +129,12 @@ def _check_values(lr, momentum, dampening, weight_decay, nesterov, maximize, ret
         raise ValueError(f"{_NAME}: nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}")
     check_word(_NAME, "retraction", retraction, RETRACTIONS)
     check_word(_NAME, "transport", transport, TRANSPORTS)
-    if transport == "parallel" and retraction != "geodesic":
-        raise ValueError(f'{_NAME}: transport="parallel" follows geodesics, got retraction={retraction!r}')
+    check_word(_NAME, "manifold", manifold, MANIFOLDS)
+    check_transport(_NAME, transport, retraction, manifold)
 
 
 def _check_tensors(w: Tensor, g: Tensor, m: list[Tensor], first: Tensor,
-                   dims: Sequence[int] | None) -> tuple[int, ...] | None:
+                   dims: Sequence[int] | None, manifold: str) -> tuple[int, ...] | None:
     for what, t in (("weight", w), ("grad", g), *(("momentum_buffer", t) for t in m)):
         check_dense(_NAME, what, t)
         if t.dtype != first.dtype or t.dtype not in WIDE:
@@ -131,6 +147,9 @@ def _check_tensors(w: Tensor, g: Tensor, m: list[Tensor], first: Tensor,
             raise ValueError(f"{_NAME}: {what} has shape {tuple(t.shape)}, its weight {tuple(w.shape)}")
         if what != "grad" and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
             raise ValueError(f"{_NAME}: {what} of strides {t.stride()} has elements that share memory")
+    if manifold == "stiefel" and dims is None:
+        check_stiefel(_NAME, "weight", w)
+        return None
     return check_dims(_NAME, w, dims)
 
 
@@ -140,7 +159,7 @@ def _step_length(lr: float | Tensor, weights: list[Tensor], dims: Sequence[int] 
     lr = lr.detach()
     if lr.dim() == 0:
         return lr.to(torch.float64)
-    classes = weights[0].shape[0] if dims is None else len(dims)
+    classes = math.prod(weights[0].shape[:-2]) if dims is None else len(dims)
     if len(weights) != 1 or lr.shape != (classes,):
         raise ValueError(f"{_NAME}: lr must be a number, or ({classes},) for a single weight; got {tuple(lr.shape)} "
                          f"for {len(weights)} weights")
@@ -148,5 +167,6 @@ def _step_length(lr: float | Tensor, weights: list[Tensor], dims: Sequence[int] 
 
 
 @torch.library.register_fake("torch_subspace::rsgd_")
-def _(weights, grads, buffers, start, lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, parallel):
+def _(weights, grads, buffers, start, lr, momentum, dampening, weight_decay, nesterov, maximize, retraction, parallel,
+      stiefel):
     return weights[0].new_empty((), dtype=torch.int64)

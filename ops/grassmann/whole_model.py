@@ -82,7 +82,7 @@ class WholeModel:
         # torch's step asks this for the tensors of a group and does nothing when there are none.
         if is_frames(group):
             return False
-        if taken := {i for _, places in group.get("frames", ()) for i in places}:
+        if taken := {i for _, places, _ in group.get("frames", ()) for i in places}:
             group = group | {"params": [p for i, p in enumerate(group["params"]) if i not in taken]}
         return super()._init_group(group, *lists)
 

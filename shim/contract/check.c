@@ -40,6 +40,7 @@ subspace_status subspace_rsgd_check(subspace_ctx *ctx, const subspace_rsgd_args 
 {
     CHECK(ctx, a->dtype == SUBSPACE_F32 || a->dtype == SUBSPACE_F64, INVALID,
           "rsgd: frames are float32 or float64, got dtype %d", (int)a->dtype);
+    CHECK(ctx, !a->stiefel || !a->parallel, INVALID, "rsgd: no parallel transport on the Stiefel manifold");
     CHECK(ctx, !a->lr_per_class || a->count == 1, INVALID, "rsgd: a step per class needs one parameter, got %lld",
           LL(a->count));
     for (int64_t i = 0; i < a->count; i++) {

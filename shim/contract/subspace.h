@@ -90,6 +90,9 @@ typedef struct subspace_cross_entropy_args {
  *     M  <- momentum M + (1 - dampening) g          dir = nesterov ? g + momentum M : M
  *     D   = dir - (dir W') W                        X   = lr^2 D D'
  *     W  <- f(X) W - lr g(X) D                      f, g given by the retraction
+ * On the Grassmannian, that is; on the Stiefel manifold, where the rows themselves count and not their span alone,
+ * the direction keeps what turns the rows among themselves, skew(dir W') W, and f and g depend on that too; the
+ * momentum is kept tangent, M - sym(M W') W.
  * A class whose numbers are not finite is left as it was and counted in `skipped`.              */
 typedef enum subspace_retraction {
     SUBSPACE_GEODESIC,
@@ -115,6 +118,7 @@ typedef struct subspace_rsgd_args {
     int lr_per_class;
     double momentum, dampening, weight_decay;
     int nesterov, maximize, parallel; /* parallel: M becomes the transported horizontal direction */
+    int stiefel;                      /* the Stiefel manifold; without parallel */
     subspace_retraction retraction;
     int64_t *skipped; /* [1] out, on the op's device */
 } subspace_rsgd_args;

@@ -38,7 +38,8 @@ static bool frames_of(call *c, const tensor *w, const tensor *g, const tensor *m
 }
 
 OP(rsgd, "rsgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tensor start, Tensor lr, float momentum,"
-         " float dampening, float weight_decay, bool nesterov, bool maximize, int retraction, bool parallel) -> Tensor")
+         " float dampening, float weight_decay, bool nesterov, bool maximize, int retraction, bool parallel,"
+         " bool stiefel) -> Tensor")
 {
     call c = begin("rsgd");
     tensor *weights = NULL, *grads = NULL, *buffers = NULL, start = {0}, lr = {0}, skipped = {0};
@@ -50,7 +51,8 @@ OP(rsgd, "rsgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tens
                             .nesterov = as_bool(stack[8]),
                             .maximize = as_bool(stack[9]),
                             .retraction = (subspace_retraction)as_int(stack[10]),
-                            .parallel = as_bool(stack[11])};
+                            .parallel = as_bool(stack[11]),
+                            .stiefel = as_bool(stack[12])};
     bool taken = tensors_in(&c, stack[0], true, &weights, &nw);
     taken &= tensors_in(&c, stack[1], false, &grads, &ng);
     taken &= tensors_in(&c, stack[2], true, &buffers, &nm);

@@ -100,12 +100,12 @@ def tucker_conv(form, **options):
     return call
 
 
-def step(retraction):
+def step(retraction, **rule):
     """A step of copies of what is given, so that it can be repeated."""
 
     def call(weight, grad, buffer):
         made = [t.detach().clone() for t in (weight, grad, buffer)]
-        ts.grassmann_step_(*made, lr=0.3, momentum=0.9, retraction=retraction)
+        ts.grassmann_step_(*made, lr=0.3, momentum=0.9, retraction=retraction, **rule)
         return torch.stack((made[0], made[2]))
 
     return call
@@ -126,6 +126,8 @@ CASES = [
          lambda x, w, t, c: ts.subspace_cross_entropy(x, w, t.softmax(-1), class_weight=c.abs() + 0.5, gamma=4.0,
                                                       label_smoothing=0.1, reduction="none"), 2, tf32=True, scale=3),
     *(Case(f"rsgd {name}", frames, step(name), 0, halves=()) for name in ("geodesic", "polar", "qr", "cayley")),
+    *(Case(f"rsgd stiefel {name}", frames, step(name, manifold="stiefel"), 0, halves=())
+      for name in ("geodesic", "polar", "qr", "cayley")),
     Case("tucker", lambda: [t.flip(0) for t in draw((24, 16, 3, 3), (5, 4, 3, 2), (24, 5), (16, 4), (3, 2))],
          lambda base, core, u, v, k: ts.tucker_compose(core, [u, v, None, k], scale=0.5, base=base), 5, narrow=1,
          tf32=True),
@@ -162,6 +164,8 @@ LARGER = [
     Case("rsgd k=17", lambda: frames(3, 17, 300), step("geodesic"), 0),
     Case("rsgd n=8192", lambda: frames(2, 8, 8192), step("geodesic"), 0),
     Case("rsgd k=40", lambda: frames(1, 40, 700), step("qr"), 0),
+    Case("rsgd stiefel k=17", lambda: frames(3, 17, 300), step("geodesic", manifold="stiefel", nesterov=True), 0),
+    Case("rsgd stiefel n=8192", lambda: frames(2, 8, 8192), step("cayley", manifold="stiefel"), 0),
     Case("logits, panels", lambda: head(300, 8, 96, 300), ts.subspace_logits, 2),
     Case("cross_entropy, panels", lambda: [*head(700, 2, 40, 70), labels(70, 700)], ts.subspace_cross_entropy, 2),
     Case("coding_rate d=130", lambda: points(200, 130), ts.coding_rate, 1),

@@ -235,6 +235,8 @@ EMPTY = [
     ("cross_entropy, no rows", lambda d: ts.subspace_cross_entropy(
         torch.ones(0, 8, device=d), torch.ones(3, 2, 8, device=d), torch.empty(0, dtype=torch.int64, device=d))),
     ("rsgd, no classes", lambda d: ts.grassmann_step_(*torch.ones(2, 0, 3, 8, device=d).unbind(), lr=0.1)),
+    ("rsgd, no frames of the Stiefel manifold", lambda d: ts.grassmann_step_(
+        *torch.ones(2, 0, 3, 8, device=d).unbind(), lr=0.1, manifold="stiefel")),
     ("rsgd, no parameters", lambda d: ts.grassmann_step_([], [], lr=0.1)),
     ("tucker, no factors", lambda d: ts.tucker_compose(torch.ones(3, 4, device=d), [None, None], scale=2.0)),
     ("tucker_linear, no rows", lambda d: ts.tucker_linear(
@@ -274,7 +276,10 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "cross_entropy": lambda: OP.cross_entropy(ones(3, 4), ones(2, 2, 4), integers(0), integers(4), ones(0), 25.0, True,
                                               -100, 0.0, 0),
     "rsgd": lambda: OP.rsgd_([ones(2, 5, 4)], [ones(2, 5, 4)], [], integers(0), torch.tensor(0.1, dtype=torch.float64),
-                             0.0, 0.0, 0.0, False, False, 0, False),
+                             0.0, 0.0, 0.0, False, False, 0, False, False),
+    "rsgd transport on the Stiefel manifold": lambda: OP.rsgd_(
+        [ones(2, 3, 4)], [ones(2, 3, 4)], [], integers(0), torch.tensor(0.1, dtype=torch.float64), 0.0, 0.0, 0.0, False,
+        False, 0, True, True),
     "tucker": lambda: OP.tucker_compose(ones(2, 2), [ones(4, 3), ones(5, 2)], [], 1.0),
     "tucker_conv": lambda: OP.tucker_project(ones(2, 6, 9), ones(5, 3), ones(2, 3, 9), integers(0), 0.0, False, True,
                                              True),

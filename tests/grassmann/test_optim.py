@@ -138,7 +138,7 @@ def test_named_parameters():
 
 
 REFUSED = {
-    "unknown manifold": (ValueError, "manifold", lambda: [{"params": [frame()], "manifold": "stiefel"}], {}),
+    "unknown manifold": (ValueError, "manifold", lambda: [{"params": [frame()], "manifold": "sphere"}], {}),
     "unknown retraction": (ValueError, "retraction", lambda: marked(frame()), {"retraction": "exp"}),
     "parallel transport but no geodesic": (
         ValueError,

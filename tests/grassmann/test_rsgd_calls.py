@@ -169,14 +169,15 @@ def test_autograd_sees_the_change():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_opcheck(momentum, ragged):
+@pytest.mark.parametrize("momentum, stiefel", [(0.0, False), (0.9, False), (0.9, True)])
+def test_opcheck(momentum, stiefel, ragged):
     weight, grad, buffer = problem(3, 4, 24, torch.float32)
     if ragged:
         weight, grad, buffer = (t.reshape(12, 24) for t in (weight, grad, buffer))
     start = torch.tensor([0, 3, 8, 12] if ragged else [], dtype=torch.int64)
     lr = torch.tensor(0.1, dtype=torch.float64)
-    arguments = ([weight], [grad], [buffer] if momentum else [], start, lr, momentum, 0.0, 0.0, False, False, 0, False)
+    arguments = ([weight], [grad], [buffer] if momentum else [], start, lr, momentum, 0.0, 0.0, False, False, 0, False,
+                 stiefel)
     torch.library.opcheck(torch.ops.torch_subspace.rsgd_.default, arguments)
 
 

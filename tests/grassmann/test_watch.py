@@ -73,7 +73,7 @@ def test_assigned_and_moved_weights_are_known(silent):
     assert layer.frame_error() < 1e-6
     layer = head().double().to("meta").to_empty(device="cpu")
     layer.reset_parameters()
-    assert SGD(layer.parameters(), lr=0.5).param_groups[0]["frames"] == [(None, [0])]
+    assert SGD(layer.parameters(), lr=0.5).param_groups[0]["frames"] == [(None, [0], "grassmann")]
 
 
 @pytest.mark.parametrize("kind", [SGD, ADAM], ids=lambda kind: kind.__name__)

@@ -54,6 +54,17 @@ def test_nesterov(dtype, transport):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("nesterov", [False, True], ids=["", "nesterov"])
+@pytest.mark.parametrize("lr", [0.6, 20.0])
+@pytest.mark.parametrize("retraction", ["geodesic", "polar", "qr", "cayley"])
+@pytest.mark.parametrize("shape", [(3, 1, 9), (5, 3, 50), (20, 8, 2048), (2, 17, 300), (2, 8, 9000)], ids=str)
+def test_a_step_on_the_stiefel_manifold(shape, retraction, lr, nesterov, dtype):
+    rule = {"lr": lr, "momentum": 0.8, "nesterov": nesterov, "retraction": retraction, "manifold": "stiefel"}
+    weight = compare(problem(*shape, dtype), dtype, (1 + lr) * TOLERANCE[dtype], **rule)
+    assert frame_error(weight) < (5e-7 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("lr", [20.0, 1e4])
 @pytest.mark.parametrize("retraction, transport", RULES)
 def test_a_long_step(retraction, transport, lr, dtype):
