@@ -55,6 +55,19 @@ template <typename T> static __device__ inline void lay_out(rsgd_class<T> *s, do
     s->q.rows = at, s->q.values = at + 2 * (k + 1);
 }
 
+/* M <- M' - sym(M' W') W. By value, as the careful path. */
+template <typename T> static __device__ __noinline__ void keep_tangent(rsgd_class<T> c)
+{
+    const rsgd_class<T> *const s = &c;
+    const kxk *const q = &s->q;
+    double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *X = matrix(s, AT_X), *E = matrix(s, AT_E);
+    if (s->step->rule.blocks == 3) product(q, matrix(s, AT_MW), R, P), put<T, T>(s, NULL, 1, 1);
+    negative_symmetric(q, P, X), product(q, X, R, E);
+    put<T, T>(s, E, 1, 0);
+    identity(q, E);
+    put<T, T>(s, E, 1, s->step->rule.blocks - 1);
+}
+
 /* The k x k part: from the Gram matrix (R is Q at first, E = dir W') to the coefficients. By the team of q. */
 template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
 {
@@ -88,13 +101,7 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     else identity(q, E); /* a step of no length leaves every bit, drift included */
     put<T, T>(s, E, 0, 0), put<T, T>(s, g, 0, 1, a);
     if (st->rule.blocks == 3) put<T, T>(s, NULL, 0, 2);
-    if (st->tangent) { /* M <- M' - sym(M' W') W */
-        if (st->rule.blocks == 3) product(q, Mw, R, P), put<T, T>(s, NULL, 1, 1);
-        negative_symmetric(q, P, X), product(q, X, R, E);
-        put<T, T>(s, E, 1, 0);
-        identity(q, E);
-        put<T, T>(s, E, 1, st->rule.blocks - 1);
-    }
+    if (st->tangent) keep_tangent(*s);
     if (!st->parallel) return;
 
     /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */

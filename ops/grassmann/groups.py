@@ -217,7 +217,7 @@ def check_shards(name, p, dims):
         return
     cut = [i for i, placement in enumerate(p.placements) if p.device_mesh.size(i) > 1 and not placement.is_replicate()]
     if dims is None and cut and p.dim() != 3:
-        raise ValueError(f"{name}: frames that are sharded must be (C, k, n), got {tuple(p.shape)}, which is cut within "
+        raise ValueError(f"{name}: frames that are sharded must be (C, k, n), got {tuple(p.shape)}, cut within "
                          "a frame: keep it whole")
     if dims is not None and cut and p.dim() == 2:
         raise ValueError(

@@ -173,6 +173,15 @@ def _start(x: Tensor, energy: Tensor, count: int, dim: int, generator: torch.Gen
     return torch.stack(frames)
 
 
+def _frames_of(x: Tensor, labels: Tensor, left: Tensor, count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """The principal directions of each cluster's points; clusters without any begin anew, about the worst held."""
+    sizes = labels.bincount(minlength=count)
+    spare = iter(left.topk(int((sizes == 0).sum())).indices)
+    own = labels.argsort(stable=True).split(sizes.tolist())
+    own = [x[rows] if len(rows) else x[next(spare)][None] for rows in own]
+    return torch.stack([principal_frame(points, dim, generator) for points in own])
+
+
 def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: float, generator: torch.Generator):
     """(frames, labels, what is left, alternations, whether it ended) of one start."""
     frames, labels, before = _start(x, energy, count, dim, generator), None, float("inf")
@@ -183,10 +192,6 @@ def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: 
         if labels is not None and (before - now <= tol * before or torch.equal(found, labels)):
             return frames, found, now, turn, True
         labels, before = found, now
-        sizes = labels.bincount(minlength=count)
-        spare = iter(left.topk(int((sizes == 0).sum())).indices)  # clusters without points begin anew, about the worst
-        own = labels.argsort(stable=True).split(sizes.tolist())
-        own = [x[rows] if len(rows) else x[next(spare)][None] for rows in own]
-        frames = torch.stack([principal_frame(points, dim, generator) for points in own])
+        frames = _frames_of(x, labels, left, count, dim, generator)
     held, labels = subspace_scores(x, frames).max(1)
     return frames, labels, float((energy - held).clamp_(min=0).sum(dtype=torch.float64)), most, False
