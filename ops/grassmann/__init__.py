@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .averaging import FrameAverage as FrameAverage
     from .averaging import average_frames as average_frames
     from .k_subspaces import KSubspaces as KSubspaces
+    from .learners import DynamicSubspaceLearners as DynamicSubspaceLearners
+    from .learners import grouped_normalize as grouped_normalize
     from .patching import SubspacePatch as SubspacePatch
     from .patching import rowspace_split as rowspace_split
     from .patching import subspace_patch as subspace_patch
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
     from .subspaces import subspace_denoise as subspace_denoise
     from .subspaces import subspace_scores as subspace_scores
 
-_FILES = {"FrameAverage": "averaging", "KSubspaces": "k_subspaces", "SubspacePatch": "patching",
-          "average_frames": "averaging", "class_subspaces": "subspaces", "rowspace_split": "patching",
-          "subspace_denoise": "subspaces", "subspace_patch": "patching", "subspace_scores": "subspaces"}
-__all__ = ["FrameAverage", "KSubspaces", "SubspacePatch", "average_frames", "class_subspaces", "rowspace_split",
-           "subspace_denoise", "subspace_patch", "subspace_scores"]
+_FILES = {"DynamicSubspaceLearners": "learners", "FrameAverage": "averaging", "KSubspaces": "k_subspaces",
+          "SubspacePatch": "patching", "average_frames": "averaging", "class_subspaces": "subspaces",
+          "grouped_normalize": "learners", "rowspace_split": "patching", "subspace_denoise": "subspaces",
+          "subspace_patch": "patching", "subspace_scores": "subspaces"}
+__all__ = ["DynamicSubspaceLearners", "FrameAverage", "KSubspaces", "SubspacePatch", "average_frames",
+           "class_subspaces", "grouped_normalize", "rowspace_split", "subspace_denoise", "subspace_patch",
+           "subspace_scores"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,291 @@
+"""Metric learners that share an embedding's coordinates out: each group of them is a unit vector of its own.
+
+An embedding of D coordinates is cut into K groups, the learners. Points are clustered by the whole embedding, and each
+learner is trained on the pairs of one cluster, so that it learns what tells its points apart. K is not known before:
+where training no longer gets better the last learner is split, by the first-order effect on the loss of dropping a
+coordinate, |E[a dL/da]| with a the normalised activation: the coordinates that matter stay, as a learner, and all
+others begin anew as the next one.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common import (
+    FLOATS,
+    check_dense,
+    check_device,
+    check_floating,
+    check_number,
+    full_precision,
+    told,
+    whole,
+    wide_dtype,
+)
+from .frames import as_dims
+from .logits import owners
+
+CUTOFF = 0.5  # negatives nearer than this are left out: their gradients' directions are noise
+SHARE = (0.0, 1.0, "a number from 0 to 1")
+LENGTH = (0.0, 2.0, "a number from 0 to 2")  # unit vectors are no further apart
+
+
+def grouped_normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Each group of coordinates scaled to unit length.
+
+    Args:
+        x: (..., D).
+        dims: how many coordinates each group has, ints above 0 that sum to D.
+
+    Returns:
+        Shaped like x, of its dtype: x divided by the length of its group. A group that is zero stays zero, and so does
+        its gradient, where `torch.nn.functional.normalize` has one of 1e12. Groups of any finite numbers, large or
+        small, come out of length 1; float16 and bfloat16 are computed in float32, also under autocast.
+
+    Differentiable, any number of times.
+
+    Raises:
+        TypeError: x is no dense floating tensor, or dims are no ints.
+        ValueError: dims are not above 0, or do not sum to D.
+
+    Example:
+        >>> ts.grassmann.grouped_normalize(torch.tensor([3.0, 4.0, 0.0, 0.0, -2.0]), (2, 2, 1))
+        tensor([ 0.6000,  0.8000,  0.0000,  0.0000, -1.0000])
+    """
+    name = "grouped_normalize"
+    check_floating(name, "x", x)
+    sizes = as_dims(name, dims)
+    if sizes is None:
+        raise TypeError(f"{name}: dims must be a sequence of ints, got None")
+    if x.dim() < 1 or any(size < 1 for size in sizes) or sum(sizes) != x.shape[-1]:
+        raise ValueError(f"{name}: need x (..., D) and dims above 0 that sum to D, got {tuple(x.shape)} and {sizes}")
+    if not sizes:
+        return x.clone()
+    with full_precision(x):
+        wide = x.to(wide_dtype(x.dtype))
+        if len(set(sizes)) == 1:
+            groups = wide.unflatten(-1, (len(sizes), sizes[0]))
+            return _unit(groups, lambda t: t.sum(-1, keepdim=True), lambda t: t.amax(-1, keepdim=True)).flatten(
+                -2).to(x.dtype)
+        owner = owners(sizes, wide)
+        return _unit(wide, lambda t: _sums(t, owner, len(sizes))[..., owner],
+                     lambda t: torch.stack([part.amax(-1) for part in t.split(sizes, -1)], -1)[..., owner]).to(x.dtype)
+
+
+def _sums(t: Tensor, owner: Tensor, groups: int) -> Tensor:
+    return t.new_zeros(*t.shape[:-1], groups).index_add(-1, owner, t)
+
+
+def _unit(x: Tensor, sums, largest) -> Tensor:
+    """x over the root of its groups' sums of squares, first over their largest entry, so that no square is lost."""
+    most = largest(x.detach().abs())
+    zero = most == 0
+    x = (x / most.masked_fill(zero, 1)).masked_fill(zero, 0)  # and no gradient
+    return x * sums(x.square()).masked_fill(zero, 1).rsqrt()
+
+
+class DynamicSubspaceLearners(nn.Module):
+    """An embedding for retrieval in groups of coordinates, each trained on the points of a cluster.
+
+    Args:
+        in_features: length of the features.
+        dim: D, coordinates of the embedding, at least ``least``.
+        beta, margin: of the margin loss: pairs of a class are to be nearer than beta - margin, others further than
+            beta + margin, on the unit sphere.
+        threshold: a coordinate of the last learner stays in it, when it is split, if the effect of dropping it exceeds
+            this share of the range from its least to its most important one.
+        least: coordinates that either part must have.
+        device, dtype: of the embedding, as for `torch.nn.Linear`.
+
+    Attributes:
+        embed: the `torch.nn.Linear` from features to D coordinates.
+        dims: how many coordinates each learner has; (dim,) at first, and part of the `state_dict`.
+
+    A training loop calls ``loss(features, target, learner)`` on batches of a cluster's points, `assign` every few
+    epochs, and `split` where nothing has got better for some; in the end ``loss(features, target)`` of the whole
+    embedding on batches of all points. The public code does these every 2 epochs, after 10, and from the 250th of 300.
+
+    Raises:
+        TypeError, ValueError: arguments of a wrong kind, or out of range.
+
+    Source: attention-based dynamic subspace learners (Adiga, Dolz and Lombaert, 2022), without the attention; learners
+    by cluster: Sanakoyeu et al. (2019); the margin loss: Wu et al. (2017, arXiv 1706.07567).
+
+    Example:
+        >>> model = ts.grassmann.DynamicSubspaceLearners(16, dim=24)
+        >>> x, y = torch.randn(80, 16), torch.arange(80) % 4
+        >>> model(x).shape, torch.allclose(model(x).norm(dim=1), torch.ones(80))
+        (torch.Size([80, 24]), True)
+        >>> model.loss(x, y, learner=0).backward()
+        >>> model.split(), len(model.dims), sum(model.dims)
+        (True, 2, 24)
+        >>> cluster = model.assign(x)    # of each point; learner c trains on those of cluster c
+        >>> model.loss(x[cluster == 1], y[cluster == 1], learner=1).backward()
+    """
+
+    _effect: Tensor
+    _seen: Tensor
+
+    def __init__(self, in_features: int, dim: int = 128, *, beta: float = 1.2, margin: float = 0.2,
+                 threshold: float = 0.5, least: int = 5, device: torch.device | str | int | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        name = "DynamicSubspaceLearners"
+        in_features, self.least = whole(name, "in_features", in_features, 1), whole(name, "least", least, 1)
+        dim = whole(name, "dim", dim, self.least)
+        for what, value in (("beta", beta), ("margin", margin)):
+            check_number(name, what, value, LENGTH)
+        check_number(name, "threshold", threshold, SHARE)
+        check_device(name, device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+            raise TypeError(f"{name}: dtype must be floating-point, got {told(dtype)}")
+        self.beta, self.margin, self.threshold = float(beta), float(margin), float(threshold)
+        self.embed = nn.Linear(in_features, dim, device=device, dtype=dtype)
+        self.dims: tuple[int, ...] = (dim,)
+        self.register_buffer("_effect", torch.zeros(dim, device=device), persistent=False)
+        self.register_buffer("_seen", torch.zeros((), device=device), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The embedding (..., D), of unit length: each learner's part has length 1 / sqrt(K)."""
+        return grouped_normalize(self.embed(features), self.dims) / len(self.dims) ** 0.5
+
+    def loss(self, features: Tensor, target: Tensor, learner: int | None = None) -> Tensor:
+        """Margin loss of a batch: of one learner's coordinates, or of all.
+
+        Args:
+            features: (n, in_features).
+            target: labels, (n,), int64.
+            learner: 0 to K - 1; None takes the whole embedding.
+
+        Returns:
+            0-dim. Of each point all pairs with its own class, and as many of the nearest of others that are at least
+            0.5 away; the mean of the terms that are not zero.
+
+        In training mode its backward adds up the effect of each coordinate, for `split`.
+        """
+        name = "DynamicSubspaceLearners.loss"
+        check_floating(name, "features", features)
+        check_dense(name, "target", target)
+        if target.dtype != torch.int64:
+            raise TypeError(f"{name}: target must be int64, got {target.dtype}")
+        if features.dim() != 2 or features.shape[1] != self.embed.in_features or target.shape != features.shape[:1]:
+            raise ValueError(f"{name}: need features (n, {self.embed.in_features}) and target (n,), got "
+                             f"{tuple(features.shape)} and {tuple(target.shape)}")
+        if target.device != features.device:
+            raise ValueError(f"{name}: features and target must be on one device, got {features.device} and "
+                             f"{target.device}")
+        if learner is not None and whole(name, "learner", learner) >= len(self.dims):
+            raise ValueError(f"{name}: learner must be below {len(self.dims)}, got {learner}")
+        z = grouped_normalize(self.embed(features), self.dims)
+        if self.training and z.requires_grad:
+            z.register_hook(self._watch(z.detach()))
+        part = z / len(self.dims) ** 0.5 if learner is None else z.split(self.dims, -1)[learner]
+        return self._margin_loss(part, target)
+
+    def _margin_loss(self, z: Tensor, target: Tensor) -> Tensor:
+        with full_precision(z):
+            z = z.to(wide_dtype(z.dtype))
+            length = z.square().sum(1)  # near pairs lose digits here, and have no loss
+            distance = ((length[:, None] + length - 2 * z @ z.mT).clamp(min=0) + 1e-8).sqrt()
+            same = target[:, None] == target
+            positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+            far = distance.detach().masked_fill(same | (distance < CUTOFF), torch.inf)
+            rank = far.argsort(1).argsort(1)  # of each anchor's negatives, the nearest first
+            negative = (rank < positive.sum(1, keepdim=True)) & far.isfinite()
+            off = distance - self.beta
+            terms = torch.cat([(self.margin + off)[positive], (self.margin - off)[negative]]).relu()
+            return terms.sum() / (terms > 0).sum().clamp(min=1)
+
+    def _watch(self, z: Tensor):
+        def add(gradient: Tensor) -> None:
+            self._effect += (z * gradient).sum(0).to(self._effect)
+            self._seen += len(z)
+
+        return add
+
+    @torch.no_grad()
+    def assign(self, features: Tensor, previous: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """Cluster points by the whole embedding: which learner is to train on which.
+
+        Args:
+            features: (n, in_features), all points that are trained on.
+            previous: what the last call said of the same points, for learners to keep theirs as far as they can.
+            seed: of k-means.
+
+        Returns:
+            (n,), int64, from 0 to K - 1. Clusters are scikit-learn's k-means', matched with `previous` by scipy.
+        """
+        name = "DynamicSubspaceLearners.assign"
+        check_floating(name, "features", features)
+        if features.dim() != 2 or features.shape[1] != self.embed.in_features:
+            raise ValueError(f"{name}: need features (n, {self.embed.in_features}), got {tuple(features.shape)}")
+        count = len(self.dims)
+        if len(features) < count or features.is_meta:
+            raise ValueError(f"{name}: need at least as many points as learners, {count}, got {told(features)}")
+        if previous is not None:
+            check_dense(name, "previous", previous)
+            if previous.dtype != torch.int64:
+                raise TypeError(f"{name}: previous must be int64, got {previous.dtype}")
+            fits = previous.shape == features.shape[:1] and not previous.is_meta
+            if not fits or previous.min() < 0 or previous.max() >= count:
+                raise ValueError(f"{name}: previous must be ({len(features)},) labels from 0 to {count - 1}, got "
+                                 f"{told(previous)}")
+        seed = whole(name, "seed", seed)
+        if seed >= 2**32:
+            raise ValueError(f"{name}: seed must be below 2**32, got {seed}")
+        if count == 1:
+            return torch.zeros(len(features), dtype=torch.int64, device=features.device)
+        from sklearn.cluster import KMeans
+
+        z = self(features)
+        if not z.isfinite().all():
+            raise ValueError(f"{name}: the embedding of a point is not finite")
+        found = torch.from_numpy(KMeans(count, n_init=4, random_state=seed).fit_predict(z.float().cpu().numpy())).long()
+        if previous is not None:
+            from scipy.optimize import linear_sum_assignment
+
+            both = torch.zeros(count, count, dtype=torch.int64)
+            both.index_put_((found, previous.cpu()), torch.ones_like(found), accumulate=True)
+            found = torch.from_numpy(linear_sum_assignment(both.numpy(), maximize=True)[1]).long()[found]
+        return found.to(features.device)
+
+    @torch.no_grad()
+    def split(self) -> bool:
+        """Split the last learner, by the losses since the last call (or the start): was it?
+
+        Coordinates whose effect exceeds the threshold become one learner, all others begin anew as the next. Nothing
+        happens where a part would have fewer than ``least`` coordinates, or no loss has had a backward in training mode
+        since. An optimiser's state of `embed` goes on as it is.
+        """
+        last, start = self.dims[-1], sum(self.dims[:-1])
+        effect, seen = self._effect[start:].abs(), float(self._seen)
+        self._effect.zero_(), self._seen.zero_()
+        low, high = effect.min(), effect.max()
+        if seen == 0 or not bool((high > low) & high.isfinite()):
+            return False
+        stay = ((effect - low) / (high - low) > self.threshold).nonzero()[:, 0]
+        rest = last - len(stay)
+        if min(len(stay), rest) < self.least:
+            return False
+        weight, bias = self.embed.weight, self.embed.bias
+        fresh = nn.Linear(self.embed.in_features, rest, device=weight.device, dtype=weight.dtype)
+        nn.init.xavier_normal_(fresh.weight)
+        weight[start:] = torch.cat([weight[start + stay], fresh.weight])
+        bias[start:] = torch.cat([bias[start + stay], fresh.bias])
+        self.dims = (*self.dims[:-1], len(stay), rest)
+        return True
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"dims": self.dims}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        dims = as_dims("DynamicSubspaceLearners", state["dims"])
+        if dims is None or sum(dims) != self.embed.out_features:
+            raise ValueError(f"DynamicSubspaceLearners: dims must sum to {self.embed.out_features}, got {told(dims)}")
+        self.dims = dims
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}, beta={self.beta:g}, margin={self.margin:g}"

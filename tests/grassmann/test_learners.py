@@ -1,0 +1,171 @@
+"""Groups are unit vectors, zeros stay zeros; learners split by what matters, and cluster points to train on."""
+
+import copy
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import normal
+
+from torch_subspace.grassmann import DynamicSubspaceLearners, grouped_normalize
+
+DIMS = [(2, 2, 2), (1, 3, 2), (6,), (1,) * 6]
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_groups_are_unit_vectors(dims):
+    x = normal(3, 4, 6, seed=1)
+    expected = torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in x.split(dims, -1)], -1)
+    helpers.close(grouped_normalize(x, dims), expected, 1e-15, absolute=True)
+    assert torch.autograd.gradcheck(lambda x: grouped_normalize(x, dims), x[0].requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda x: grouped_normalize(x, dims), x[0].detach().requires_grad_())
+    vmapped = torch.func.vmap(lambda x: grouped_normalize(x, dims))(x.detach())
+    helpers.close(vmapped, expected, 1e-15, absolute=True)
+    compiled = torch.compile(lambda x: grouped_normalize(x, dims), fullgraph=True, dynamic=True, backend="aot_eager")
+    helpers.close(compiled(x.detach()), expected, 1e-15, absolute=True)
+    for size in (1e-300, 1e300):
+        helpers.close(grouped_normalize(size * x.detach(), dims), expected, 1e-14, absolute=True)
+    single = grouped_normalize((1e-30 * x.detach()).float(), dims)
+    helpers.close(single, expected, 1e-6, absolute=True)
+    half = grouped_normalize(x.detach().half(), dims)
+    assert half.dtype == torch.float16 and (half - expected).abs().max() < 2e-3
+    assert grouped_normalize(x[:0].detach(), dims).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize("dims", DIMS[:2], ids=str)
+def test_groups_of_zeros_stay_zeros(dims):
+    x = normal(4, 6, seed=1)
+    x[1], x[2, dims[0] : dims[0] + dims[1]] = 0, 0
+    x.requires_grad_()
+    y = grouped_normalize(x, dims)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    zero = x == 0
+    assert not y[zero].any() and not gradient[zero].any() and second.isfinite().all()
+    assert gradient[0].abs().max() > 0 or dims == (1,) * 6
+    other = x.detach()[[0, 3]].requires_grad_()
+    helpers.close(torch.autograd.grad(grouped_normalize(other, dims).sum(), other)[0], gradient[[0, 3]], 1e-15,
+                  absolute=True)  # fmt: skip
+
+
+def margin_loss(z, target, beta=1.2, margin=0.2):
+    """The published sum, pair by pair."""
+    terms = []
+    for i in range(len(z)):
+        far = sorted(((z[i] - z[j]).norm().item(), j) for j in range(len(z)) if target[j] != target[i])
+        others = [j for distance, j in far if distance >= 0.5]
+        mates = [j for j in range(len(z)) if j != i and target[j] == target[i]]
+        terms += [torch.relu((z[i] - z[j]).norm() - beta + margin) for j in mates]
+        terms += [torch.relu(beta - (z[i] - z[j]).norm() + margin) for j in others[: len(mates)]]
+    active = [term for term in terms if term > 0]
+    return torch.stack(active).mean() if active else z.new_zeros(())
+
+
+@pytest.mark.parametrize("learner", [None, 0, 1])
+def test_its_loss_is_the_margin_loss(learner):
+    model = DynamicSubspaceLearners(5, 12, dtype=torch.float64)
+    model.dims = (7, 5)
+    x, y = normal(15, 5, seed=2), torch.arange(15) % 4
+    z = model(x) if learner is None else grouped_normalize(model.embed(x), model.dims).split(model.dims, -1)[learner]
+    found = model.loss(x, y, learner)
+    helpers.close(found, margin_loss(z, y), 1e-7, absolute=True)
+    (gradient,) = torch.autograd.grad(found, model.embed.weight)
+    (expected,) = torch.autograd.grad(margin_loss(z, y), model.embed.weight)
+    helpers.close(gradient, expected, 1e-6, absolute=True)
+    alone = model.loss(x[:1], y[:1], learner)
+    assert alone == 0 and alone.requires_grad
+
+
+def trained(model, x, y, steps=60, learner=None, lr=0.01):
+    optimiser = torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = model.loss(x, y, learner)
+        loss.backward()
+        optimiser.step()
+    return loss.item()
+
+
+def test_a_split_keeps_what_matters():
+    torch.manual_seed(0)
+    model = DynamicSubspaceLearners(6, 20)
+    x, y = torch.randn(60, 6), torch.arange(60) % 3
+    x = x + 2 * torch.eye(6)[y]
+    assert not model.split()  # nothing seen so far
+    first = trained(model, x, y, 1)
+    assert trained(model, x, y) < first
+    model._effect.zero_(), model._seen.zero_()
+    z = grouped_normalize(model.embed(x), model.dims)
+    z.retain_grad()
+    model._margin_loss(z, y).backward()
+    effect = (z * z.grad).mean(0).abs()
+    effect = (effect - effect.min()) / (effect.max() - effect.min())
+    model.zero_grad()
+    model.loss(x, y).backward()
+    before, stay = model.embed.weight.detach().clone(), effect > 0.5
+    if stay.sum() < 5:
+        model.threshold = float(effect.sort().values[-8]) - 1e-6
+        stay = effect > model.threshold
+    assert model.split() and model.dims == (int(stay.sum()), 20 - int(stay.sum()))
+    helpers.close(model.embed.weight[: model.dims[0]], before[stay], 0, absolute=True)
+    assert not any((row == before).all(1).any() for row in model.embed.weight[model.dims[0] :])
+    assert not model.split()  # its losses are forgotten
+    model.eval().loss(x, y).backward()
+    assert model._seen == 0
+    again = DynamicSubspaceLearners(6, 20)
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert again.dims == model.dims and torch.equal(again(x), model(x))
+    with pytest.raises(ValueError, match="dims must sum to 12"):
+        DynamicSubspaceLearners(6, 12).set_extra_state(model.get_extra_state())
+
+
+def test_clusters_keep_their_learners():
+    torch.manual_seed(0)
+    model = DynamicSubspaceLearners(8, 12)
+    x = torch.randn(90, 8) * 0.2 + 4 * torch.eye(8)[torch.arange(90) % 3]
+    assert not model.assign(x).any()
+    model.dims = (4, 4, 4)
+    one = model.assign(x)
+    assert one.unique().tolist() == [0, 1, 2] and all(len(one[i::3].unique()) == 1 for i in range(3))
+    turned = (one + 1) % 3
+    for seed in range(3):
+        assert torch.equal(model.assign(x, one, seed=seed), one)
+        assert torch.equal(model.assign(x, turned, seed=seed), turned)
+
+
+def test_learners_on_clusters_retrieve():
+    """The whole schedule on planted classes: a nearest neighbour is of the class."""
+    torch.manual_seed(0)
+    centres = torch.randn(12, 10)
+    y = torch.arange(240) % 12
+    x = centres[y] + 0.4 * torch.randn(240, 10)
+    model = DynamicSubspaceLearners(10, 24, threshold=0.3)
+    trained(model, x, y, 30)
+    assert model.split()
+    cluster = None
+    for _ in range(3):
+        cluster = model.assign(x, cluster)
+        for learner in range(len(model.dims)):
+            own = cluster == learner
+            trained(model, x[own], y[own], 15, learner)
+    trained(model, x, y, 20)
+    z = model.eval()(x).detach()
+    assert np.allclose(z.norm(dim=1), 1, atol=1e-6)
+    near = torch.cdist(z, z).fill_diagonal_(9).argmin(1)
+    assert (y[near] == y).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: grouped_normalize(normal(3, 6), (2, 2)), r"dims above 0 that sum to D, got \(3, 6\) and \(2, 2\)"),
+    (lambda m: grouped_normalize(normal(3, 6), (6, 0)), "dims above 0"),
+    (lambda m: grouped_normalize(normal(3, 6), None), "dims must be a sequence of ints, got None"),
+    (lambda m: DynamicSubspaceLearners(4, 3), "dim"),
+    (lambda m: DynamicSubspaceLearners(4, 8, beta=3.0), "beta must be a number from 0 to 2, got 3.0"),
+    (lambda m: m.loss(torch.randn(3, 4), torch.tensor([0, 1])), "need features"),
+    (lambda m: m.loss(torch.randn(2, 4), torch.tensor([0, 1]), 1), "learner must be below 1, got 1"),
+    (lambda m: m.assign(torch.randn(2, 4), torch.tensor([0, 1])), "previous must be"),
+])  # fmt: skip
+def test_wrong_input(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(DynamicSubspaceLearners(4, 8))
