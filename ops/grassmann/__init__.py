@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from .patching import SubspacePatch as SubspacePatch
     from .patching import rowspace_split as rowspace_split
     from .patching import subspace_patch as subspace_patch
+    from .probe import OrthogonalProbe as OrthogonalProbe
     from .subspaces import class_subspaces as class_subspaces
     from .subspaces import subspace_denoise as subspace_denoise
     from .subspaces import subspace_scores as subspace_scores
 
 _FILES = {"DynamicSubspaceLearners": "learners", "FrameAverage": "averaging", "KSubspaces": "k_subspaces",
-          "SubspacePatch": "patching", "average_frames": "averaging", "class_subspaces": "subspaces",
-          "grouped_normalize": "learners", "rowspace_split": "patching", "subspace_denoise": "subspaces",
-          "subspace_patch": "patching", "subspace_scores": "subspaces"}
-__all__ = ["DynamicSubspaceLearners", "FrameAverage", "KSubspaces", "SubspacePatch", "average_frames",
-           "class_subspaces", "grouped_normalize", "rowspace_split", "subspace_denoise", "subspace_patch",
-           "subspace_scores"]
+          "OrthogonalProbe": "probe", "SubspacePatch": "patching", "average_frames": "averaging",
+          "class_subspaces": "subspaces", "grouped_normalize": "learners", "rowspace_split": "patching",
+          "subspace_denoise": "subspaces", "subspace_patch": "patching", "subspace_scores": "subspaces"}
+__all__ = ["DynamicSubspaceLearners", "FrameAverage", "KSubspaces", "OrthogonalProbe", "SubspacePatch",
+           "average_frames", "class_subspaces", "grouped_normalize", "rowspace_split", "subspace_denoise",
+           "subspace_patch", "subspace_scores"]
 
 
 def __getattr__(name: str) -> Any:
