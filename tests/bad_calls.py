@@ -5,6 +5,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import bad_frames
 import bad_input as table
 import bad_values as bad
 import torch
@@ -138,20 +139,7 @@ add("grassmann.class_subspaces", call(grassmann.class_subspaces, x=x(5, 6), y=to
     x=bad.tensor, y=bad.labels, k=bad.whole(0, -1, 7, 2**70), num_classes=bad.whole(0, -1, 2, 2**70),
     generator=bad.generator, fine="num_classes: None; x: another float")
 
-add("grassmann.subspace_patch", call(grassmann.subspace_patch, base=x(5, 6), source=x(5, 6), basis=lambda: w()[0]),
-    base=bad.tensor, source=bad.tensor, basis=bad.tensor,
-    fine="base: dimensions more, a dimension less; source: dimensions more, a dimension less; "
-         "basis: a dimension less, dimensions more")
-BASIS = {"in_features": bad.whole(0, -1, 1, 2**70), "dim": bad.whole(0, -1, 7, 2**70),
-         "device": bad.optional(bad.device), "dtype": bad.optional(bad.dtype), "generator": bad.generator}
-MADE = {"in_features": 6, "dim": 2, "device": None, "dtype": torch.float32, "generator": None}
-add("grassmann.SubspacePatch", call(grassmann.SubspacePatch, **MADE), **BASIS)
-add("grassmann.SubspacePatch.forward", method(lambda: grassmann.SubspacePatch(6, 2), "forward", base=x(5, 6),
-                                              source=x(5, 6)), ("subspace_patch",),
-    base=bad.tensor, source=bad.tensor,
-    fine="base: dimensions more, a dimension less; source: dimensions more, a dimension less")
-add("grassmann.rowspace_split", call(grassmann.rowspace_split, v=x(5, 6), weight=x(3, 6)), v=bad.tensor,
-    weight=bad.tensor, fine=f"{BATCHES.replace('x:', 'v:')}; weight: no rows")
+bad_frames.add_calls(add, w)
 
 add("grassmann.KSubspaces", call(
     lambda **parameters: grassmann.KSubspaces(**parameters).fit(normal(9, 6, seed=1)), n_clusters=3, dim=2, n_init=1,

@@ -55,21 +55,8 @@ template <typename T> static __device__ inline void lay_out(rsgd_class<T> *s, do
     s->q.rows = at, s->q.values = at + 2 * (k + 1);
 }
 
-/* M <- M' - sym(M' W') W. By value, as the careful path. */
-template <typename T> static __device__ __noinline__ void keep_tangent(rsgd_class<T> c)
-{
-    const rsgd_class<T> *const s = &c;
-    const kxk *const q = &s->q;
-    double *R = matrix(s, AT_R), *P = matrix(s, AT_P), *X = matrix(s, AT_X), *E = matrix(s, AT_E);
-    if (s->step->rule.blocks == 3) product(q, matrix(s, AT_MW), R, P), put<T, T>(s, NULL, 1, 1);
-    negative_symmetric(q, P, X), product(q, X, R, E);
-    put<T, T>(s, E, 1, 0);
-    identity(q, E);
-    put<T, T>(s, E, 1, s->step->rule.blocks - 1);
-}
-
 /* The k x k part: from the Gram matrix (R is Q at first, E = dir W') to the coefficients. By the team of q. */
-template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
+template <typename T, bool STIEFEL> static __device__ inline void algebra(rsgd_class<T> *s)
 {
     const rsgd_step *st = s->step;
     kxk *q = &s->q;
@@ -89,7 +76,7 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     }
     meet(q);
     const double tolerance = sizeof(T) == 4 ? 1e-11 : 1e-19;
-    if (st->stiefel) skew(q, a, P, Pm), stiefel(*q, st->kind, false, tolerance, Pm, X, f, g, E, S);
+    if (STIEFEL) skew(q, a, P, Pm), stiefel(*q, st->kind, false, tolerance, Pm, X, f, g, E, S);
     else retraction(q, st->kind, tolerance, X, f, g, st->parallel ? h : NULL);
     EACH_OF(q, e, k * k)
     {
@@ -101,8 +88,14 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     else identity(q, E); /* a step of no length leaves every bit, drift included */
     put<T, T>(s, E, 0, 0), put<T, T>(s, g, 0, 1, a);
     if (st->rule.blocks == 3) put<T, T>(s, NULL, 0, 2);
-    if (st->tangent) keep_tangent(*s);
-    if (!st->parallel) return;
+    if (STIEFEL && st->tangent) { /* M <- M' - sym(M' W') W */
+        if (st->rule.blocks == 3) product(q, Mw, R, P), put<T, T>(s, NULL, 1, 1);
+        negative_symmetric(q, P, X), product(q, X, R, E);
+        put<T, T>(s, E, 1, 0);
+        identity(q, E);
+        put<T, T>(s, E, 1, st->rule.blocks - 1);
+    }
+    if (STIEFEL || !st->parallel) return;
 
     /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */
     if (st->rule.blocks == 3) {
@@ -124,6 +117,12 @@ template <typename T> static __device__ inline void algebra(rsgd_class<T> *s)
     if (st->rule.blocks == 3) put<T, T>(s, E, 1, 2);
 }
 
+/* By value, as the careful path: the Grassmannian's keeps its registers. */
+template <typename T> static __device__ __noinline__ void stiefel_algebra(rsgd_class<T> c)
+{
+    algebra<T, true>(&c);
+}
+
 /* One class. False: its numbers are not finite, nothing was changed. */
 template <typename T, bool LARGE> static __device__ inline bool step_class(rsgd_class<T> *s)
 {
@@ -143,7 +142,8 @@ template <typename T, bool LARGE> static __device__ inline bool step_class(rsgd_
     s->q.thread = thread, s->q.threads = one_warp ? WARP : threads;
     if (kept && write && thread >= first)
         keep_momentum<T, T>(s, s->begin, (int)(s->end - s->begin), s->width, thread - first, threads - first);
-    if (!one_warp || thread < WARP) algebra(s);
+    if ((!one_warp || thread < WARP) && s->step->stiefel) stiefel_algebra(*s);
+    else if (!one_warp || thread < WARP) algebra<T, false>(s);
     __syncthreads();
     combine<T, T>(s, s->width, s->width, true, outputs, write && !kept);
     return true;

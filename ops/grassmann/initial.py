@@ -81,7 +81,8 @@ def principal_directions(x: Tensor, k: int) -> Tensor:
 
 def principal_frame(x: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
     """The frame (k, n) of the principal directions of points (m, n), completed at random where there are fewer."""
-    return completed_frame(principal_directions(x, k), k, generator)
+    found = principal_directions(x, k)
+    return found if len(found) == k else completed_frame(found, k, generator)
 
 
 MEMORY = 4  # features to a dimension: with no more a class begins by knowing its examples

@@ -135,7 +135,9 @@ class DynamicSubspaceLearners(nn.Module):
         super().__init__()
         name = "DynamicSubspaceLearners"
         in_features, self.least = whole(name, "in_features", in_features, 1), whole(name, "least", least, 1)
-        dim = whole(name, "dim", dim, self.least)
+        dim = whole(name, "dim", dim, 1)
+        if self.least > dim:
+            raise ValueError(f"{name}: least must be at most dim={dim}, got {self.least}")
         for what, value in (("beta", beta), ("margin", margin)):
             check_number(name, what, value, LENGTH)
         check_number(name, "threshold", threshold, SHARE)
@@ -150,7 +152,20 @@ class DynamicSubspaceLearners(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """The embedding (..., D), of unit length: each learner's part has length 1 / sqrt(K)."""
-        return grouped_normalize(self.embed(features), self.dims) / len(self.dims) ** 0.5
+        return self._groups("DynamicSubspaceLearners", features) / len(self.dims) ** 0.5
+
+    def _groups(self, name: str, features: Tensor, rows: bool = False) -> Tensor:
+        """Each learner's part of length 1; features that don't fit are refused in `name`'s voice."""
+        check_floating(name, "features", features)
+        weight, shape = self.embed.weight, tuple(features.shape)
+        if (rows and features.dim() != 2) or features.dim() < 1 or shape[-1] != weight.shape[1]:
+            raise ValueError(f"{name}: need features ({'n' if rows else '...'}, {weight.shape[1]}), got {shape}")
+        if features.device != weight.device:
+            raise ValueError(f"{name}: features must be on {weight.device}, got {features.device}")
+        if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+            raise TypeError(f"{name}: features and the embedding must share a dtype, got {features.dtype} and "
+                            f"{weight.dtype}")
+        return grouped_normalize(self.embed(features), self.dims)
 
     def loss(self, features: Tensor, target: Tensor, learner: int | None = None) -> Tensor:
         """Margin loss of a batch: of one learner's coordinates, or of all.
@@ -167,19 +182,15 @@ class DynamicSubspaceLearners(nn.Module):
         In training mode its backward adds up the effect of each coordinate, for `split`.
         """
         name = "DynamicSubspaceLearners.loss"
-        check_floating(name, "features", features)
+        if learner is not None and whole(name, "learner", learner) >= len(self.dims):
+            raise ValueError(f"{name}: learner must be below {len(self.dims)}, got {learner}")
+        z = self._groups(name, features, rows=True)
         check_dense(name, "target", target)
         if target.dtype != torch.int64:
             raise TypeError(f"{name}: target must be int64, got {target.dtype}")
-        if features.dim() != 2 or features.shape[1] != self.embed.in_features or target.shape != features.shape[:1]:
-            raise ValueError(f"{name}: need features (n, {self.embed.in_features}) and target (n,), got "
-                             f"{tuple(features.shape)} and {tuple(target.shape)}")
-        if target.device != features.device:
-            raise ValueError(f"{name}: features and target must be on one device, got {features.device} and "
-                             f"{target.device}")
-        if learner is not None and whole(name, "learner", learner) >= len(self.dims):
-            raise ValueError(f"{name}: learner must be below {len(self.dims)}, got {learner}")
-        z = grouped_normalize(self.embed(features), self.dims)
+        if target.shape != z.shape[:1] or target.device != z.device:
+            raise ValueError(f"{name}: features and target must be as many, on one device, got {tuple(features.shape)} "
+                             f"on {z.device} and {tuple(target.shape)} on {target.device}")
         if self.training and z.requires_grad:
             z.register_hook(self._watch(z.detach()))
         part = z / len(self.dims) ** 0.5 if learner is None else z.split(self.dims, -1)[learner]
@@ -219,12 +230,10 @@ class DynamicSubspaceLearners(nn.Module):
             (n,), int64, from 0 to K - 1. Clusters are scikit-learn's k-means', matched with `previous` by scipy.
         """
         name = "DynamicSubspaceLearners.assign"
-        check_floating(name, "features", features)
-        if features.dim() != 2 or features.shape[1] != self.embed.in_features:
-            raise ValueError(f"{name}: need features (n, {self.embed.in_features}), got {tuple(features.shape)}")
-        count = len(self.dims)
+        z, count = self._groups(name, features, rows=True), len(self.dims)
         if len(features) < count or features.is_meta:
-            raise ValueError(f"{name}: need at least as many points as learners, {count}, got {told(features)}")
+            raise ValueError(f"{name}: features must be of at least as many points as learners, {count}, got "
+                             f"{tuple(features.shape)} on {features.device}")
         if previous is not None:
             check_dense(name, "previous", previous)
             if previous.dtype != torch.int64:
@@ -240,7 +249,6 @@ class DynamicSubspaceLearners(nn.Module):
             return torch.zeros(len(features), dtype=torch.int64, device=features.device)
         from sklearn.cluster import KMeans
 
-        z = self(features)
         if not z.isfinite().all():
             raise ValueError(f"{name}: the embedding of a point is not finite")
         found = torch.from_numpy(KMeans(count, n_init=4, random_state=seed).fit_predict(z.float().cpu().numpy())).long()

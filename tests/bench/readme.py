@@ -40,6 +40,13 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                   ("five half steps", "five half steps, compiled", "twenty unrolled sweeps",
                    "eager implicit gradient"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
+    "subspaces": [("labels n=100000 features=256 K=100 k=8 float32", "ours",
+                   ("floor: matrix product alone", "eager formula")),
+                  *((f"iteration n=20000 features={features} K={clusters} k={k} float32", "ours",
+                     ("floor: product, Gram matrices, eigenproblems", "batched formula", "loop over subspaces"))
+                    for features, clusters, k in ((256, 100, 8), (64, 20, 4))),
+                  ("Stiefel step C=1000 k=8 n=2048 float32", "ours: geodesic",
+                   ("floor: torch SGD(fused=True)", "ours, Grassmannian: geodesic", "geoopt Euclidean Stiefel"))],
 }
 PEERS = [  # op, case, what the README calls it, our contender, the usual or official one
     ("rsgd", "C=1000 k=8 n=2048 float32", "optimiser step, 1000 frames of 8 × 2048", "ours: geodesic",
@@ -280,6 +287,43 @@ def denoise_table():
     return "\n".join(lines)
 
 
+def phase_table():
+    """Shares of unions that examples/phase_transition.py finds."""
+    found = json.loads((ROOT / "examples/phase_transition.json").read_text())
+    setting, rows = found["setting"], found["rows"]
+    lines = ["| k | half are found from | nine of ten from | all from |", "|---|---|---|---|"]
+    for k in dict.fromkeys(row["k"] for row in rows):
+        own = sorted((row["points"], row["found"]) for row in rows if row["k"] == k)
+        cells = []
+        for share in (0.5, 0.9, 1.0):  # from there on
+            short = [points for points, found in own if found < share]
+            first = next((points for points, _ in own if not short or points > max(short)), None)
+            cells.append(f"{first} points, {first / k:.2g} per dimension" if first else "–")
+        lines.append(f"| {k} | {' | '.join(cells)} |")
+    lines += ["", f"{setting['clusters']} subspaces of R^{setting['features']}, {setting['unions']} random unions of "
+              f"each size, {setting['starts']} starts. Numbers in "
+              "[phase_transition.json](../examples/phase_transition.json)."]
+    return "\n".join(lines)
+
+
+def retrieve_table():
+    """Recall@1 of examples/retrieve.py."""
+    found = json.loads((ROOT / "examples/retrieve.json").read_text())
+    setting = found["setting"]
+    lines = ["| looked up | embedding | Recall@1 (range) | untrained | learners |", "|---|---|---|---|---|"]
+    for task, methods in found["rows"].items():
+        for method, row in methods.items():
+            recall, sizes = row["recall"], [len(dims) for dims in row["dims"]]
+            learners = "1" if max(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+            lines.append(f"| {task} | {method} | {statistics.mean(recall):.1%} ({min(recall):.1%} to "
+                         f"{max(recall):.1%}) | {statistics.mean(row['before']):.1%} | {learners} |")
+    lines += ["", f"Mean of {setting['seeds']} seeds, {setting['epochs']} epochs, {setting['dim']} coordinates. On "
+              "these digits learners are no better than one embedding, and with either, training makes digits that "
+              "were left out harder to tell: what is claimed elsewhere is of large sets of photographs. Numbers in "
+              "[retrieve.json](../examples/retrieve.json)."]
+    return "\n".join(lines)
+
+
 def plan_table():
     """How many GPUs a head with very many classes takes, by `distributed.plan`."""
     import torch
@@ -355,7 +399,8 @@ def gpu_mark():
 
 PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
     "README.md": {"peers": peers_table, "gpu": gpu_mark},
-    "docs/heads.md": {"gamma": gamma_table, "demo": demo_table, "denoise": denoise_table},
+    "docs/heads.md": {"gamma": gamma_table, "demo": demo_table},
+    "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
     "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),

@@ -162,7 +162,7 @@ def test_learners_on_clusters_retrieve():
     (lambda m: grouped_normalize(normal(3, 6), None), "dims must be a sequence of ints, got None"),
     (lambda m: DynamicSubspaceLearners(4, 3), "dim"),
     (lambda m: DynamicSubspaceLearners(4, 8, beta=3.0), "beta must be a number from 0 to 2, got 3.0"),
-    (lambda m: m.loss(torch.randn(3, 4), torch.tensor([0, 1])), "need features"),
+    (lambda m: m.loss(torch.randn(3, 4), torch.tensor([0, 1])), "features and target must be as many"),
     (lambda m: m.loss(torch.randn(2, 4), torch.tensor([0, 1]), 1), "learner must be below 1, got 1"),
     (lambda m: m.assign(torch.randn(2, 4), torch.tensor([0, 1])), "previous must be"),
 ])  # fmt: skip
