@@ -224,3 +224,21 @@ def test_rows_of_any_rank(weight, rank):
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_pyvenes_interface():
+    """The same as its own low-rank intervention, with a basis that our optimisers move."""
+    interventions = pytest.importorskip("pyvene.models.interventions", exc_type=ImportError)
+    from torch_subspace.grassmann.pyvene import SubspaceIntervention
+
+    options = {"embed_dim": 9, "low_rank_dimension": 4, "subspace_partition": [[0, 2], [2, 4]]}
+    ours, theirs = SubspaceIntervention(**options), interventions.LowRankRotatedSpaceIntervention(**options)
+    theirs.rotate_layer.weight = ours.patch.basis.detach().mT.contiguous()
+    base, source = torch.randn(3, 9), torch.randn(3, 9)
+    for subspaces in (None, [[0], [0], [0]], [[0], [1], [0]]):
+        helpers.close(ours(base, source, subspaces), theirs(base, source, subspaces), 1e-5, absolute=True)
+    helpers.close(ours(base, source, [[0, 1], [], [1]])[0], ours(base, source)[0], 1e-6, absolute=True)
+    optimiser = SGD(ours.parameters(), lr=0.1)
+    ours(base, source, [[0], [1], [1]]).square().sum().backward()
+    optimiser.step()
+    assert ours.patch.basis_error() < 1e-6
