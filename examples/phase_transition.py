@@ -1,7 +1,7 @@
 """How many points K-subspaces needs: planted unions of subspaces are found exactly above a number per dimension.
 
 Points of some subspaces of dimension k, as many of each, are drawn without noise, and `KSubspaces` is to find every
-label and every subspace. With k points of a subspace or fewer no method can: whatever k points are put together, a
+label and every subspace. With k points of a subspace or fewer that is luck: whatever k points are put together, a
 subspace holds them. The theorem on mixtures of low-rank Gaussians (Wang et al., 2024, arXiv 2409.02426) says that the
 number needed grows linearly with k, not with the length of the points: drawn over points per dimension, the shares of
 unions that are found should rise at one place for all k.
@@ -62,13 +62,13 @@ def draw(path, rows):
         right.plot(np.array(points) / k, share, color=color, marker="o", markersize=3.5, label=f"k = {k}")
     most = np.array([0, max(DIMENSIONS) + 0.5])
     left.plot(most, most, color="#c2410c", linewidth=1)
-    left.annotate("k points: below, no method can", (most[1] * 0.86, most[1] * 0.86), xytext=(12, -3), color="#c2410c",
-                  textcoords="offset points")
+    left.annotate("k points: from here down it is luck", (most[1] * 0.86, most[1] * 0.86), xytext=(12, -3),
+                  textcoords="offset points", color="#c2410c")
     left.set(xlabel="points of each subspace", ylabel="dimension k", xlim=(0, None), ylim=(1, most[1]),
              title="share of unions found: white none, blue all")
     right.axvline(1, color="#c2410c", linewidth=1)
     right.set(xlabel="points per dimension", ylabel="share of unions found", ylim=(-0.03, 1.03),
-              title="one law for all dimensions")
+              title="the same, over points per dimension")
     right.grid(alpha=0.25, linewidth=0.6)
     right.legend(frameon=False)
     figure.savefig(path, dpi=100)

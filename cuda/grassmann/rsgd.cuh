@@ -14,8 +14,8 @@
  */
 #ifndef SUBSPACE_RSGD_CUH
 #define SUBSPACE_RSGD_CUH
-#include "retraction.cuh"
 #include "rsgd_shape.h"
+#include "stiefel.cuh"
 
 enum { OCTET = 8, IN_FLIGHT = 2 }; /* lanes to a 4 x 4 block of the Gram matrix; vectors of each array a thread loads */
 

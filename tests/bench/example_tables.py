@@ -1,0 +1,195 @@
+"""The tables of docs/ that are the examples' results: from their JSON files."""
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def demo_table():
+    """Both heads."""
+    found = json.loads((ROOT / "examples/swap_head.json").read_text())
+    setting = found["setting"]
+    lines = [f"scikit-learn's digits at {setting['size']} × {setting['size']}, {setting['model']} from scratch, "
+             f"{setting['epochs']} epochs, {setting['seeds']} seeds, a third held out, the learning rate of each head "
+             "picked in validation:", "",
+             "| head | lr | accuracy (mean ± s.d.) | lowest to highest | frame error | seconds per step |",
+             "|---|---|---|---|---|---|"]
+    for head, row in found["rows"].items():
+        error = "–" if row["frame_error"] is None else f"{row['frame_error']:.1e}"
+        lines.append(f"| {head} | {row['lr']:g} | {row['accuracy']:.2%} ± {row['spread']:.2%} | {row['lowest']:.2%} to "
+                     f"{row['highest']:.2%} | {error} | {row['seconds_per_step']:.3f} |")
+    lines += ["", f"γ: {setting.get('gamma', 25)}. CPU, threads: {setting['threads']}, torch {setting['torch']}; "
+              "numbers in [swap_head.json](../examples/swap_head.json). Easy images and three seeds can't tell the "
+              "heads apart; what subspaces bring on ImageNet is in the paper."]
+    return "\n".join(lines)
+
+
+def gamma_table():
+    """Accuracy of heads by γ: by rule, and how far off others are, paired by seed."""
+    found = json.loads((ROOT / "examples/gamma.json").read_text())
+    factors = (0.25, 0.5, 2, 4)
+    others = " | ".join(f"{factor:g} γ" for factor in factors)
+    lines = [f"| task | classes | n | k | γ by rule | accuracy | {others} | γ = 25 |", "|---" * 11 + "|"]
+    for task in found["tasks"]:
+        auto, rows = task["auto"], task["rows"]
+        best = rows[f"{auto:g}"]["accuracy"]
+        cells = []
+        for gamma in (*(round(auto * f, 2) for f in factors), 25.0):
+            row = rows.get(f"{gamma:g}")
+            off = [100 * (a - b) for a, b in zip(row["accuracy"], best, strict=True)] if row else []
+            half = 4.303 * statistics.stdev(off) / len(off) ** 0.5 if row else 0  # Student's t, two degrees of freedom
+            cells.append(f"{statistics.mean(off):+.1f} ± {half:.1f}" if row else "")
+        lines.append(f"| {task['name']} | {task['classes']} | {task['n']} | {task['k']} | {auto:g} | "
+                     f"{statistics.mean(best):.1%} | {' | '.join(cells)} |")
+    setting = found["setting"]
+    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds; beside it points more or less at other γ "
+              "(95 %, paired). Frames start at random; of each γ the learning rate is the best in validation, "
+              "of 3755 characters it is one for all, and training is short. CPU, "
+              f"threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+              "[gamma.json](../examples/gamma.json)."]
+    return "\n".join(lines)
+
+
+def recipes_table():
+    """Settings of the examples and what came out, each with its command."""
+    swap, gamma, digits, text = (json.loads((ROOT / f"examples/{name}.json").read_text())
+                                 for name in ("swap_head", "gamma", "finetune", "finetune_text"))
+    lines = ["| task | trained | optimiser | rate | k | epochs | accuracy | beside it | command |", "|---" * 9 + "|"]
+
+    def add(task, what, optimiser, row, k, epochs, other, command):
+        cells = (task, what, optimiser, f"{row['lr']:g}", k, epochs, f"{row['accuracy']:.1%}", other,
+                 f"`python examples/{command}`")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+
+    def beside(name, row):
+        return f"{name} {row['accuracy']:.1%}"
+
+    rows, setting = swap["rows"], swap["setting"]
+    gamma_there = setting.get("gamma", 25)
+    add("digits", f"ResNet-18 from scratch, γ: {gamma_there}", "`RiemannianSGD`, momentum 0.9", rows["grassmann"],
+        setting["subspace_dim"], setting["epochs"], beside("linear head", rows["linear"]), "swap_head.py")
+    for task in gamma["tasks"]:
+        if task["n"] == 384 and task["classes"] > 2:
+            best, papers = ({"lr": row["lr"], "accuracy": statistics.mean(row["accuracy"])}
+                            for row in (task["rows"][f"{task['auto']:g}"], task["rows"]["25"]))
+            add(f"{task['classes']} {task['name']}", "head on a frozen MiniLM", "`RiemannianAdamW`", best, task["k"],
+                task["epochs"], beside("γ = 25", papers), "gamma.py")
+    rows, setting = text["rows"], text["setting"]
+    for head, k in (("linear", "–"), ("Grassmann", 8)):
+        add(f"8 sections, {setting['shots']} examples each", f"adapters and {head} head", "`RiemannianAdamW`",
+            rows[f"ours, {head} head"], k, setting["epochs"], beside("LoRA", rows["LoRA (peft), linear head"]),
+            "finetune.py --text")
+    rows, setting = digits["rows"], digits["setting"]
+    for method, what, k in (("ours", "adapters and linear head", "–"), ("full fine-tuning", "all weights", "–")):
+        add(f"5 digits, {setting['shots']} examples each", what, "`RiemannianAdamW`", rows[method], k,
+            setting["epochs"], beside("LoRA", rows["LoRA (peft)"]), "finetune.py")
+    return "\n".join(lines)
+
+
+def finetune_table(name):
+    """Methods of one task of examples/finetune.py."""
+    found = json.loads((ROOT / f"examples/{name}.json").read_text())
+    setting = found["setting"]
+    lines = ["| method | accuracy | trained parameters | ms per step | peak beyond the model |",
+             "|---|---|---|---|---|"]
+    for method, row in found["rows"].items():
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.2%}"
+        lines.append(f"| {method} | {row['accuracy']:.2%}{spread} | {row['trained_parameters']:,} | "
+                     f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")
+    seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
+    lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, "
+              f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+              f"[{name}.json](../examples/{name}.json). " + " ".join(found["notes"])]
+    return "\n".join(lines)
+
+
+def cluster_table():
+    """Algorithms of examples/cluster.py."""
+    found = json.loads((ROOT / "examples/cluster.json").read_text())
+    setting = found["setting"]
+    lines = ["| algorithm | accuracy | NMI | ARI | held-out accuracy | seconds |", "|---|---|---|---|---|---|"]
+    for name, row in found["rows"].items():
+        train, other = row["train"], row.get("held-out")
+        held_out = f"{other['acc']:.1%} ({other['lowest']:.1%} to {other['highest']:.1%})" if other else "–"
+        lines.append(f"| {name} | {train['acc']:.1%} ({train['lowest']:.1%} to {train['highest']:.1%}) | "
+                     f"{train['nmi']:.3f} | {train['ari']:.3f} | {held_out} | {row['seconds']:.2g} |")
+    lines += ["", f"{setting['images']} images, {setting['held_out']} held out; medians and ranges over "
+              f"{setting['seeds']} seeds; clusters are matched to digits by the Hungarian method. The others get raw "
+              "pixels, ManifoldClustering augments them. CPU, threads: "
+              f"{setting['threads']}, torch {setting['torch']}; numbers in "
+              "[cluster.json](../examples/cluster.json)."]
+    return "\n".join(lines)
+
+
+def represent_table():
+    """Methods of examples/represent.py by the share of wrong labels."""
+    found = json.loads((ROOT / "examples/represent.json").read_text())
+    setting, rows = found["setting"], found["accuracy"]
+    shares = list(next(iter(rows.values())))
+    lines = ["| wrong labels | " + " | ".join(f"{float(s):.0%}" for s in shares) + " |", "|---|" + "---|" * len(shares)]
+    for method, row in rows.items():
+        lines.append(f"| {method} | " + " | ".join(f"{sum(row[s]) / len(row[s]):.1%}" for s in shares) + " |")
+    overlap = ", ".join(f"{name} {value:.2f}" for name, value in found["mean cosine between classes"].items())
+    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds. Mean |cosine| of two classes' features, "
+              f"labels right: {overlap}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
+              "[represent.json](../examples/represent.json)."]
+    return "\n".join(lines)
+
+
+def denoise_table():
+    """What examples/denoise.py leaves of the noise."""
+    found = json.loads((ROOT / "examples/denoise.json").read_text())
+    methods = list(next(iter(found["noise"].values()))["dimension"])
+    lines = ["| noise | left alone | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for noise, row in found["noise"].items():
+        errors = [row["error"][name] for name in ("nothing", *methods)]
+        cells = [f"{sum(e) / len(e):.4f}" for e in errors]
+        for i, name in enumerate(methods, 1):
+            chosen = " to ".join(str(d) for d in sorted({min(row["dimension"][name]), max(row["dimension"][name])}))
+            cells[i] += f" ({min(errors[i]):.4f} to {max(errors[i]):.4f}), of dimension {chosen}"
+        lines.append(f"| {noise} | " + " | ".join(cells) + " |")
+    accuracy = ", ".join(f"{sum(a) / len(a):.1%} with {k} dimension{'s' * (k != '1')}"
+                         for k, a in found["nearest subspace"].items())
+    lines += ["", f"Mean squared error of a pixel (range), held-out images, {found['setting']['seeds']} splits. "
+              f"Nearest class subspace, without training: {accuracy}. Numbers in "
+              "[denoise.json](../examples/denoise.json)."]
+    return "\n".join(lines)
+
+
+def phase_table():
+    """Shares of unions that examples/phase_transition.py finds."""
+    found = json.loads((ROOT / "examples/phase_transition.json").read_text())
+    setting, rows = found["setting"], found["rows"]
+    lines = ["| k | half are found from | nine of ten from | all from |", "|---|---|---|---|"]
+    for k in dict.fromkeys(row["k"] for row in rows):
+        own = sorted((row["points"], row["found"]) for row in rows if row["k"] == k)
+        cells = []
+        for share in (0.5, 0.9, 1.0):  # from there on
+            short = [points for points, found in own if found < share]
+            first = next((points for points, _ in own if not short or points > max(short)), None)
+            cells.append(f"{first} points, {first / k:.2g} per dimension" if first else "–")
+        lines.append(f"| {k} | {' | '.join(cells)} |")
+    lines += ["", f"{setting['clusters']} subspaces of R^{setting['features']}, {setting['unions']} random unions of "
+              f"each size, {setting['starts']} starts. Numbers in "
+              "[phase_transition.json](../examples/phase_transition.json)."]
+    return "\n".join(lines)
+
+
+def retrieve_table():
+    """Recall@1 of examples/retrieve.py."""
+    found = json.loads((ROOT / "examples/retrieve.json").read_text())
+    setting = found["setting"]
+    lines = ["| looked up | embedding | Recall@1 (range) | untrained | learners |", "|---|---|---|---|---|"]
+    for task, methods in found["rows"].items():
+        for method, row in methods.items():
+            recall, sizes = row["recall"], [len(dims) for dims in row["dims"]]
+            learners = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+            lines.append(f"| {task} | {method} | {statistics.mean(recall):.1%} ({min(recall):.1%} to "
+                         f"{max(recall):.1%}) | {statistics.mean(row['before']):.1%} | {learners} |")
+    lines += ["", f"Mean of {setting['seeds']} seeds, {setting['epochs']} epochs, {setting['dim']} coordinates. On "
+              "these digits learners are no better than one embedding, and with either, training makes digits that "
+              "were left out harder to tell: what is claimed elsewhere is of large sets of photographs. Numbers in "
+              "[retrieve.json](../examples/retrieve.json)."]
+    return "\n".join(lines)
