@@ -115,13 +115,13 @@ class DynamicSubspaceLearners(nn.Module):
     by cluster: Sanakoyeu et al. (2019); the margin loss: Wu et al. (2017, arXiv 1706.07567).
 
     Example:
-        >>> model = ts.grassmann.DynamicSubspaceLearners(16, dim=24)
+        >>> model = ts.grassmann.DynamicSubspaceLearners(16, dim=64, threshold=0.3)
         >>> x, y = torch.randn(80, 16), torch.arange(80) % 4
         >>> model(x).shape, torch.allclose(model(x).norm(dim=1), torch.ones(80))
-        (torch.Size([80, 24]), True)
+        (torch.Size([80, 64]), True)
         >>> model.loss(x, y, learner=0).backward()
         >>> model.split(), len(model.dims), sum(model.dims)
-        (True, 2, 24)
+        (True, 2, 64)
         >>> cluster = model.assign(x)    # of each point; learner c trains on those of cluster c
         >>> model.loss(x[cluster == 1], y[cluster == 1], learner=1).backward()
     """
