@@ -16,6 +16,7 @@ except (ImportError, OSError) as _error:
     raise
 from . import distributed as distributed
 from . import grassmann as grassmann
+from . import isotropy as isotropy
 from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
 from .adapters.config import TuckerConfig
 from .adapters.files import load_adapter, save_adapter

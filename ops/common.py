@@ -156,6 +156,32 @@ def check_generator(name: str, generator: object) -> None:
         raise TypeError(f"{name}: generator must be a torch.Generator or None, got {told(generator)}")
 
 
+def check_group(name: str, group: object) -> None:
+    """Raises in `name`'s voice unless it is None or a group of torch.distributed's processes."""
+    if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", ())):
+        raise TypeError(f"{name}: process_group must be one of torch.distributed, or None, got {told(group)}")
+
+
+def all_reduce(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The sum over a group's processes, of gradients too: the derivative of the sum of all processes' losses."""
+    return _AllReduce.apply(x, group)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(dx, group=ctx.group)
+        return dx, None
+
+
 def check_dense(name: str, what: str, t: object) -> None:
     """Raises in `name`'s voice unless `what` is a tensor with an entry in every place."""
     if not isinstance(t, Tensor):

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import (
     coding_rate,
     grassmann_step_,
+    isotropy,
     library,
     sinkhorn,
     subspace_cross_entropy,
@@ -109,6 +110,11 @@ def _scores(n: int) -> list[Tensor]:
     return _draw((n, n))
 
 
+def _sketch(n: int, d: int, slices: int) -> list[Tensor]:
+    z, directions = _draw((n, d), (d, slices))
+    return [z, F.normalize(directions, dim=0)]
+
+
 # -------------------------------------------------------------------------------------------------------- formulas
 
 
@@ -159,6 +165,15 @@ def _plain_plan(scores: Tensor) -> Tensor:
     return torch.exp(s + f[:, None] + g)
 
 
+def _plain_sigreg(z: Tensor, directions: Tensor) -> Tensor:
+    """17 knots from 0 to 3, the trapezoidal rule over both signs."""
+    t = torch.linspace(0, 3, 17, dtype=z.dtype, device=z.device)
+    normal = torch.exp(-t * t / 2)
+    angle = (z @ directions)[..., None] * t
+    error = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()
+    return z.shape[0] * torch.trapezoid(2 * normal * error, t).mean()
+
+
 def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
     return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -186,6 +201,8 @@ ROWS = (
     Row("coding_rate", _points, coding_rate, _plain_labelled, 1, (60, 24, 7), (1024, 128, 10)),
     Row("coding_rate_soft", _members, coding_rate, _rate, 2, (40, 12, 20), (512, 64, 64), 2e-5),
     Row("sinkhorn", _scores, _plan, _plain_plan, 1, (30,), (256,), 2e-5),
+    Row("sigreg", _sketch, lambda z, directions: isotropy.sigreg(z, directions=directions), _plain_sigreg, 1,
+        (60, 12, 20), (512, 128, 256), 2e-5),
 )
 
 

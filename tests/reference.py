@@ -265,3 +265,20 @@ def sinkhorn_half_steps(scores, *, eta=0.1, half_steps=5):
         else:
             g = -torch.logsumexp(s + f[..., :, None], -2).detach()
     return torch.exp(s + f[..., :, None] + g[..., None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sigreg: points z (..., n, d), directions (d, slices)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sigreg(z, directions, *, knots=17, t_max=3.0):
+    """The mean over directions of the Epps-Pulley statistic, n times the weighted squared distance of characteristic
+    functions by the trapezoidal rule over both signs of t."""
+    t = torch.linspace(0, t_max, knots, dtype=z.dtype)
+    normal = torch.exp(-t.square() / 2)
+    weight = torch.full_like(t, 2 * t_max / (knots - 1)) * normal
+    weight[0], weight[-1] = weight[0] / 2, weight[-1] / 2
+    angle = (z @ directions)[..., None] * t
+    error = (angle.cos().mean(-3) - normal).square() + angle.sin().mean(-3).square()
+    return z.shape[-2] * (error @ weight).mean(-1)

@@ -11,13 +11,13 @@ from bad_input import faults
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, metrics
+from torch_subspace import distributed, grassmann, isotropy, metrics
 
 
 def public():
     """{name: function} of all that is public and takes arguments, methods of public classes included."""
     found = {name: getattr(ts, name) for name in ts.__all__}
-    for module in (distributed, grassmann, metrics):
+    for module in (distributed, grassmann, isotropy, metrics):
         found |= {f"{module.__name__.rpartition('.')[2]}.{n}": getattr(module, n) for n in module.__all__}
     for name, cls in [(n, c) for n, c in found.items() if inspect.isclass(c)]:
         found |= {f"{name}.{n}": getattr(cls, n) for n, f in vars(cls).items()
@@ -33,6 +33,7 @@ def parameters(name, function):
 NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
     *(f"grassmann.DynamicSubspaceLearners.{name}" for name in ("get_extra_state", "set_extra_state", "extra_repr")),
+    "isotropy.SIGRegLoss.extra_repr", "isotropy.LeJEPALoss.extra_repr",
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
     *(f"grassmann.KSubspaces.{name}" for name in (  # scikit-learn's own checks ask them
         "fit", "fit_predict", "fit_transform", "predict", "score", "set_output", "transform")),

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ..common import (
     NOT_NEGATIVE,
     POSITIVE,
+    all_reduce,
     check_floating,
+    check_group,
     check_number,
     check_word,
     full_precision,
-    told,
     transformed,
 )
 from ..transport.sinkhorn import sinkhorn
@@ -35,8 +36,7 @@ def _check(name, eps, reduction, process_group, **positive):
     for what, value in {"eps": eps, **positive}.items():
         check_number(name, what, value, POSITIVE)
     check_word(name, "reduction", reduction, REDUCTIONS)
-    if process_group is not None and not isinstance(process_group, getattr(dist, "ProcessGroup", ())):
-        raise TypeError(f"{name}: process_group must be one of torch.distributed, or None, got {told(process_group)}")
+    check_group(name, process_group)
 
 
 def _reduced(loss, reduction):
@@ -189,23 +189,6 @@ class MLCLoss(nn.Module):
 # ------------------------------------------------------------------------------------------------- process groups
 
 
-class _AllReduce(torch.autograd.Function):
-    """Sum over the processes, of gradients too: the derivative of the sum of all processes' losses."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, dx):
-        dx = dx.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dx, group=ctx.group)
-        return dx, None
-
-
 def _summed_rate(z, membership, eps, group):
     """R or Rc of all processes' points; every process gets the same number, bit for bit."""
     check("coding_rate", z, membership, eps, part=True)
@@ -224,7 +207,7 @@ def _summed_rate(z, membership, eps, group):
     weights = weights.expand(*views, n, weights.shape[-1])
     gram = torch.stack([(w[..., None] * wide).mT @ wide for w in weights.unbind(-1)], -3)
     packed = torch.cat([gram.flatten(-3), weights.sum(-2), wide.new_full((*views, 1), n)], -1)
-    packed = _AllReduce.apply(packed, group)
+    packed = all_reduce(packed, group)
     k = weights.shape[-1]
     if not z.is_cuda and not packed[..., -1].all():
         raise ValueError(f"coding_rate: z must have points in one process at least, got {tuple(z.shape)} in each")

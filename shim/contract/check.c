@@ -158,3 +158,16 @@ subspace_status subspace_sinkhorn_check(subspace_ctx *ctx, const subspace_sinkho
           "sinkhorn: marginals of ones need a square plan, got %lld x %lld", LL(a->m), LL(a->n));
     return SUBSPACE_OK;
 }
+
+subspace_status subspace_sigreg_check(subspace_ctx *ctx, const subspace_sigreg_args *a)
+{
+    CHECK(ctx, a->v >= 0 && a->n >= 0 && a->d > 0 && a->s > 0, INVALID,
+          "sigreg: need features and directions, got %lld views of %lld points, %lld features, %lld directions",
+          LL(a->v), LL(a->n), LL(a->d), LL(a->s));
+    CHECK(ctx, a->d <= INT32_MAX && a->s <= INT32_MAX, INVALID,
+          "sigreg: a BLAS dimension does not fit in 32 bits: features %lld, directions %lld", LL(a->d), LL(a->s));
+    CHECK(ctx, a->knots >= 2 && a->knots <= SUBSPACE_KNOTS, INVALID, "sigreg: need 2 to %d knots, got %lld",
+          (int)SUBSPACE_KNOTS, LL(a->knots));
+    CHECK(ctx, a->step > 0 && a->step <= 1e300, INVALID, "sigreg: step must be positive and finite, got %g", a->step);
+    return SUBSPACE_OK;
+}

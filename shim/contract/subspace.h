@@ -257,6 +257,27 @@ typedef struct subspace_sinkhorn_args {
     void *drow, *dcol;     /* [v, m], [v, n] backward out, each or NULL; along directions that keep both sums equal */
 } subspace_sinkhorn_args;
 
+/* ------------------------------------------------------------------ sigreg
+ * The characteristic function of n points along each direction less that of a standard normal, at the knots
+ * t_j = j step, j = 1 .. knots - 1 (at t = 0 both are 1), as sums over the points:
+ *     off[v,0,j-1,l] = root_j sum_i (cos(t_j p_il) - exp(-t_j^2/2))      p = z_v directions
+ *     off[v,1,j-1,l] = root_j sum_i  sin(t_j p_il)                       root_j^2 = 2 step exp(-t_j^2/2), half at the
+ * end dz_i = sum_l directions_l sum_j root_j t_j (doff[v,1,j-1,l] cos(t_j p_il) - doff[v,0,j-1,l] sin(t_j p_il)) so
+ * that |off_l|^2 / n is the Epps-Pulley statistic of a direction. */
+typedef struct subspace_sigreg_args {
+    subspace_dtype dtype;   /* of z and dz */
+    int64_t v, n, d, s;     /* views, points, features, directions */
+    int64_t knots;          /* 2 to SUBSPACE_KNOTS */
+    double step;            /* from one knot to the next, > 0 */
+    const void *z;          /* [v, n, d] in */
+    const void *directions; /* [d, s]    in, float32 for half types */
+    double *off;            /* [v, 2, knots - 1, s] forward out */
+    const double *doff;     /* [v, 2, knots - 1, s] backward in */
+    void *dz;               /* [v, n, d] backward out */
+} subspace_sigreg_args;
+
+enum { SUBSPACE_KNOTS = 1 << 12 };
+
 /* --------------------------------------------------------------- functions
  * Every function of every op, once: declarations, tables and dispatchers are made from this list.
  * OP(op) stands for what each op has once, FN(fn, op) for a function that takes subspace_<op>_args.   */
@@ -271,7 +292,8 @@ typedef struct subspace_sinkhorn_args {
     OP(depthwise) FN(depthwise, depthwise)                                                                             \
     OP(coding_rate) FN(coding_rate, coding_rate) FN(coding_rate_backward, coding_rate)                                 \
     OP(coding_rate_soft) FN(coding_rate_soft, coding_rate_soft) FN(coding_rate_soft_backward, coding_rate_soft)        \
-    OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)
+    OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
+    OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)
 /* clang-format on */
 
 #define SUBSPACE_DECLARE_OP(op)                                                                                        \

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import evidence_tables
 import gpu_table
+import lejepa_table
 import overview
 from example_tables import (
     cluster_table,
@@ -49,6 +50,10 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "sinkhorn": [("n=1024 eta=0.1 float32", "ours",
                   ("five half steps", "five half steps, compiled", "twenty unrolled sweeps",
                    "eager implicit gradient"))],
+    "sigreg": [("V=1 n=512 d=128 slices=256 float32", "ours",
+                ("floor: matrix products alone", "published formula", "torch.compile of it")),
+               ("V=2 n=512 d=512 slices=1024 float32", "ours",
+                ("floor: matrix products alone", "published formula", "torch.compile of it"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
     "subspaces": [("labels n=100000 features=256 K=100 k=8 float32", "ours",
                    ("floor: matrix product alone", "eager formula")),
@@ -229,6 +234,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
                          "finetune_text": lambda: finetune_table("finetune_text")},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
     "docs/evidence.md": evidence_tables.TABLES,
+    "docs/isotropy.md": {"lejepa": lejepa_table.write},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }

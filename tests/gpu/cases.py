@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 import torch_subspace as ts
+from torch_subspace.isotropy import sigreg
 from torch_subspace.rates.coding_rate_soft import soft_rate
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
@@ -88,6 +89,12 @@ def soft(n=40, d=12, k=20):
     return [*points(n, d), w.softmax(-1).half().double()]
 
 
+def sketch(v=2, n=70, d=24, slices=40):
+    """Points, and directions to look along."""
+    z, directions = draw((v, n, d), (d, slices))
+    return [z, normalize(directions, dim=0).half().double()]
+
+
 def tight(t):
     """A tolerance that sinkhorn reaches in this dtype."""
     return 1e-13 if t.dtype == torch.float64 else 1e-6
@@ -151,6 +158,9 @@ CASES = [
     Case("sinkhorn symmetric", lambda: scores(symmetric=True),
          lambda s: ts.sinkhorn((s + s.mT) / 2, eta=0.3, tol=tight(s), symmetric=True), 1, scale=10),
     Case("sinkhorn cpp", scores, lambda s: ts.sinkhorn(s, eta=0.5, mode="cpp"), 1, scale=10),
+    Case("sigreg", sketch, lambda z, a: sigreg(z, directions=a), 1, narrow=1, tf32=True),
+    Case("sigreg many knots", lambda: sketch(1, 9, 5, 3), lambda z, a: sigreg(z, directions=a, knots=40), 1, narrow=1,
+         tf32=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # what the adapters' dropout does can't be compared with the CPU by value: the seed is another
@@ -175,6 +185,7 @@ LARGER = [
     Case("sinkhorn 300", lambda: scores(300, 300), lambda s: ts.sinkhorn(s, eta=0.5, max_iter=6), 1),
     Case("sinkhorn symmetric 300", lambda: scores(300, symmetric=True),
          lambda s: ts.sinkhorn(s, max_iter=6, symmetric=True), 1),
+    Case("sigreg, slices of points", lambda: sketch(2, 700, 40, 70), lambda z, a: sigreg(z, directions=a), 1),
     Case("tucker_linear, rows", lambda: linear(200, 300, 130, 16), ts.tucker_linear, 6),
 ]
 

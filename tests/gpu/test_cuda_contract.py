@@ -252,6 +252,8 @@ EMPTY = [
     ("coding_rate_soft, empty column", lambda d: soft_rate(
         torch.ones(1, 5, 3, device=d), torch.eye(5, 4, device=d)[None] * (torch.arange(4, device=d) < 2), 0.5)),
     ("sinkhorn, no views", lambda d: ts.sinkhorn(torch.ones(0, 4, 4, device=d))),
+    ("sigreg, no views", lambda d: ts.isotropy.sigreg(torch.ones(0, 5, 3, device=d), seed=0)),
+    ("sigreg, no points", lambda d: OP.sigreg(torch.ones(2, 0, 3, device=d), torch.ones(3, 4, device=d), 5, 0.5)),
 ]
 
 
@@ -288,6 +290,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "sinkhorn": lambda: OP.sinkhorn(ones(1, 4, 4), ones(1, 0), ones(1, 0), 0.0, 1e-6, 9, 0, 0),
     "tucker_linear": lambda: OP.tucker_linear_(ones(3, 4), ones(3, 5), ones(2, 2), ones(4, 3), ones(2, 5), integers(0),
                                                1.0, 0.0),
+    "sigreg": lambda: OP.sigreg(ones(1, 6, 4), ones(3, 2), 5, 0.5),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
 }
 
