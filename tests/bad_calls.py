@@ -273,6 +273,47 @@ add("isotropy.LeJEPALoss.forward", call(isotropy.LeJEPALoss(), z=x(2, 5, 3), cen
     ("LeJEPALoss", "sigreg"), z=bad.tensor, centre=bad.optional(bad.tensor), seed=SEED,
     fine="z: another float; centre: another float")
 
+GROUP = {"process_group": bad.optional(bad.those())}
+NEXT = lambda: x(2, 9, 3)()  # noqa: E731
+add("isotropy.von_neumann_entropy", call(isotropy.von_neumann_entropy, z=POINTS, of="points", process_group=None),
+    z=bad.tensor, of=bad.word, fine=f"{WIDENED}, meta", **GROUP)
+add("isotropy.ridge_transition", call(isotropy.ridge_transition, z=POINTS, z_next=x(5, 2), eta=0.1, process_group=None),
+    z=bad.tensor, z_next=bad.tensor, eta=POSITIVE, fine="z: another float; z_next: another float", **GROUP)
+WEIGHT = bad.number(-0.1, INF)
+add("isotropy.KoopmanInformationLoss", call(isotropy.KoopmanInformationLoss, alpha=2.0, beta=0.1, lam=0.1, k=3, tau=0.1,
+                                            eta=0.1, entropy="maximise", detach=False, process_group=None),
+    alpha=WEIGHT, beta=WEIGHT, lam=WEIGHT, k=bad.whole(0), tau=POSITIVE, eta=POSITIVE, entropy=bad.word,
+    detach=bad.flag, **GROUP)
+add("isotropy.KoopmanInformationLoss.forward",
+    call(isotropy.KoopmanInformationLoss(), z=NEXT, z_next=NEXT, decode=nn.Identity(), states=NEXT, next_states=NEXT),
+    ("KoopmanInformationLoss",), z=bad.tensor, z_next=bad.tensor, decode=bad.function, states=bad.tensor,
+    next_states=bad.tensor, fine="z: another float; z_next: another float; states: another float; "
+                                 "next_states: another float")
+add("isotropy.procrustes", call(isotropy.procrustes, x=POINTS, y=POINTS), x=bad.tensor, y=bad.tensor,
+    fine="x: another float; y: another float")
+add("isotropy.OrthogonalAdapter", call(isotropy.OrthogonalAdapter, d=4, device="cpu", dtype=torch.float32),
+    d=bad.whole(0), device=bad.device, dtype=bad.dtype)
+add("isotropy.OrthogonalAdapter.forward", call(isotropy.OrthogonalAdapter(3), x=POINTS), ("OrthogonalAdapter",),
+    x=bad.tensor, fine=f"{BATCHES}, another float")
+add("isotropy.OrthogonalAdapter.merge", call(isotropy.OrthogonalAdapter(3).merge, linear=nn.Linear(2, 3)),
+    linear=bad.optional(bad.module))
+add("isotropy.lambda_orthogonality", call(isotropy.lambda_orthogonality, weight=POINTS, lam=1.0, alpha=1.0),
+    weight=bad.tensor, lam=GAMMA, alpha=POSITIVE, fine="weight: another float, dimensions more, meta")
+add("isotropy.lambda_orthogonality of several", call(isotropy.lambda_orthogonality, lam=1.0,
+                                                     weight=lambda: [x(5, 3)(), x(2, 7)()]),
+    weight=bad.tensors, fine="weight: one less, one more, holds meta")
+MATRIX = x(4, 4)
+add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, old=MATRIX, new=MATRIX, tau=0.1,
+                                             alpha=1.0, rows="all", diagonal=True, symmetric=True,
+                                             divergence_tau=1.0),
+    old=bad.tensor, new=bad.tensor, tau=POSITIVE, alpha=WEIGHT, rows=bad.word, diagonal=bad.flag, symmetric=bad.flag,
+    divergence_tau=bad.optional(POSITIVE),
+    fine="old: another float; new: another float")
+for shrink, extra, good in ((isotropy.group_lasso, {}, {}),
+                            (isotropy.prox_group_lasso_, {"step": WEIGHT}, {"step": 0.1})):
+    add(f"isotropy.{shrink.__name__}", call(shrink, weight=POINTS, groups=(2, 3), **good), weight=bad.tensor,
+        groups=bad.dims, fine="weight: another float, no columns, meta", **extra)
+
 # ---------------------------------------------------------------------------------------------------- transport
 SQUARE = x(4, 4)
 add("sinkhorn", call(ts.sinkhorn, scores=SQUARE, eta=1.0, tol=1e-3, max_iter=100, row=lambda: torch.ones(4),

@@ -32,7 +32,8 @@ def parameters(name, function):
 
 NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
-    "isotropy.SIGRegLoss.extra_repr", "isotropy.LeJEPALoss.extra_repr",
+    *(f"isotropy.{name}.extra_repr" for name in ("SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss",
+                                                 "OrthogonalAdapter")),
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
     *(f"grassmann.KSubspaces.{name}" for name in (  # scikit-learn's own checks ask them
         "fit", "fit_predict", "fit_transform", "predict", "score", "set_output", "transform")),
