@@ -137,8 +137,8 @@ def draw(path, runs):
             axes[2].bar(i + shift, statistics.mean(found), 0.36, color=color, alpha=alpha)
             axes[2].plot([i + shift] * 2, [min(found), max(found)], color="0.2", linewidth=1)
     axes[2].axhline(statistics.mean(alone["old"][1] for alone, *_ in runs), color="0.4", linewidth=0.8, linestyle="--")
-    axes[2].set(ylim=(0, 1), title="mean average precision: in the old gallery,\nand (pale) among mapped queries",
-                xticks=range(len(COLORS)))
+    axes[2].set(ylim=(0, 1), xticks=range(len(COLORS)), title="mean average precision in the old gallery\n"
+                "(dashed: of old queries), and, pale, among mapped queries")
     axes[2].set_xticklabels(COLORS, rotation=20, ha="right")
     figure.savefig(path, dpi=100)
 
