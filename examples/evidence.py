@@ -33,6 +33,7 @@ SCRIPTS = {  # what it writes, the other file beside it: the script and its argu
     "cluster.png": ("cluster.py", "--seeds 1 --init-epochs 2 --epochs 2"),
     "represent.png": ("represent.py", "--seeds 1"),
     "denoise.png": ("denoise.py", "--seeds 1"),
+    "compatible.png": ("compatible.py", "--seeds 1 --steps 50"),
     "lejepa.png": ("lejepa.py", "--seeds 1 --epochs 10"),
 }
 

@@ -10,17 +10,18 @@ import bad_input as table
 import bad_values as bad
 import torch
 from bad_input import Call, call, method
+from bad_isotropy import CALLS as ISOTROPY
 from helpers import normal
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, metrics
+from torch_subspace import distributed, grassmann, metrics
 from torch_subspace.grassmann.head import PointwiseGrassmannLinear
 
 INF = math.inf
 
 
-CALLS: dict[str, Call] = {}
+CALLS: dict[str, Call] = dict(ISOTROPY)
 add = functools.partial(table.add, CALLS)
 
 
@@ -259,24 +260,6 @@ for rate, given in ((ts.coding_rate, bad.optional), (ts.rate_reduction, lambda k
         eps=POSITIVE, fine=f"{WIDENED}; membership: large")
     add(f"{rate.__name__} soft", call(rate, z=POINTS, membership=lambda: torch.full((5, 2), 0.5)),
         membership=given(bad.tensor), fine="membership: another float, no columns")
-
-# ----------------------------------------------------------------------------------------------------- isotropy
-KNOTS = {"num_slices": bad.whole(0), "knots": bad.whole(1, 5000), "t_max": POSITIVE, "views": bad.word,
-         "process_group": bad.optional(bad.those())}
-GRID = {"num_slices": 8, "knots": 5, "t_max": 3.0, "views": "each", "process_group": None}
-SEED = bad.optional(bad.whole(-1, 2**63))
-add("isotropy.sigreg", call(isotropy.sigreg, z=POINTS, seed=0, **GRID), z=bad.tensor, seed=SEED, **KNOTS,
-    fine=f"{WIDENED}, meta")
-add("isotropy.sigreg along given directions", call(isotropy.sigreg, z=POINTS, directions=x(3, 4)),
-    directions=bad.optional(bad.tensor), fine="directions: another float")
-add("isotropy.SIGRegLoss", call(isotropy.SIGRegLoss, reduction="mean", **GRID), reduction=bad.word, **KNOTS)
-add("isotropy.SIGRegLoss.forward", call(isotropy.SIGRegLoss(), z=POINTS, seed=0), ("sigreg",), z=bad.tensor, seed=SEED,
-    fine=f"{WIDENED}, meta")
-add("isotropy.LeJEPALoss", call(isotropy.LeJEPALoss, weight=0.02, distance="mean", **GRID),
-    weight=bad.number(-0.1, 1.1), distance=bad.word, **KNOTS)
-add("isotropy.LeJEPALoss.forward", call(isotropy.LeJEPALoss(), z=x(2, 5, 3), centre=x(4, 5, 3), seed=0),
-    ("LeJEPALoss", "sigreg"), z=bad.tensor, centre=bad.optional(bad.tensor), seed=SEED,
-    fine="z: another float; centre: another float")
 
 # ---------------------------------------------------------------------------------------------------- transport
 SQUARE = x(4, 4)

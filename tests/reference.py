@@ -282,3 +282,48 @@ def sigreg(z, directions, *, knots=17, t_max=3.0):
     angle = (z @ directions)[..., None] * t
     error = (angle.cos().mean(-3) - normal).square() + angle.sin().mean(-3).square()
     return z.shape[-2] * (error @ weight).mean(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# isotropy in plain torch: points (..., n, d), weights (k, n)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def von_neumann_entropy(z):
+    """By the singular values of one matrix of points."""
+    p = torch.linalg.svdvals(z).square()
+    p = p / p.sum(-1, keepdim=True)
+    return -torch.xlogy(p, p).sum(-1)
+
+
+def ridge_transition(z, z_next, *, eta=0.1):
+    """Least squares of the points and sqrt(eta) times the identity below them, which is to become 0."""
+    d = z.shape[-1]
+    below = eta**0.5 * torch.eye(d, dtype=z.dtype).expand(*z.shape[:-2], d, d)
+    after = torch.cat([z_next, z_next.new_zeros(*z.shape[:-2], d, z_next.shape[-1])], -2)
+    return torch.linalg.lstsq(torch.cat([z, below], -2), after).solution
+
+
+def neighbour_nce(z, k, tau):
+    """Of one trajectory (T, d), point by point."""
+    z = z / z.norm(dim=-1, keepdim=True)
+    losses = []
+    for t in range(k, len(z) - k):
+        share = {s: torch.exp(z[t] @ z[s] / tau) for s in range(len(z)) if s != t}
+        losses.append(-torch.log(sum(e for s, e in share.items() if abs(s - t) <= k) / sum(share.values())))
+    return torch.stack(losses)
+
+
+def lambda_orthogonality(weight, lam, *, alpha=1.0):
+    f = torch.linalg.matrix_norm(weight @ weight.mT - torch.eye(weight.shape[-2], dtype=weight.dtype))
+    return torch.sigmoid(alpha * (f - lam)) * f
+
+
+def similarity_distillation(old, new, *, tau, alpha):
+    """Rows and columns of one matrix, one after the other."""
+    losses = []
+    for before, after in ((old, new), (old.mT, new.mT)):
+        for i in range(len(new)):
+            p, q = torch.softmax(before[i] / tau, -1), torch.softmax(after[i] / tau, -1)
+            losses.append(-q[i].log() + (alpha * (p * (p / q).log()).sum() if before[i].argmax() == i else 0))
+    return torch.stack(losses).mean()

@@ -6,12 +6,47 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .alignment import OrthogonalAdapter as OrthogonalAdapter
+    from .alignment import procrustes as procrustes
+    from .distillation import similarity_distillation as similarity_distillation
+    from .entropy import von_neumann_entropy as von_neumann_entropy
+    from .groups import group_lasso as group_lasso
+    from .groups import prox_group_lasso_ as prox_group_lasso_
+    from .koopman import KoopmanInformationLoss as KoopmanInformationLoss
+    from .koopman import ridge_transition as ridge_transition
     from .losses import LeJEPALoss as LeJEPALoss
     from .losses import SIGRegLoss as SIGRegLoss
+    from .orthogonality import lambda_orthogonality as lambda_orthogonality
     from .sigreg import sigreg as sigreg
 
-_FILES = {"LeJEPALoss": "losses", "SIGRegLoss": "losses", "sigreg": "sigreg"}
-__all__ = ["LeJEPALoss", "SIGRegLoss", "sigreg"]
+_FILES = {
+    "KoopmanInformationLoss": "koopman",
+    "LeJEPALoss": "losses",
+    "OrthogonalAdapter": "alignment",
+    "SIGRegLoss": "losses",
+    "group_lasso": "groups",
+    "lambda_orthogonality": "orthogonality",
+    "procrustes": "alignment",
+    "prox_group_lasso_": "groups",
+    "ridge_transition": "koopman",
+    "sigreg": "sigreg",
+    "similarity_distillation": "distillation",
+    "von_neumann_entropy": "entropy",
+}
+__all__ = [
+    "KoopmanInformationLoss",
+    "LeJEPALoss",
+    "OrthogonalAdapter",
+    "SIGRegLoss",
+    "group_lasso",
+    "lambda_orthogonality",
+    "procrustes",
+    "prox_group_lasso_",
+    "ridge_transition",
+    "sigreg",
+    "similarity_distillation",
+    "von_neumann_entropy",
+]
 
 
 class _Family(types.ModuleType):

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import compatible_table
 import evidence_tables
 import gpu_table
 import lejepa_table
@@ -234,7 +235,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
                          "finetune_text": lambda: finetune_table("finetune_text")},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
     "docs/evidence.md": evidence_tables.TABLES,
-    "docs/isotropy.md": {"lejepa": lejepa_table.write},
+    "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }

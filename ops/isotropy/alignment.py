@@ -1,0 +1,164 @@
+"""Orthogonal maps between features: the nearest one in closed form, and one that is trained."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from ..common import WIDE, check_floating, full_precision, told, transformed, whole, wide_dtype
+from .products import check_points, product
+
+
+def procrustes(x: Tensor, y: Tensor) -> Tensor:
+    """The orthogonal Q for which ``x @ Q`` is nearest to ``y``, ‖x Q - y‖_F, of both determinants.
+
+    Args:
+        x, y: points, (..., n, d), row by row the same things; each leading index has a Q of its own.
+
+    Returns:
+        Q, (..., d, d): U Vᵀ of the singular value decomposition xᵀ y = U S Vᵀ. Of x's dtype; float32 for half types,
+        which are widened first (also under autocast). NaN where x or y has NaN or infinity.
+
+    Differentiable in both, once; the gradient has sums of two singular values in denominators, never differences, so
+    repeated ones are nothing special. Where both are 0 Q is not unique: any one is returned, and the gradient has no
+    part there.
+
+    Raises:
+        TypeError: x or y is no dense floating tensor.
+        ValueError: shapes or devices do not fit.
+
+    Source: Schönemann, Psychometrika 31 (1966).
+
+    Example:
+        >>> x, turn = torch.randn(50, 4), torch.linalg.qr(torch.randn(4, 4)).Q
+        >>> torch.allclose(ts.isotropy.procrustes(x, x @ turn), turn, atol=1e-5)
+        True
+    """
+    name = "procrustes"
+    check_points(name, "x", x)
+    check_points(name, "y", y)
+    if x.shape != y.shape or x.device != y.device:
+        raise ValueError(f"{name}: x and y must be alike, got {tuple(x.shape)} on {x.device} and {tuple(y.shape)} on "
+                         f"{y.device}")
+    wide = wide_dtype(x.dtype)
+    moments = product(x.to(wide), y.to(wide))
+    with full_precision(moments):
+        if not transformed():
+            return _Polar.apply(moments)
+        u, _, vt = torch.linalg.svd(moments)
+        return u @ vt
+
+
+class _Polar(torch.autograd.Function):
+    """U Vᵀ of M = U S Vᵀ. Along dM it turns by U A Vᵀ, A_ij = (B_ij - B_ji) / (s_i + s_j) with B = Uᵀ dM V."""
+
+    @staticmethod
+    def forward(ctx, moments):
+        finite = moments.isfinite().all(-1).all(-1)[..., None, None]
+        u, s, vt = torch.linalg.svd(torch.where(finite, moments, 0))
+        u = torch.where(finite, u, torch.nan)
+        ctx.save_for_backward(moments, u, s, vt)
+        return u @ vt
+
+    @staticmethod
+    def backward(ctx, dq):
+        return _PolarGradient.apply(dq, *ctx.saved_tensors)
+
+
+class _PolarGradient(torch.autograd.Function):
+    """U A Vᵀ with B = Uᵀ dQ V: the map of a change is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, dq, moments, u, s, vt):
+        with full_precision(dq):
+            b = u.mT @ dq @ vt.mT
+            both = s[..., :, None] + s[..., None, :]
+            known = both > s.shape[-1] * torch.finfo(s.dtype).eps * s[..., :1, None]
+            return u @ torch.where(known, (b - b.mT) / torch.where(known, both, 1), 0) @ vt
+
+    @staticmethod
+    def backward(ctx, weight):
+        raise RuntimeError("procrustes: differentiable once, second derivatives are not there")
+
+
+class OrthogonalAdapter(nn.Module):
+    """A trained orthogonal map of features, ``x @ Q``: it turns them and keeps all lengths and angles.
+
+    The weight is parametrised by torch.nn.utils.parametrizations.orthogonal, as a start times the exponential of a skew
+    matrix, so that any optimiser keeps it orthogonal, to rounding. It starts as the identity; assigning an orthogonal
+    matrix of either determinant to ``adapter.weight``, such as the transpose of `procrustes`' Q, starts there.
+
+    Args:
+        d: number of features, at least 1.
+        device, dtype: of the weight; float32 or float64.
+
+    Shape: x (..., d) to (..., d), of x's dtype. ``weight`` is (d, d) as a Linear's: Qᵀ. Q is computed and applied in
+    the weight's dtype, also under autocast.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: its value, or x's shape or device, does not fit.
+
+    Example:
+        >>> adapter = ts.isotropy.OrthogonalAdapter(4)
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(adapter(x), x)
+        True
+        >>> adapter.weight = ts.isotropy.procrustes(x, x.flip(-1)).mT
+        >>> torch.allclose(adapter(x).norm(dim=-1), x.norm(dim=-1))
+        True
+        >>> adapter.merge()
+        Linear(in_features=4, out_features=4, bias=False)
+    """
+
+    weight: Tensor
+
+    def __init__(self, d: int, *, device: torch.device | str | int | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        name = "OrthogonalAdapter"
+        self.d = whole(name, "d", d, 1)
+        if dtype is not None and dtype not in WIDE:
+            raise TypeError(f"{name}: dtype must be float32 or float64, got {told(dtype)}")
+        try:
+            weight = torch.eye(self.d, device=device, dtype=dtype)
+        except (RuntimeError, TypeError) as error:
+            raise type(error)(f"{name}: device {told(device)}: {error}") from None
+        if weight.dtype not in WIDE:  # torch's default, where it is a half
+            weight = weight.float()
+        self.weight = nn.Parameter(weight)
+        parametrizations.orthogonal(self, "weight", orthogonal_map="matrix_exp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_floating("OrthogonalAdapter", "x", x)
+        if x.dim() == 0 or x.shape[-1] != self.d:
+            raise ValueError(f"OrthogonalAdapter: x must be (..., {self.d}), got {tuple(x.shape)}")
+        with full_precision(x):
+            weight = self.weight
+            if x.device != weight.device:
+                raise ValueError(f"OrthogonalAdapter: x must be on {weight.device}, got {x.device}")
+            return nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+    @torch.no_grad()
+    def merge(self, linear: nn.Linear | None = None) -> nn.Linear:
+        """The same map as a plain Linear: of its own, or, of a `linear` before it, of both in one. A new layer.
+
+        Raises: TypeError, ValueError where `linear` is none, or has other than d outputs.
+        """
+        weight, bias = self.weight.detach(), None
+        if linear is not None:
+            if not isinstance(linear, nn.Linear):
+                raise TypeError(f"OrthogonalAdapter.merge: linear must be an nn.Linear, got {told(linear)}")
+            if linear.out_features != self.d:
+                raise ValueError(f"OrthogonalAdapter.merge: linear must have {self.d} outputs, got "
+                                 f"{linear.out_features}")
+            with full_precision(weight):
+                bias = None if linear.bias is None else (weight @ linear.bias.to(weight)).to(linear.bias)
+                weight = (weight @ linear.weight.to(weight)).to(linear.weight)
+        merged = nn.Linear(weight.shape[1], self.d, bias=bias is not None, device="meta")
+        merged.weight = nn.Parameter(weight.clone())
+        merged.bias = None if bias is None else nn.Parameter(bias)
+        return merged
+
+    def extra_repr(self) -> str:
+        return f"d={self.d}"

@@ -1,0 +1,152 @@
+"""The von Neumann entropy of points: how evenly their variance is spread over directions.
+
+    rho    = Zᵀ Z / tr Zᵀ Z                      with eigenvalues p >= 0 of sum 1
+    S      = -sum p log p                        from 0 (one direction has all) to log d (all the same)
+    dS     = -<log rho + S, dG> / tr G           of the Gram matrix G = Zᵀ Z: no differences of eigenvectors in it
+    dS/dZ  = -2 Z (log rho + S) / tr G
+
+Repeated eigenvalues are therefore nothing special. At an eigenvalue of 0 log rho is infinite, but Z is 0 there, and
+along it S changes like -s² log s² with the singular value s, whose slope is 0: the gradient in Z exists, is finite, and
+has no part there. In numbers the logarithm of an eigenvalue that can't be told from 0 is that of the dtype's precision.
+Eigenvalues other than 0 are those of Z Zᵀ, too, which is taken where it is smaller.
+"""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common import check_group, check_word, full_precision, transformed, wide_dtype
+from .products import check_points, gram, summed
+
+OF = ("points", "covariance", "directions")
+
+
+def von_neumann_entropy(z: Tensor, *, of: str = "points", process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Von Neumann entropy of points' second moments, in nats: 0 for points on a line, log d for isotropic ones.
+
+    Args:
+        z: points, (..., n, d), n and d above 0; leading dimensions are views, each with an entropy of its own.
+        of: what has trace 1. "points": Zᵀ Z, as they are. "covariance": their mean is taken off first. "directions":
+            rows are divided by their lengths; rows of 0 stay.
+        process_group: a torch.distributed group whose processes each hold a part of the points, some perhaps none, or
+            None.
+
+    Returns:
+        entropies, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast). 0 where
+        nothing is left: points that are all 0, or all the same for "covariance". NaN or infinity in z gives NaN.
+
+    Differentiable in ``z``, with finite gradients at repeated eigenvalues and at those of 0, of which Z's part is 0
+    itself. Second derivatives are exact, too, but at an eigenvalue of 0 they don't exist; third ones are refused. To be
+    maximised against collapse: a loss has -S. In a process group the gradient is that of the sum of all processes'
+    (equal) entropies: after DistributedDataParallel's mean it is that of the whole batch.
+
+    Raises:
+        TypeError: z is no dense floating tensor, or process_group of a wrong kind.
+        ValueError: z's shape, or an unknown word.
+
+    Source: arXiv 2304.01434 has "directions"; information-theoretic Koopman models have "covariance".
+
+    Example:
+        >>> z = torch.randn(512, 4)
+        >>> entropy = ts.isotropy.von_neumann_entropy(z)
+        >>> bool(1.3 < entropy < 1.387)                  # log 4 = 1.386...
+        True
+        >>> bool(ts.isotropy.von_neumann_entropy(torch.ones(5, 3)) < 1e-5)
+        True
+    """
+    name = "von_neumann_entropy"
+    check_points(name, "z", z, process_group)
+    check_word(name, "of", of, OF)
+    check_group(name, process_group)
+    wide, n = z.to(wide_dtype(z.dtype)), z.shape[-2]
+    if of == "directions":
+        wide = torch.nn.functional.normalize(wide, dim=-1)
+    elif of == "covariance" and process_group is None:
+        wide = wide - wide.mean(-2, keepdim=True)
+    elif of == "covariance":
+        total, count = summed(wide.sum(-2, keepdim=True), n, process_group)
+        wide = wide - total / count
+    if process_group is None:
+        return _entropy(gram(wide.mT if n < z.shape[-1] else wide))
+    moments, count = summed(gram(wide), n, process_group)
+    if not z.is_cuda and not count:
+        raise ValueError(f"{name}: z must have points in one process at least, got {tuple(z.shape)} in each")
+    return _entropy(moments)
+
+
+def _entropy(moments: Tensor) -> Tensor:
+    with full_precision(moments):
+        if not transformed():
+            return _Entropy.apply(moments)
+        p = torch.linalg.eigvalsh(moments)
+        total = p.sum(-1, keepdim=True)
+        p = p / torch.where(total > 0, total, 1)
+        return torch.special.entr(torch.where(p > torch.finfo(p.dtype).eps, p, 1)).sum(-1)
+
+
+class _Entropy(torch.autograd.Function):
+    """S of a Gram matrix G."""
+
+    @staticmethod
+    def forward(ctx, moments):
+        finite = moments.isfinite().all(-1).all(-1)[..., None]
+        value, vector = torch.linalg.eigh(torch.where(finite[..., None], moments, 0))
+        value = value.clamp_min(0)
+        total = value.sum(-1, keepdim=True)
+        total = torch.where(finite, torch.where(total > 0, total, 1), torch.nan)
+        p = value / total
+        p = torch.where(p <= torch.finfo(p.dtype).eps, 0, p)  # can't be told from 0; NaN stays
+        ctx.save_for_backward(moments, p, vector, total)
+        return torch.special.entr(p).sum(-1)
+
+    @staticmethod
+    def backward(ctx, dentropy):
+        return _Slope.apply(dentropy, *ctx.saved_tensors)
+
+
+class _Slope(torch.autograd.Function):
+    """-dS (log rho + S) / tr G, and its derivatives in dS and G.
+
+    That of log rho along H is, in rho's eigenvectors, H_ij times (log p_i - log p_j) / (p_i - p_j), which is 1 / p_i
+    where the two are equal: the divided difference, of which repeated eigenvalues don't make infinities.
+    """
+
+    @staticmethod
+    def forward(ctx, dentropy, moments, p, vector, total):
+        ctx.save_for_backward(dentropy, p, vector, total)
+        slope = -dentropy[..., None] * _level(p) / total
+        with full_precision(p):
+            return vector * slope[..., None, :] @ vector.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight):
+        dentropy, p, vector, total = ctx.saved_tensors
+        with full_precision(p):
+            h = vector.mT @ (weight + weight.mT) @ vector / 2
+            held, level = h.diagonal(dim1=-2, dim2=-1), _level(p)
+            ratio = _divided(p.clamp_min(torch.finfo(p.dtype).eps))
+            inner = (held * level).sum(-1, keepdim=True)
+            straight = (held * ratio.diagonal(dim1=-2, dim2=-1) * p).sum(-1, keepdim=True)
+            on_diagonal = straight + held.sum(-1, keepdim=True) * level + inner
+            dmoments = ratio * h - torch.diag_embed(on_diagonal)
+            dmoments = vector @ dmoments @ vector.mT
+        scale = -(dentropy[..., None] / total.square())[..., None]
+        return -(inner / total).squeeze(-1), scale * dmoments, None, None, None
+
+
+def _level(p: Tensor) -> Tensor:
+    """Eigenvalues of log rho + S."""
+    return p.clamp_min(torch.finfo(p.dtype).eps).log() + torch.special.entr(p).sum(-1, keepdim=True)
+
+
+def _divided(p: Tensor) -> Tensor:
+    """(log p_i - log p_j) / (p_i - p_j): 2 atanh(r) / r / (p_i + p_j) of r = (p_i - p_j) / (p_i + p_j)."""
+    apart, both = p[..., :, None] - p[..., None, :], p[..., :, None] + p[..., None, :]
+    square = (apart / both).square()
+    far = square > 1e-4
+    log = p.log()
+    exact = (log[..., :, None] - log[..., None, :]) / torch.where(far, apart, 1)
+    return torch.where(far, exact, 2 * (1 + square * (1 / 3 + square * (1 / 5 + square / 7))) / both)

@@ -1,0 +1,150 @@
+"""λ-orthogonality: weights whose rows are orthonormal up to a distance that costs little.
+
+    f     = ‖W Wᵀ - 1‖_F                              0 for orthonormal rows
+    loss  = sigmoid(alpha (f - lam)) f                about f beyond lam, little below
+    dW    = (sigmoid + alpha f sigmoid') 2 (W Wᵀ - 1) W / f
+
+For k > n rows of length n the k x k matrix has k - n eigenvalues of -1 whatever W is: f² = ‖Wᵀ W - 1‖² + k - n, and
+(W Wᵀ - 1) W = W (Wᵀ W - 1). So the smaller Gram matrix serves. Two products a weight: one forward, one backward.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import (
+    POSITIVE,
+    check_floating,
+    check_number,
+    full_precision,
+    second_derivative,
+    told,
+    transformed,
+    wide_dtype,
+)
+
+
+def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha: float = 1.0) -> Tensor:
+    """How far rows are from orthonormal, ‖W Wᵀ - 1‖, with little weight below `lam`.
+
+        sigmoid(alpha (f - lam)) f,    f = ‖W Wᵀ - 1‖_F
+
+    Args:
+        weight: (..., k, n), leading dimensions with a loss each; or a sequence of weights (k_i, n_i) of any sizes, of
+            one dtype on one device, all in one call. Their rows are asked about: of k > n rows, which can't be
+            orthonormal, f is at least sqrt(k - n), reached by orthonormal columns.
+        lam: the distance that is allowed; 12 for 1024 features in the paper, 0 for the usual soft orthogonality.
+        alpha: steepness of the sigmoid, above 0.
+
+    Returns:
+        losses (...,), or (number of weights,) for a sequence, of weight's dtype; float32 for half types, which are
+        widened first (also under autocast). To be minimised.
+
+    Differentiable any number of times. Towards orthonormal rows the gradient is bounded, and there, where f has a kink,
+    it is 0.
+
+    Raises:
+        TypeError: weight is no dense floating tensor, nor a sequence of such.
+        ValueError: shapes, dtypes, devices or values do not fit.
+
+    Source: λ-orthogonality regularisation for compatible representations, arXiv 2509.16664.
+
+    Example:
+        >>> layers = [torch.nn.Linear(6, 4), torch.nn.Linear(4, 4)]
+        >>> loss = ts.isotropy.lambda_orthogonality([layer.weight for layer in layers], 0.5)
+        >>> loss.shape
+        torch.Size([2])
+        >>> loss.sum().backward()
+        >>> ts.isotropy.lambda_orthogonality(torch.eye(3), 0.5)
+        tensor(0.)
+    """
+    name = "lambda_orthogonality"
+    check_number(name, "lam", lam)
+    check_number(name, "alpha", alpha, POSITIVE)
+    if isinstance(weight, (list, tuple)):
+        weights = weight
+        if not weights:
+            raise ValueError(f"{name}: weight must be weights, got an empty {told(weight)}")
+        for i, w in enumerate(weights):
+            _check(name, f"weight[{i}]", w)
+            if w.dim() != 2:
+                raise ValueError(f"{name}: weight[{i}] must be (k, n), got {tuple(w.shape)}")
+            if w.dtype != weights[0].dtype or w.device != weights[0].device:
+                raise ValueError(f"{name}: weights must be of one dtype on one device, got weight[{i}] of {w.dtype} on "
+                                 f"{w.device} after {weights[0].dtype} on {weights[0].device}")
+    else:
+        _check(name, "weight", weight)
+        weights = (weight,)
+    wide = [w.to(wide_dtype(w.dtype)) for w in weights]
+    with full_precision(wide[0]):
+        losses = (torch.stack([_plain(w, lam, alpha) for w in wide]) if transformed()
+                  else _Loss.apply(lam, alpha, *wide))
+    return losses if isinstance(weight, (list, tuple)) else losses[0]
+
+
+def _check(name: str, what: str, weight: Tensor) -> None:
+    check_floating(name, what, weight)
+    if weight.dim() < 2 or 0 in weight.shape[-2:]:
+        raise ValueError(f"{name}: {what} must be (..., k, n) with k > 0 and n > 0, got {tuple(weight.shape)}")
+
+
+def _excess(weight: Tensor) -> Tensor:
+    """W Wᵀ - 1, or Wᵀ W - 1 where that is smaller."""
+    wide = weight.shape[-2] <= weight.shape[-1]
+    product = weight @ weight.mT if wide else weight.mT @ weight
+    return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+
+
+def _distance(excess: Tensor, rows: int) -> Tensor:
+    """f; at 0 without a slope."""
+    square = excess.square().sum((-2, -1)) + (rows - excess.shape[-1])
+    off = square != 0
+    return torch.where(off, torch.where(off, square, 1).sqrt(), 0)
+
+
+def _plain(weight: Tensor, lam: float, alpha: float) -> Tensor:
+    f = _distance(_excess(weight), weight.shape[-2])
+    return torch.sigmoid(alpha * (f - lam)) * f
+
+
+class _Loss(torch.autograd.Function):
+    """Of all weights, stacked."""
+
+    @staticmethod
+    def forward(ctx, lam, alpha, *weights):
+        ctx.lam, ctx.alpha = lam, alpha
+        excess = [_excess(w) for w in weights]
+        f = torch.stack([_distance(e, w.shape[-2]) for e, w in zip(excess, weights)])
+        ctx.save_for_backward(f, *excess, *weights)
+        return torch.sigmoid(alpha * (f - lam)) * f
+
+    @staticmethod
+    def backward(ctx, dloss):
+        f, *saved = ctx.saved_tensors
+        excess, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        return None, None, *(
+            _Gradient.apply(d, w, e.detach(), length.detach(), ctx.lam, ctx.alpha)
+            for d, w, e, length in zip(dloss.unbind(), weights, excess, f.unbind()))
+
+
+class _Gradient(torch.autograd.Function):
+    """Of one weight: a product, with what the forward has kept."""
+
+    @staticmethod
+    def forward(ctx, dloss, weight, excess, f, lam, alpha):
+        ctx.save_for_backward(dloss, weight)
+        ctx.lam, ctx.alpha = lam, alpha
+        gate = torch.sigmoid(alpha * (f - lam))
+        scale = dloss * gate * (1 + alpha * f * (1 - gate)) * 2 / torch.where(f == 0, 1, f)
+        excess = excess * scale[..., None, None]
+        with full_precision(weight):
+            return excess @ weight if weight.shape[-2] <= weight.shape[-1] else weight @ excess
+
+    @staticmethod
+    def backward(ctx, weight_of_gradient):
+        dloss, weight = ctx.saved_tensors
+        with full_precision(weight):
+            found = second_derivative(lambda w: _plain(w, ctx.lam, ctx.alpha), dloss, (weight,), (weight_of_gradient,))
+        return *found, None, None, None, None

@@ -1,0 +1,79 @@
+"""The public calls of isotropy for tests/bad_calls.py."""
+
+import functools
+import math
+
+import bad_input as table
+import bad_values as bad
+import torch
+from bad_input import Call, call
+from helpers import normal
+from torch import nn
+
+from torch_subspace import isotropy
+
+INF = math.inf
+
+CALLS: dict[str, Call] = {}
+add = functools.partial(table.add, CALLS)
+
+
+def x(*shape):
+    return lambda: normal(*shape, seed=1, dtype=torch.float32)
+
+
+POSITIVE, GAMMA, WEIGHT = bad.number(0, -1, INF), bad.number(INF, -INF), bad.number(-0.1, INF)
+WIDENED, POINTS, MATRIX, SERIES = "z: another float, dimensions more", x(5, 3), x(4, 4), x(2, 9, 3)
+KNOTS = {"num_slices": bad.whole(0), "knots": bad.whole(1, 5000), "t_max": POSITIVE, "views": bad.word,
+         "process_group": bad.optional(bad.those())}
+GRID = {"num_slices": 8, "knots": 5, "t_max": 3.0, "views": "each", "process_group": None}
+SEED = bad.optional(bad.whole(-1, 2**63))
+add("isotropy.sigreg", call(isotropy.sigreg, z=POINTS, seed=0, **GRID), z=bad.tensor, seed=SEED, **KNOTS,
+    fine=f"{WIDENED}, meta")
+add("isotropy.sigreg along given directions", call(isotropy.sigreg, z=POINTS, directions=x(3, 4)),
+    directions=bad.optional(bad.tensor), fine="directions: another float")
+add("isotropy.SIGRegLoss", call(isotropy.SIGRegLoss, reduction="mean", **GRID), reduction=bad.word, **KNOTS)
+add("isotropy.SIGRegLoss.forward", call(isotropy.SIGRegLoss(), z=POINTS, seed=0), ("sigreg",), z=bad.tensor, seed=SEED,
+    fine=f"{WIDENED}, meta")
+add("isotropy.LeJEPALoss", call(isotropy.LeJEPALoss, weight=0.02, distance="mean", **GRID),
+    weight=bad.number(-0.1, 1.1), distance=bad.word, **KNOTS)
+add("isotropy.LeJEPALoss.forward", call(isotropy.LeJEPALoss(), z=x(2, 5, 3), centre=x(4, 5, 3), seed=0),
+    ("LeJEPALoss", "sigreg"), z=bad.tensor, centre=bad.optional(bad.tensor), seed=SEED,
+    fine="z: another float; centre: another float")
+
+GROUP = {"process_group": bad.optional(bad.those())}
+add("isotropy.von_neumann_entropy", call(isotropy.von_neumann_entropy, z=POINTS, of="points", process_group=None),
+    z=bad.tensor, of=bad.word, fine=f"{WIDENED}, meta", **GROUP)
+add("isotropy.ridge_transition", call(isotropy.ridge_transition, z=POINTS, z_next=x(5, 2), eta=0.1, process_group=None),
+    z=bad.tensor, z_next=bad.tensor, eta=POSITIVE, fine="z: another float; z_next: another float", **GROUP)
+add("isotropy.KoopmanInformationLoss", call(isotropy.KoopmanInformationLoss, alpha=2.0, beta=0.1, lam=0.1, k=3, tau=0.1,
+                                            eta=0.1, entropy="maximise", detach=False, process_group=None),
+    alpha=WEIGHT, beta=WEIGHT, lam=WEIGHT, k=bad.whole(0), tau=POSITIVE, eta=POSITIVE, entropy=bad.word,
+    detach=bad.flag, **GROUP)
+add("isotropy.KoopmanInformationLoss.forward",
+    call(isotropy.KoopmanInformationLoss(), z=SERIES, z_next=SERIES, decode=nn.Identity(), states=SERIES,
+         next_states=SERIES),
+    ("KoopmanInformationLoss",), z=bad.tensor, z_next=bad.tensor, decode=bad.function, states=bad.tensor,
+    next_states=bad.tensor, fine="z: another float; z_next: another float; states: another float; "
+                                 "next_states: another float")
+add("isotropy.procrustes", call(isotropy.procrustes, x=POINTS, y=POINTS), x=bad.tensor, y=bad.tensor,
+    fine="x: another float; y: another float")
+add("isotropy.OrthogonalAdapter", call(isotropy.OrthogonalAdapter, d=4, device="cpu", dtype=torch.float32),
+    d=bad.whole(0), device=bad.device, dtype=bad.dtype)
+add("isotropy.OrthogonalAdapter.forward", call(isotropy.OrthogonalAdapter(3), x=POINTS), ("OrthogonalAdapter",),
+    x=bad.tensor, fine="x: dimensions more, a dimension less, no rows, another float")
+add("isotropy.OrthogonalAdapter.merge", call(isotropy.OrthogonalAdapter(3).merge, linear=nn.Linear(2, 3)),
+    linear=bad.optional(bad.module))
+add("isotropy.lambda_orthogonality", call(isotropy.lambda_orthogonality, weight=POINTS, lam=1.0, alpha=1.0),
+    weight=bad.tensor, lam=GAMMA, alpha=POSITIVE, fine="weight: another float, dimensions more, meta")
+add("isotropy.lambda_orthogonality of several", call(isotropy.lambda_orthogonality, lam=1.0,
+                                                     weight=lambda: [x(5, 3)(), x(2, 7)()]),
+    weight=bad.tensors, fine="weight: one less, one more, holds meta")
+add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, old=MATRIX, new=MATRIX, tau=0.1,
+                                             alpha=1.0, rows="all", diagonal=True, symmetric=True, divergence_tau=1.0),
+    old=bad.tensor, new=bad.tensor, tau=POSITIVE, alpha=WEIGHT, rows=bad.word, diagonal=bad.flag, symmetric=bad.flag,
+    divergence_tau=bad.optional(POSITIVE), fine="old: another float; new: another float")
+for shrink, extra, good in ((isotropy.group_lasso, {}, {}),
+                            (isotropy.prox_group_lasso_, {"step": WEIGHT}, {"step": 0.1})):
+    add(f"isotropy.{shrink.__name__}", call(shrink, weight=POINTS, groups=(2, 3), **good), weight=bad.tensor,
+        groups=bad.dims, fine="weight: another float, no columns, meta", **extra)

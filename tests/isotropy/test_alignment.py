@@ -1,0 +1,195 @@
+"""Procrustes and the orthogonal adapter."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import close, frame_error, normal, same
+from torch import nn
+
+from torch_subspace.isotropy import OrthogonalAdapter, procrustes
+
+# ---------------------------------------------------------------------------------------------------------- procrustes
+
+
+def turn(d, seed=0, determinant=None):
+    q = torch.linalg.qr(normal(d, d, seed=seed)).Q
+    if determinant is not None and torch.linalg.det(q).sign() != determinant:
+        q[0] *= -1
+    return q
+
+
+@pytest.mark.parametrize("determinant", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_planted_turn_is_found(dtype, determinant):
+    x, q = normal(3, 20, 5).to(dtype), torch.stack([turn(5, seed, determinant) for seed in range(3)]).to(dtype)
+    found = procrustes(x, x @ q)
+    assert found.dtype == dtype
+    close([found], [q], 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_no_other_turn_is_nearer():
+    x, y = normal(9, 4), normal(9, 4, seed=1)
+    q = procrustes(x, y)
+    assert frame_error(q) < 1e-14
+    least = (x @ q - y).norm()
+    for seed in range(20):
+        skew = normal(4, 4, seed=seed) * 10 ** -(seed % 4)
+        assert (x @ q @ torch.matrix_exp(skew - skew.mT) - y).norm() >= least
+        assert (x @ turn(4, seed) - y).norm() >= least
+
+
+@pytest.mark.parametrize("case", ["any", "repeated", "of rank 2 of 3", "views"])
+def test_derivatives_of_procrustes(case):
+    x, y = normal(6, 3), normal(6, 3, seed=1)
+    if case == "repeated":  # singular values of xᵀ y
+        x, y = torch.linalg.qr(x).Q, torch.linalg.qr(x).Q @ turn(3)
+    elif case == "of rank 2 of 3":  # one singular value is 0: the sign of its direction is open, its slope isn't
+        y = y @ torch.diag(torch.tensor([1.0, 1, 0], dtype=torch.float64)) + 1e-3 * y
+    elif case == "views":
+        x, y = normal(2, 6, 3), normal(2, 6, 3, seed=1)
+    assert torch.autograd.gradcheck(procrustes, (x.requires_grad_(), y.requires_grad_()))
+
+
+def test_second_derivatives_of_procrustes_are_refused():
+    x = normal(6, 3).requires_grad_()
+    (dx,) = torch.autograd.grad(procrustes(x, normal(6, 3, seed=1)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="procrustes: differentiable once"):
+        (dx.sum() + x.sum()).backward()  # also beside others, with a constant gradient of Q
+
+
+def test_where_it_is_not_unique():
+    """Fewer points than features: still orthogonal, still nearest, and a finite gradient."""
+    x, q = normal(3, 6), turn(6)
+    x.requires_grad_()
+    found = procrustes(x, x.detach() @ q)
+    assert frame_error(found) < 1e-13
+    close([(x @ found).detach()], [x.detach() @ q], 1e-12)
+    (dx,) = torch.autograd.grad(found.square().sum() + (found * normal(6, 6)).sum(), x)
+    assert dx.isfinite().all()
+    assert frame_error(procrustes(torch.zeros(3, 4), torch.zeros(3, 4))) < 1e-6
+
+
+def test_halves_autocast_and_not_a_number():
+    x, y = normal(2, 8, 4).bfloat16(), normal(2, 8, 4, seed=1).bfloat16()
+    wide = procrustes(x.float(), y.float())
+    assert wide.dtype == torch.float32 and torch.equal(procrustes(x, y), wide)
+    leaf = x.float().requires_grad_()
+    expected = torch.autograd.grad(procrustes(leaf, y.float())[0, 0].sum(), leaf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = procrustes(leaf, y.float())
+        assert torch.equal(found, wide) and same(torch.autograd.grad(found[0, 0].sum(), leaf), expected)
+    x[1, 0, 0] = math.nan
+    found = procrustes(x, y)
+    assert torch.equal(found[0], wide[0]) and found[1].isnan().all()
+
+
+def test_torch_func_takes_the_plain_formula():
+    x, y = normal(2, 8, 4), normal(2, 8, 4, seed=1)
+    close([torch.vmap(procrustes)(x, y)], [procrustes(x, y)], 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------- adapter
+
+
+def test_it_starts_as_the_identity_and_stays_orthogonal():
+    adapter = OrthogonalAdapter(6)
+    x, q = normal(50, 6, dtype=torch.float32), turn(6, determinant=1).float()
+    assert torch.equal(adapter(x), x)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
+    for _ in range(120):
+        optimizer.zero_grad()
+        (adapter(x) - x @ q).square().mean().backward()
+        optimizer.step()
+        assert frame_error(adapter.weight) < 5e-6
+    close([adapter.weight.detach()], [q.mT], 0.05)
+    assert (adapter(x) - x @ q).square().mean() < 1e-3
+
+
+@pytest.mark.parametrize("determinant", [1, -1])
+def test_it_starts_where_procrustes_ends(determinant):
+    x, q = normal(20, 4), turn(4, determinant=determinant)
+    adapter = OrthogonalAdapter(4, dtype=torch.float64)
+    adapter.weight = procrustes(x, x @ q).mT
+    close([adapter(x).detach()], [x @ q], 1e-12)
+    adapter(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def test_derivatives_of_the_adapter():
+    adapter = OrthogonalAdapter(3, dtype=torch.float64)
+    adapter.weight = turn(3)
+    (raw,) = adapter.parameters()
+    x = normal(4, 3).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, raw: torch.func.functional_call(adapter, {"parametrizations.weight.original": raw}, (x,)),
+        (x, raw.detach().requires_grad_()))
+
+
+def test_merged():
+    adapter = OrthogonalAdapter(4, dtype=torch.float64)
+    adapter.weight = turn(4, 3)
+    x, before = normal(5, 3), nn.Linear(3, 4).double()
+    alone, both = adapter.merge(), adapter.merge(before)
+    assert type(alone) is type(both) is nn.Linear and alone.bias is None
+    close([both(x).detach(), alone(before(x)).detach()], [adapter(before(x)).detach()] * 2, 1e-13)
+    assert alone.weight.requires_grad and alone.weight is not adapter.weight
+    single = nn.Linear(3, 4, bias=False)
+    merged = adapter.merge(single)
+    assert merged.weight.dtype == torch.float32 and merged.bias is None and merged.in_features == 3
+    close([merged(x.float()).detach()], [adapter(single(x.float())).detach()], 1e-6)
+
+
+def test_its_state_is_saved_and_copied():
+    adapter, other = OrthogonalAdapter(4), OrthogonalAdapter(4)
+    adapter.weight = turn(4, 3).float()
+    with torch.no_grad():
+        next(adapter.parameters()).add_(0.1 * torch.randn(4, 4))
+    other.load_state_dict(adapter.state_dict())
+    copied = copy.deepcopy(adapter)
+    assert torch.equal(other.weight, adapter.weight) and torch.equal(copied.weight, adapter.weight)
+    assert adapter.to(torch.float64).weight.dtype == torch.float64
+
+
+def test_dtypes_of_the_adapter():
+    adapter = OrthogonalAdapter(4)
+    adapter.weight = turn(4, 3).float()
+    x = normal(5, 4).bfloat16()
+    expected = adapter(x.float())
+    assert adapter(x).dtype == torch.bfloat16 and torch.equal(adapter(x), expected.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(adapter(x.float()), expected)
+
+
+@pytest.mark.slow
+def test_compile_without_graph_breaks():
+    torch._dynamo.reset()
+    adapter, x, y = OrthogonalAdapter(4), normal(8, 4, dtype=torch.float32), normal(8, 4, seed=1, dtype=torch.float32)
+
+    def aligned(x, y):
+        return adapter(x) @ procrustes(x, y)
+
+    compiled, results = torch.compile(aligned, fullgraph=True, backend="aot_eager"), []
+    for function in (compiled, aligned):
+        leaf = x.clone().requires_grad_()
+        found = function(leaf, y)
+        results.append([found.detach(), *torch.autograd.grad(found.square().sum() + found[0].sum(), leaf)])
+    close(*results, 1e-5)
+
+
+X = torch.randn(5, 3)
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda: procrustes(X, X[:, :2]), ValueError, r"x and y must be alike, got \(5, 3\) on cpu and \(5, 2\) on cpu"),
+    (lambda: procrustes(X[0], X[0]), ValueError, r"procrustes: x must be \(..., n, d\)"),
+    (lambda: OrthogonalAdapter(0), ValueError, "OrthogonalAdapter: d must be >= 1, got 0"),
+    (lambda: OrthogonalAdapter(2, dtype=torch.float16), TypeError, "must be float32 or float64, got dtype torch.float"),
+    (lambda: OrthogonalAdapter(2)(X), ValueError, r"OrthogonalAdapter: x must be \(..., 2\), got \(5, 3\)"),
+    (lambda: OrthogonalAdapter(2).merge(nn.Linear(2, 3)), ValueError, "linear must have 2 outputs, got 3"),
+    (lambda: OrthogonalAdapter(2).merge(nn.Conv2d(2, 2, 1)), TypeError, "linear must be an nn.Linear, got Conv2d"),
+])
+def test_bad_input_is_named(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -1,0 +1,154 @@
+"""Mod-X: similarities that a former model had right are kept."""
+
+import math
+
+import pytest
+import reference as ref
+import torch
+from helpers import close, normal
+from sklearn.datasets import load_digits
+from torch import nn
+
+from torch_subspace.isotropy import similarity_distillation
+
+
+def similarities(n=6, seed=0):
+    """Of a model that is right about most rows."""
+    return normal(n, n, seed=seed) + 1.5 * torch.eye(n, dtype=torch.float64)
+
+
+def test_matches_the_reference():
+    for seed in range(3):
+        old, new = similarities(seed=seed), similarities(seed=seed + 10)
+        assert 0 < (old.argmax(1) == torch.arange(6)).sum() < 6 or seed
+        expected = ref.similarity_distillation(old, new, tau=0.5, alpha=3.0)
+        close([similarity_distillation(old, new, tau=0.5, alpha=3.0)], [expected], 1e-12)
+        single = similarity_distillation(old.float(), new.float(), tau=0.5, alpha=3.0)
+        assert single.dtype == torch.float32
+        close([single], [expected], 1e-5)
+    both = [torch.stack([similarities(seed=s), similarities(seed=s + 1)]) for s in (0, 10)]
+    found = similarity_distillation(*both, tau=0.5, alpha=3.0)
+    close([found], [torch.stack([similarity_distillation(o, n, tau=0.5, alpha=3.0) for o, n in zip(*both)])], 1e-12)
+
+
+def test_what_its_words_leave_out():
+    old, new = similarities(), similarities(seed=10)
+    nce = nn.functional.cross_entropy(new / 0.5, torch.arange(6))
+    rows = [nn.functional.kl_div((new / 0.5).log_softmax(1), (old / 0.5).log_softmax(1), log_target=True,
+                                 reduction="none").sum(1)]
+    off = ~torch.eye(6, dtype=torch.bool)
+    without = [m[off].view(6, 5) / 0.5 for m in (old, new)]
+    rows.append(nn.functional.kl_div(without[1].log_softmax(1), without[0].log_softmax(1), log_target=True,
+                                     reduction="none").sum(1))
+    right = old.argmax(1) == torch.arange(6)
+    for diagonal, each in ((True, rows[0]), (False, rows[1])):
+        for word, kept in (("all", each), ("correct", each * right)):
+            found = similarity_distillation(old, new, tau=0.5, alpha=2.0, rows=word, diagonal=diagonal, symmetric=False)
+            close([found], [nce + 2 * kept.mean()], 1e-12)
+
+
+def test_the_public_code():
+    """Its divergence is at temperature 1, summed over rows; rows that the old model had wrong become the new one's."""
+    old, new = similarities(), similarities(seed=10).requires_grad_()
+    label, theirs = torch.arange(6), 0
+    for before, after in ((old.clone(), new), (old.mT.clone(), new.mT)):
+        wrong = before.argmax(1) != label
+        before[wrong] = after.detach()[wrong]
+        divergence = nn.functional.kl_div(after.log_softmax(1), before.softmax(1), reduction="sum")
+        theirs = theirs + (nn.functional.cross_entropy(after / 0.1, label) + 3 * divergence) / 2
+    ours = similarity_distillation(old, new, tau=0.1, alpha=6 * 3, divergence_tau=1)
+    close([ours.detach(), *torch.autograd.grad(ours, new)], [theirs.detach(), *torch.autograd.grad(theirs, new)], 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"diagonal": False}, {"rows": "all"}, {"symmetric": False}], ids=str)
+def test_derivatives(options):
+    old, new = similarities(4).requires_grad_(), similarities(4, seed=10).requires_grad_()
+
+    def loss(new):
+        return similarity_distillation(old, new, tau=0.5, alpha=2.0, **options)
+
+    assert torch.autograd.gradcheck(loss, new)
+    assert torch.autograd.gradgradcheck(loss, new)
+    loss(new).backward()
+    assert old.grad is None
+
+
+def test_halves_autocast_and_not_a_number():
+    old, new = similarities().half(), similarities(seed=10).half()
+    wide = similarity_distillation(old.float(), new.float(), tau=0.1, alpha=1.0)
+    assert wide.dtype == torch.float32 and torch.equal(similarity_distillation(old, new, tau=0.1, alpha=1.0), wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(similarity_distillation(old.float(), new.float(), tau=0.1, alpha=1.0), wide)
+    for t in (old, new):
+        t[0, 1] = math.nan
+        assert similarity_distillation(old, new, tau=0.1, alpha=1.0).isnan()
+        t[0, 1] = 0
+
+
+@pytest.mark.slow
+def test_compile_without_graph_breaks():
+    torch._dynamo.reset()
+    old, new = similarities().float(), similarities(seed=10).float().requires_grad_()
+
+    def loss(new):
+        return similarity_distillation(old, new, tau=0.5, alpha=2.0)
+
+    found, expected = torch.compile(loss, fullgraph=True, backend="aot_eager")(new), loss(new)
+    close([found.detach(), *torch.autograd.grad(found, new)], [expected.detach(), *torch.autograd.grad(expected, new)],
+          1e-5)
+
+
+def test_less_of_old_digits_is_forgotten():
+    """Upper and lower halves of digits are pairs; of 0 to 4 first, then of 5 to 9, with the old model's similarities or
+    without."""
+    image, label = load_digits(return_X_y=True)
+    halves = torch.tensor(image, dtype=torch.float32).div(16).view(-1, 2, 32).transpose(0, 1)
+    first, second = (halves[:, torch.tensor(label < 5) == early] for early in (True, False))
+
+    def similar(towers, pairs):
+        a, b = (nn.functional.normalize(tower(half), dim=1) for tower, half in zip(towers, pairs))
+        return a @ b.mT
+
+    def train(towers, pairs, old=None, alpha=0.0, steps=100):
+        draw, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(towers.parameters(), lr=3e-3)
+        for _ in range(steps):
+            some = pairs[:, torch.randperm(pairs.shape[1], generator=draw)[:128]]
+            with torch.no_grad():
+                before = similar(old or towers, some)
+            optimizer.zero_grad()
+            similarity_distillation(before, similar(towers, some), tau=0.1, alpha=alpha).backward()
+            optimizer.step()
+        return towers
+
+    def towers():
+        return nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(2))
+
+    def recall(model):
+        """Of old pairs, among 300."""
+        with torch.no_grad():
+            return (similar(model, first[:, :300]).argmax(1) == torch.arange(300)).float().mean().item()
+
+    torch.manual_seed(0)
+    old, kept = train(towers(), first), {}
+    for alpha in (0.0, 20.0):
+        new = towers()
+        new.load_state_dict(old.state_dict())
+        kept[alpha] = recall(train(new, second, old, alpha))
+    print(f"recall of old pairs: {recall(old):.3f}; {kept[0.0]:.3f} without distillation, {kept[20.0]:.3f} with it")
+    assert recall(old) >= kept[20.0] > kept[0.0]
+
+
+S = torch.randn(3, 3)
+
+
+@pytest.mark.parametrize("old, new, options, error, words", [
+    (S, S[:2], {}, ValueError, r"similarity_distillation: new must be \(..., n, n\) with n > 0, got \(2, 3\)"),
+    (S, S[:2, :2], {}, ValueError, r"old and new must be alike, got \(3, 3\) on cpu and \(2, 2\) on cpu"),
+    (S, S, {"tau": 0}, ValueError, "tau must be positive and finite, got 0"),
+    (S, S, {"alpha": -1}, ValueError, "alpha must be finite and >= 0, got -1"),
+    (S, S, {"rows": "some"}, ValueError, "rows must be one of correct, all, got 'some'"),
+    (S[:1, :1], S[:1, :1], {"diagonal": False}, ValueError, "diagonal=False needs n > 1"),
+])
+def test_bad_input_is_named(old, new, options, error, words):
+    with pytest.raises(error, match=words):
+        similarity_distillation(old, new, **{"tau": 0.1, "alpha": 1.0} | options)
