@@ -28,7 +28,8 @@ class Syllables:
     title, output, ours = "Japanese syllables", "finetune_glyphs.png", "ours"
     shots, batch, epochs, seeds, evaluations = 5, 50, 20, 3, 5
     grid = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    rates = {"head only": 3e-2, "LoRA (peft)": 1e-2, "LoCon (LyCORIS)": 1e-2, "ours": 1e-2, "full fine-tuning": 3e-3}
+    # method: the best of the grid in validation, one seed: 87.6, 92.3, 91.1, 91.1 and 94.1 %
+    rates = dict.fromkeys(("head only", "LoRA (peft)", "LoCon (LyCORIS)", "ours", "full fine-tuning"), 1e-2)
     layers = ["body.3", "body.6", "body.10"]
     lora_rank = 4  # 6784 parameters in these three layers; the two below have 6626
     locon_ranks = {"body.3": 9, "body.6": 9, "body.10": 4}

@@ -53,12 +53,18 @@ def many_classes():
     return "\n".join(lines)
 
 
+def complete(found):
+    """(task, texts a class, methods) of examples/finetune_text.py, where all has been measured."""
+    for name, task in found["tasks"].items():
+        for shots, rows in task["shots"].items():
+            if all(len(row["runs"]) == found["setting"]["seeds"] for row in rows.values()):
+                yield name, shots, rows
+
+
 def texts():
     """Methods of examples/finetune_text.py by task and number of texts."""
     found = result("finetune_text")
-    cases = {f"{name}, {shots} a class": rows for name, task in found["tasks"].items()
-             for shots, rows in task["shots"].items()
-             if all(len(row["runs"]) == found["setting"]["seeds"] for row in rows.values())}
+    cases = {f"{name}, {shots} a class": rows for name, shots, rows in complete(found)}
     first = next(iter(cases.values()))
     lines = [f"| method | {' | '.join(cases)} | trained parameters | ms a step | peak beyond the model |",
              "|---" * (len(cases) + 4) + "|"]

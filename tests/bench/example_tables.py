@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+import evidence_heads
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -76,11 +78,12 @@ def recipes_table():
                             for row in (task["rows"][f"{task['auto']:g}"], task["rows"]["25"]))
             add(f"{task['classes']} {task['name']}", "head on a frozen MiniLM", "`RiemannianAdamW`", best, task["k"],
                 task["epochs"], beside("γ = 25", papers), "gamma.py")
-    rows, setting = text["rows"], text["setting"]
-    for head, k in (("linear", "–"), ("Grassmann", 8)):
-        add(f"8 sections, {setting['shots']} examples each", f"adapters and {head} head", "`RiemannianAdamW`",
-            rows[f"ours, {head} head"], k, setting["epochs"], beside("LoRA", rows["LoRA (peft), linear head"]),
-            "finetune.py --text")
+    for task, shots, rows in evidence_heads.complete(text):
+        for head, k in (("linear", "–"), ("Grassmann", text["setting"]["k"])):
+            ours, lora = ({"lr": rows[method]["lr"], "accuracy": statistics.mean(evidence_heads.shares(
+                rows[method]["runs"], "right"))} for method in (f"ours, {head} head", f"LoRA (peft), {head} head"))
+            add(f"8 {task}, {shots} examples each", f"adapters and {head} head", "`RiemannianAdamW`", ours, k,
+                text["setting"]["epochs"], beside("LoRA", lora), "finetune_text.py")
     rows, setting = digits["rows"], digits["setting"]
     for method, what, k in (("ours", "adapters and linear head", "–"), ("full fine-tuning", "all weights", "–")):
         add(f"5 digits, {setting['shots']} examples each", what, "`RiemannianAdamW`", rows[method], k,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import compatible_table
+import evidence_heads
 import evidence_tables
 import gpu_table
 import lejepa_table
@@ -231,10 +232,10 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
-    "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"),
-                         "finetune_text": lambda: finetune_table("finetune_text")},
+    "docs/adapters.md": {"finetune": lambda: finetune_table("finetune")},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
-    "docs/evidence.md": evidence_tables.TABLES,
+    "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
+                         **evidence_tables.TABLES},
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
