@@ -3,12 +3,13 @@
     cos_bn  = <g_b z1_b, g_b z2_n> / (|g_b z1_b| |g_b z2_n|)             as one would write it: b × n × k products
             = ((g² z1) z2ᵀ)_bn / (|g_b z1_b| sqrt((g² (z2²)ᵀ)_bn))       two matrix products; squares are entry by entry
 
-No difference is taken in it, so no digits are lost. The gradient is four matrix products: with dD = dcos / (|·| |·|),
+No difference is taken in it, so no digits are lost. The gradient is four matrix products. With r = 1 / |g_b z1_b|, rows
+y = r z1 and R_bn = 1 / |g_b z2_n|,
 
-    q       = dD z2                     u_b = sum_n dcos cos / |g_b z1_b|²          P = dcos cos / (g² (z2²)ᵀ)
-    dz1     = g² (q - u z1)
-    dz2     = dDᵀ (g² z1) - z2 (Pᵀ g²)
-    dg      = g (2 z1 q - u z1² - P z2²)
+    V       = dcos R        P = V cos R        q = V z2        s_b = <g² y, q>_b
+    dz1     = r g² (q - s y)
+    dz2     = Vᵀ (g² y) - z2 (Pᵀ g²)
+    dg      = g (y (2 q - s y) - P z2²)
 
 A cosine does not change with the length of z1_b, of z2_n or of g_b: all rows are first divided by their largest entry,
 so that squares neither overflow nor vanish whatever the points' units are.
@@ -73,22 +74,22 @@ def gated_cosine(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
 
 def _scaled(x: Tensor) -> Tensor:
     """Rows' largest entries are 1. As cosines don't depend on it, the divisor is a constant to all derivatives."""
-    return x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True)
+    return x / largest.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _parts(z1: Tensor, z2: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines, 1 / |g z1| (b, 1) and 1 / |g z2| (b, n): the plain formula."""
+    """Cosines, 1 / |g z1| (b, 1) and 1 / |g z2| (b, n), 0 for those of 0: the plain formula."""
     weight = gate.square()
-    held = weight * z1
-    first = _inverse_root((held * z1).sum(-1, keepdim=True))
+    first = _inverse_root((weight * z1.square()).sum(-1, keepdim=True))
     second = _inverse_root(weight @ z2.square().mT)
-    return held @ z2.mT * first * second, first, second
+    return (weight * (first * z1)) @ z2.mT * second, first, second
 
 
 def _inverse_root(square: Tensor) -> Tensor:
     info = torch.finfo(square.dtype)
     nothing = square <= info.tiny / info.eps  # NaN is none of it
-    return torch.where(nothing, 0, torch.where(nothing, 1, square).rsqrt())
+    return square.masked_fill(nothing, torch.inf).rsqrt()
 
 
 class _GatedCosine(torch.autograd.Function):
@@ -110,15 +111,14 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx, dcosine, z1, z2, gate, cosine, first, second):
         ctx.save_for_backward(dcosine, z1, z2, gate)
         with full_precision(z1):
-            weight, along = gate.square(), dcosine * cosine
-            held = weight * z1
-            dproduct = dcosine * second * first
-            q = dproduct @ z2
-            u = along.sum(-1, keepdim=True) * first.square()
-            p = along * second.square()
-            dz1 = weight * (q - u * z1)
-            dz2 = dproduct.mT @ held - z2 * (p.mT @ weight)
-            dgate = gate * (z1 * (2 * q - u * z1) - p @ z2.square())
+            weight, y, v = gate.square(), first * z1, dcosine * second
+            along = weight * y
+            p = v * cosine * second
+            q = v @ z2
+            sy = (along * q).sum(-1, keepdim=True) * y
+            dz1 = first * weight * (q - sy)
+            dz2 = v.mT @ along - z2 * (p.mT @ weight)
+            dgate = gate * (y * (2 * q - sy) - p @ z2.square())
         return dz1, dz2, dgate
 
     @staticmethod

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..common import (
+    FLOATS,
     POSITIVE,
     all_reduce,
     check_dense,
@@ -72,13 +73,14 @@ class SimLAPLoss(nn.Module):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         name = "SimLAPLoss"
-        self.num_classes, self.features = whole(name, "num_classes", num_classes, 1), whole(name, "features", features, 1)
+        self.num_classes, self.features = (whole(name, what, value, 1) for what, value in (
+            ("num_classes", num_classes), ("features", features)))
         check_number(name, "tau", tau, POSITIVE)
         self.tau, self.width, self.process_group = tau, whole(name, "width", width, 1), process_group
         check_group(name, process_group)
         check_device(name, device)
-        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-            raise TypeError(f"{name}: dtype must be a floating dtype, got {told(dtype)}")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"{name}: dtype must be float32, float64, float16 or bfloat16, got {told(dtype)}")
         self.classes = nn.Embedding(self.num_classes, self.width, device=device, dtype=dtype)
         self.network = nn.Sequential(nn.Linear(self.width, self.width, device=device, dtype=dtype), nn.ReLU(),
                                      nn.Linear(self.width, self.features, device=device, dtype=dtype))

@@ -109,7 +109,7 @@ near: Tensor = ts.isotropy.lambda_orthogonality(x, 0.5) + ts.isotropy.lambda_ort
 taught: Tensor = ts.isotropy.similarity_distillation(x @ x.mT, x @ x.mT, tau=0.1, alpha=1.0, rows="all", diagonal=False)
 cosines: Tensor = ts.isotropy.gated_cosine(x, x, x.sigmoid())
 simlap: ts.isotropy.SimLAPLoss = ts.isotropy.SimLAPLoss(10, 16, tau=0.1, width=32, dtype=torch.float32)
-gates: Tensor = simlap.gate(y, y) + simlap(x, x, y, y)
+gates: Tensor = simlap.gate(labels, labels) + simlap(x, x, labels, labels)
 sparse: Tensor = ts.isotropy.group_lasso(x, [4, 4]) + ts.isotropy.prox_group_lasso_(x, (4, 4), 0.1)
 clusterer = ts.ManifoldClustering(n_clusters=4, random_state=0)
 clusterer = ts.ManifoldClustering(n_clusters=None, random_state=0)
