@@ -182,6 +182,34 @@ class _AllReduce(torch.autograd.Function):
         return dx, None
 
 
+def gather_rows(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """(..., n, d), or labels (n,), of a group's processes, in the order of their ranks; n may differ between them. The
+    gradient is the derivative of the sum of all processes' losses."""
+    return _Gather.apply(x, group) if x.dim() < 2 else _Gather.apply(x.movedim(-2, 0), group).movedim(0, -2)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        dist = torch.distributed
+        ctx.group, rank, world = group, dist.get_rank(group), dist.get_world_size(group)
+        counts = x.new_zeros(world, dtype=torch.int64)
+        counts[rank] = x.shape[0]
+        dist.all_reduce(counts, group=group)
+        counts = counts.tolist()
+        ctx.begin, ctx.count = sum(counts[:rank]), counts[rank]
+        whole = x.new_zeros(sum(counts), *x.shape[1:])  # parts may differ in size, which all_gather does not take
+        whole[ctx.begin : ctx.begin + ctx.count] = x
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(dx, group=ctx.group)
+        return dx[ctx.begin : ctx.begin + ctx.count], None
+
+
 def check_dense(name: str, what: str, t: object) -> None:
     """Raises in `name`'s voice unless `what` is a tensor with an entry in every place."""
     if not isinstance(t, Tensor):

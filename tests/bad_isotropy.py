@@ -69,6 +69,17 @@ add("isotropy.lambda_orthogonality", call(isotropy.lambda_orthogonality, weight=
 add("isotropy.lambda_orthogonality of several", call(isotropy.lambda_orthogonality, lam=1.0,
                                                      weight=lambda: [x(5, 3)(), x(2, 7)()]),
     weight=bad.tensors, fine="weight: one less, one more, holds meta")
+add("isotropy.gated_cosine", call(isotropy.gated_cosine, z1=POINTS, z2=x(4, 3), gate=POINTS), z1=bad.tensor,
+    z2=bad.tensor, gate=bad.tensor, fine="z1: another float; z2: another float, no rows; gate: another float")
+add("isotropy.SimLAPLoss", call(isotropy.SimLAPLoss, num_classes=4, features=3, tau=0.1, width=5, process_group=None,
+                                device="cpu", dtype=torch.float32),
+    num_classes=bad.whole(0), features=bad.whole(0), tau=POSITIVE, width=bad.whole(0), device=bad.device,
+    dtype=bad.dtype, **GROUP)
+LABELS = {"y1": torch.tensor([0, 1, 3, 2, 0]), "y2": torch.tensor([1, 1, 2, 0, 3])}
+SIMLAP = isotropy.SimLAPLoss(4, 3, width=5)
+add("isotropy.SimLAPLoss.gate", call(SIMLAP.gate, **LABELS), ("SimLAPLoss",), y1=bad.labels, y2=bad.labels)
+add("isotropy.SimLAPLoss.forward", call(SIMLAP, z1=POINTS, z2=POINTS, **LABELS), ("SimLAPLoss",), z1=bad.tensor,
+    z2=bad.tensor, y1=bad.labels, y2=bad.labels, fine="z1: another float; z2: another float")
 add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, old=MATRIX, new=MATRIX, tau=0.1,
                                              alpha=1.0, rows="all", diagonal=True, symmetric=True, divergence_tau=1.0),
     old=bad.tensor, new=bad.tensor, tau=POSITIVE, alpha=WEIGHT, rows=bad.word, diagonal=bad.flag, symmetric=bad.flag,

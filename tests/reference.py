@@ -314,6 +314,12 @@ def neighbour_nce(z, k, tau):
     return torch.stack(losses)
 
 
+def gated_cosine(z1, z2, gate):
+    """With all b x n x k gated points."""
+    first, second = (gate * z1)[..., :, None, :], gate[..., :, None, :] * z2[..., None, :, :]
+    return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
+
+
 def lambda_orthogonality(weight, lam, *, alpha=1.0):
     f = torch.linalg.matrix_norm(weight @ weight.mT - torch.eye(weight.shape[-2], dtype=weight.dtype))
     return torch.sigmoid(alpha * (f - lam)) * f

@@ -34,7 +34,7 @@ NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
     *(f"grassmann.DynamicSubspaceLearners.{name}" for name in ("get_extra_state", "set_extra_state", "extra_repr")),
     *(f"isotropy.{name}.extra_repr" for name in ("SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss",
-                                                 "OrthogonalAdapter")),
+                                                 "OrthogonalAdapter", "SimLAPLoss")),
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
     *(f"grassmann.KSubspaces.{name}" for name in (  # scikit-learn's own checks ask them
         "fit", "fit_predict", "fit_transform", "predict", "score", "set_output", "transform")),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .alignment import procrustes as procrustes
     from .distillation import similarity_distillation as similarity_distillation
     from .entropy import von_neumann_entropy as von_neumann_entropy
+    from .gated import gated_cosine as gated_cosine
     from .groups import group_lasso as group_lasso
     from .groups import prox_group_lasso_ as prox_group_lasso_
     from .koopman import KoopmanInformationLoss as KoopmanInformationLoss
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
     from .losses import SIGRegLoss as SIGRegLoss
     from .orthogonality import lambda_orthogonality as lambda_orthogonality
     from .sigreg import sigreg as sigreg
+    from .simlap import SimLAPLoss as SimLAPLoss
 
 _FILES = {
     "KoopmanInformationLoss": "koopman",
     "LeJEPALoss": "losses",
     "OrthogonalAdapter": "alignment",
     "SIGRegLoss": "losses",
+    "SimLAPLoss": "simlap",
+    "gated_cosine": "gated",
     "group_lasso": "groups",
     "lambda_orthogonality": "orthogonality",
     "procrustes": "alignment",
@@ -38,6 +42,8 @@ __all__ = [
     "LeJEPALoss",
     "OrthogonalAdapter",
     "SIGRegLoss",
+    "SimLAPLoss",
+    "gated_cosine",
     "group_lasso",
     "lambda_orthogonality",
     "procrustes",

@@ -24,6 +24,7 @@ from ..common import (
     check_number,
     check_word,
     full_precision,
+    gather_rows,
     transformed,
 )
 from ..transport.sinkhorn import sinkhorn
@@ -175,7 +176,7 @@ class MLCLoss(nn.Module):
         if z.shape[:-1] != c.shape[:-1]:
             raise ValueError(f"MLCLoss: z and c must be of the same points, got {tuple(z.shape)} and {tuple(c.shape)}")
         if self.process_group is not None:
-            z, c = _gather(z, self.process_group), _gather(c, self.process_group)
+            z, c = gather_rows(z, self.process_group), gather_rows(c, self.process_group)
             check("MLCLoss", z, None, self.eps)
         gamma = self.membership(c)
         penalty = 0.5 * self.reg * gamma.square().sum((-2, -1))
@@ -220,30 +221,3 @@ def _summed_rate(z, membership, eps, group):
         raise RuntimeError("coding_rate: z holds values that are not finite, or points so long, of low rank, that "
                            "their Gram matrix in float64 rounds their rate away: scale z")
     return rate if z.dtype == torch.float64 else rate.float()
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all processes, in the order of their ranks."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, rank, world = group, dist.get_rank(group), dist.get_world_size(group)
-        counts = x.new_zeros(world, dtype=torch.int64)
-        counts[rank] = x.shape[0]
-        dist.all_reduce(counts, group=group)
-        counts = counts.tolist()
-        ctx.begin, ctx.count = sum(counts[:rank]), counts[rank]
-        whole = x.new_zeros(sum(counts), *x.shape[1:])  # parts may differ in size, which all_gather does not take
-        whole[ctx.begin : ctx.begin + ctx.count] = x
-        dist.all_reduce(whole, group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx, dx):
-        dx = dx.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dx, group=ctx.group)
-        return dx[ctx.begin : ctx.begin + ctx.count], None
-
-
-def _gather(x, group):
-    return _Gather.apply(x.movedim(-2, 0), group).movedim(0, -2)
