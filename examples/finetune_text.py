@@ -268,7 +268,7 @@ def draw(path, found):
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     cases = [(f"{name}, {shots} texts a class", rows) for name, task in found["tasks"].items()
              for shots, rows in task["shots"].items()]
-    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases) + 3, 3.6), layout="constrained", squeeze=False)
     colors = dict(zip(dict.fromkeys(method.partition(",")[0] for method in METHODS),
                       ("#8a8f98", "#c2410c", "#1f6fb2", "#2f855a", "#7a5195")))
     for ax, (title, rows) in zip(axes[0], cases):
@@ -281,7 +281,7 @@ def draw(path, found):
         ax.set(title=title, xscale="log", xlabel="trained parameters")
         ax.grid(alpha=0.25, linewidth=0.6)
     axes[0, 0].set_ylabel("held-out accuracy (%), mean and range")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(path, dpi=100)
 
 

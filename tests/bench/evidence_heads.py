@@ -54,7 +54,8 @@ def complete(found):
     """(task, texts a class, methods) of examples/finetune_text.py, where all has been measured."""
     for name, task in found["tasks"].items():
         for shots, rows in task["shots"].items():
-            if all(len(row["runs"]) == found["setting"]["seeds"] for row in rows.values()):
+            measured = [method for method, row in rows.items() if len(row["runs"]) == found["setting"]["seeds"]]
+            if measured == list(task["validation"]):
                 yield name, shots, rows
 
 
@@ -63,13 +64,12 @@ def texts():
     found = result("finetune_text")
     cases = {f"{name}, {shots} a class": rows for name, shots, rows in complete(found)}
     first = next(iter(cases.values()))
-    lines = [f"| method | {' | '.join(cases)} | trained parameters | ms a step | peak beyond the model |",
-             "|---" * (len(cases) + 4) + "|"]
+    lines = [f"| method | {' | '.join(cases)} | trained parameters | peak beyond the model |",
+             "|---" * (len(cases) + 3) + "|"]
     for method, row in first.items():
         cells = [f"{cell(shares(rows[method]['runs'], 'right'))} ({rows[method]['lr']:g})" for rows in cases.values()]
-        step = statistics.median(run["seconds"] for run in row["runs"])
         peak = found["peaks"].get(method)
-        lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | {1e3 * step:.0f} | "
+        lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | "
                      f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
     setting = found["setting"]
     lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best "
