@@ -5,10 +5,12 @@
     dW    = (sigmoid + alpha f sigmoid') 2 (W Wᵀ - 1) W / f
 
 For k > n rows of length n the k x k matrix has k - n eigenvalues of -1 whatever W is: f² = ‖Wᵀ W - 1‖² + k - n, and
-(W Wᵀ - 1) W = W (Wᵀ W - 1). So the smaller Gram matrix serves. Two products a weight: one forward, one backward.
+(W Wᵀ - 1) W = W (Wᵀ W - 1). So the smaller Gram matrix serves. Two products a weight: one forward, on a CPU of little
+more than its lower half, one backward.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +26,8 @@ from ..common import (
     transformed,
     wide_dtype,
 )
+
+LARGE = 256  # rows, from which on a CPU products are worth being divided
 
 
 def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha: float = 1.0) -> Tensor:
@@ -92,9 +96,23 @@ def _check(name: str, what: str, weight: Tensor) -> None:
 
 def _excess(weight: Tensor) -> Tensor:
     """W Wᵀ - 1, or Wᵀ W - 1 where that is smaller."""
-    wide = weight.shape[-2] <= weight.shape[-1]
-    product = weight @ weight.mT if wide else weight.mT @ weight
+    rows = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
+    product = rows @ rows.mT
     return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+
+
+def _excess_by_halves(weight: Tensor) -> Tensor:
+    """The same, of a large matrix: what is left of the diagonal, in four strips, then its mirror: 5/8 of the work."""
+    rows = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
+    k = rows.shape[-2]
+    if k < LARGE or weight.is_cuda:
+        return _excess(weight)
+    ends, found = [k * i // 4 for i in range(5)], weight.new_empty((*weight.shape[:-2], k, k))
+    for i, j in itertools.pairwise(ends):
+        found[..., i:j, :j] = rows[..., i:j, :] @ rows[..., :j, :].mT
+        found[..., :i, i:j] = found[..., i:j, :i].mT
+    found.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return found
 
 
 def _distance(excess: Tensor, rows: int) -> Tensor:
@@ -115,7 +133,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lam, alpha, *weights):
         ctx.lam, ctx.alpha = lam, alpha
-        excess = [_excess(w) for w in weights]
+        excess = [_excess_by_halves(w) for w in weights]
         f = torch.stack([_distance(e, w.shape[-2]) for e, w in zip(excess, weights)])
         ctx.save_for_backward(f, *excess, *weights)
         return torch.sigmoid(alpha * (f - lam)) * f
@@ -138,9 +156,9 @@ class _Gradient(torch.autograd.Function):
         ctx.lam, ctx.alpha = lam, alpha
         gate = torch.sigmoid(alpha * (f - lam))
         scale = dloss * gate * (1 + alpha * f * (1 - gate)) * 2 / torch.where(f == 0, 1, f)
-        excess = excess * scale[..., None, None]
         with full_precision(weight):
-            return excess @ weight if weight.shape[-2] <= weight.shape[-1] else weight @ excess
+            product = excess @ weight if weight.shape[-2] <= weight.shape[-1] else weight @ excess
+        return product.mul_(scale[..., None, None])
 
     @staticmethod
     def backward(ctx, weight_of_gradient):

@@ -59,6 +59,8 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "gated_cosine": [(f"b={b} n={n} k={k} float32", "ours",
                       ("floor: matrix products alone", "identity, autograd's gradient", "b x n x k form",
                        "torch.compile of it")) for b, n, k in ((256, 256, 256), (64, 2048, 128))],
+    "lambda_orthogonality": [("24 layers 768x768 float32", "ours",
+                              ("floor: matrix products alone", "formula", "torch.compile of it"))],
     "depthwise": [("B=8 C=96 56x56 kernel 7x7 float32", "ours", ("torch: convolution_backward",))],
     "subspaces": [("labels n=100000 features=256 K=100 k=8 float32", "ours",
                    ("floor: matrix product alone", "eager formula")),

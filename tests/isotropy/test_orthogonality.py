@@ -9,7 +9,8 @@ from helpers import close, frame_error, normal, same
 
 from torch_subspace.isotropy import lambda_orthogonality
 
-SHAPES = [(4, 6), (6, 4), (5, 5), (1, 1), (1, 7), (7, 1), (2, 3, 5), (2, 2, 5, 3)]
+SHAPES = [(4, 6), (6, 4), (5, 5), (1, 1), (1, 7), (7, 1), (2, 3, 5), (2, 2, 5, 3),
+          (257, 270), (2, 300, 258)]  # from 256 on by halves
 
 
 def of(function, weight, *options):
@@ -118,10 +119,11 @@ def test_torch_func_takes_the_plain_formula():
 
 
 @pytest.mark.slow
-def test_compile_without_graph_breaks():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(dynamic):
     torch._dynamo.reset()
-    weights = [normal(4, 6, dtype=torch.float32).requires_grad_(), normal(5, 3, dtype=torch.float32).requires_grad_()]
-    found = torch.compile(lambda_orthogonality, fullgraph=True, backend="aot_eager")(weights, 1.0)
+    weights = [normal(*shape, dtype=torch.float32).requires_grad_() for shape in ((4, 6), (5, 3), (257, 260))]
+    found = torch.compile(lambda_orthogonality, fullgraph=True, dynamic=dynamic, backend="aot_eager")(weights, 1.0)
     expected = lambda_orthogonality(weights, 1.0)
     close([found.detach(), *torch.autograd.grad(found.sum(), weights)],
           [expected.detach(), *torch.autograd.grad(expected.sum(), weights)], 1e-5)
