@@ -77,7 +77,7 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         callbacks: callables (estimator, record), called with each epoch's entry of `history_`; True ends the phase.
 
     Attributes:
-        labels_: int64 array (n,), clusters of the points that were fitted, 0 to n_clusters_ - 1.
+        labels_: int64 array (n,), clusters of the points that were fitted, from 0 on.
         n_clusters_: how many clusters were found.
         history_: list of dicts: phase ("rate" or "clusters"), epoch, loss, effective_rank of the last batch's features.
         network_: the trained `Network`.

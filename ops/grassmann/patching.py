@@ -24,7 +24,7 @@ def subspace_patch(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
         source: vectors to take from, of the same shape, or one that broadcasts with it.
         basis: (r, d), orthonormal rows, or (..., r, d), whose leading dimensions broadcast with those of base: a
             subspace each. Or a single direction v of any length, (d,): then patched is
-            base + (<source, v> - <base, v>) / |v|^2 v.
+            base + (<source, v> - <base, v>) / <v, v> v.
 
     Returns:
         base + (source - base) V' V, of base's dtype; float16 and bfloat16 are computed in float32, also under autocast,

@@ -96,7 +96,7 @@ class OrthogonalProbe(StiefelModule):
             token: labels of tokens, (..., T), int64, likewise.
 
         Returns:
-            0-dim: the mean |difference| of distances, and the mean cross-entropy of either kind of labels, added up.
+            0-dim: how far distances are off, on average, and the mean cross-entropy of either kind of labels, added up.
             The scores of a pair are products of its projected difference with `pairs`, of a token those of its
             projection with `tokens`.
         """
