@@ -230,14 +230,26 @@ def check_floating(name: str, what: str, t: object) -> None:
         raise TypeError(f"{name}: {what} must be float32, float64, float16 or bfloat16, got {t.dtype}")
 
 
+def plain_gradients(function, inputs: Sequence[Tensor | None], need: Sequence[bool], dy: Tensor) -> list[Tensor | None]:
+    """Gradients of <dy, function(inputs)>, a plain formula, in the inputs that need them, as part of the graph."""
+    inputs = [t if t is None else t.view_as(t) for t in inputs]  # a name each, should one depend on another
+    asked = [t for t, wanted in zip(inputs, need) if wanted]
+    grads = iter(torch.autograd.grad(function(*inputs), asked, dy, create_graph=True))
+    return [next(grads) if wanted else None for wanted in need]
+
+
 def second_derivative(function, dy: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]):
     """Gradients in dy and the inputs of <weights, the gradient of <dy, function(inputs)> in the inputs>.
 
     `function` is the op's plain formula. A weight of None, or of another shape (what an op returns for a gradient that
-    was not asked for is empty), counts as zero.
+    was not asked for is empty), counts as zero. Where a graph is asked for, the gradients are part of it: third
+    derivatives and all further ones are the plain formula's own.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (dy, *inputs)]
-        first = torch.autograd.grad(function(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
-        inner = sum((w * g).sum() for w, g in zip(weights, first) if w is not None and w.shape == g.shape)
-    return torch.autograd.grad(inner, leaves, allow_unused=True)
+        # views: what dy or a weight owes to an input is no part of the derivative in that input
+        leaves = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in (dy, *inputs)]
+        first = torch.autograd.grad(function(*leaves[1:]), leaves[1:], leaves[0], create_graph=True, allow_unused=True)
+        inner = sum((w * g).sum() for w, g in zip(weights, first)
+                    if w is not None and g is not None and w.shape == g.shape)
+        return torch.autograd.grad(inner, leaves, allow_unused=True, create_graph=again)

@@ -60,9 +60,9 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dweight):
-        parts, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        create = torch.is_grad_enabled()
+        wanted, create = ctx.needs_input_grad[1:], torch.is_grad_enabled()
         with torch.enable_grad():
+            parts = [t.view_as(t) for t in ctx.saved_tensors]  # a name each, should one depend on another
             weight = ctx.compose(*parts)
         some = torch.autograd.grad(weight, [t for t, want in zip(parts, wanted) if want], dweight, create_graph=create)
         some = iter(some)

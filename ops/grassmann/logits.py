@@ -36,7 +36,7 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
     Returns:
         logits, (..., C), of x's dtype. float16 and bfloat16 are stored as such and computed in float32.
 
-    Differentiable in ``x`` and ``weight``, twice; in forward mode and under torch.func by the plain
+    Differentiable in ``x`` and ``weight`` any number of times; in forward mode and under torch.func by the plain
     formula. Where a projection is 0 its gradient is 0. Under autocast both are cast to the autocast
     dtype, as for a linear layer.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import check_group, check_word, full_precision, transformed, wide_dtype
 from .products import check_points, gram, summed
@@ -115,15 +114,21 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dentropy, moments, p, vector, total):
-        ctx.save_for_backward(dentropy, p, vector, total)
+        ctx.save_for_backward(dentropy, moments, p, vector, total)
         slope = -dentropy[..., None] * _level(p) / total
         with full_precision(p):
             return vector * slope[..., None, :] @ vector.mT
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, weight):
-        dentropy, p, vector, total = ctx.saved_tensors
+        return *_Second.apply(weight, *ctx.saved_tensors), None, None, None
+
+
+class _Second(torch.autograd.Function):
+    """The derivatives of <weight, slope> in dS and G."""
+
+    @staticmethod
+    def forward(ctx, weight, dentropy, moments, p, vector, total):
         with full_precision(p):
             h = vector.mT @ (weight + weight.mT) @ vector / 2
             held, level = h.diagonal(dim1=-2, dim2=-1), _level(p)
@@ -134,7 +139,11 @@ class _Slope(torch.autograd.Function):
             dmoments = ratio * h - torch.diag_embed(on_diagonal)
             dmoments = vector @ dmoments @ vector.mT
         scale = -(dentropy[..., None] / total.square())[..., None]
-        return -(inner / total).squeeze(-1), scale * dmoments, None, None, None
+        return -(inner / total).squeeze(-1), scale * dmoments
+
+    @staticmethod
+    def backward(ctx, *weights):
+        raise RuntimeError("von_neumann_entropy: differentiable twice, third derivatives are not there")
 
 
 def _level(p: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import check_floating, full_precision, second_derivative, transformed, wide_dtype
 
@@ -38,7 +37,7 @@ def gated_cosine(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
         magnitude, a squared length up to tiny / eps of the dtype (1e-31 in float32, 1e-292 in float64) counts as 0.
         NaN or infinity in a row makes its cosines NaN.
 
-    Differentiable in all three, twice; third derivatives are refused. Rounding may take a cosine just above 1.
+    Differentiable in all three any number of times. Rounding may take a cosine just above 1.
 
     Raises:
         TypeError: an argument is no dense floating tensor.
@@ -122,7 +121,6 @@ class _Gradient(torch.autograd.Function):
         return dz1, dz2, dgate
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *weights):
         dcosine, *inputs = ctx.saved_tensors
         with full_precision(dcosine):

@@ -101,7 +101,7 @@ def _excess(weight: Tensor) -> Tensor:
     return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
 
 
-def _excess_by_halves(weight: Tensor) -> Tensor:
+def _excess_in_strips(weight: Tensor) -> Tensor:
     """The same, of a large matrix: what is left of the diagonal, in four strips, then its mirror: 5/8 of the work."""
     rows = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
     k = rows.shape[-2]
@@ -133,7 +133,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lam, alpha, *weights):
         ctx.lam, ctx.alpha = lam, alpha
-        excess = [_excess_by_halves(w) for w in weights]
+        excess = [_excess_in_strips(w) for w in weights]
         f = torch.stack([_distance(e, w.shape[-2]) for e, w in zip(excess, weights)])
         ctx.save_for_backward(f, *excess, *weights)
         return torch.sigmoid(alpha * (f - lam)) * f

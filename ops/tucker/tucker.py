@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..common import check_floating, check_number, exporting, told, transformed, wide_dtype
+from ..common import check_floating, check_number, exporting, second_derivative, told, transformed, wide_dtype
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_compose"
@@ -34,8 +34,8 @@ def tucker_compose(core: Tensor, factors: Sequence[Tensor | None], *, scale: flo
         base + scale * composed, (d_0, ..., d_{N-1}), of base's dtype, or core's without a base; contiguous, or ``out``.
         Computed in float32, or float64 when core, a factor or base is of that, and rounded once.
 
-    Differentiable in ``core``, ``factors`` and ``base``, twice; in forward mode and under torch.func by the plain
-    formula. Gradients have the dtype of what they belong to. Autocast changes nothing here.
+    Differentiable in ``core``, ``factors`` and ``base`` any number of times; in forward mode and under torch.func by
+    the plain formula. Gradients have the dtype of what they belong to. Autocast changes nothing here.
 
     Raises:
         TypeError: core, a factor, base or out is no floating tensor, or out's dtype is not base's.
@@ -202,15 +202,13 @@ def _setup_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, dflat):
-    dout, *rest = ctx.saved_tensors
-    with torch.enable_grad():
-        dout, *rest = (t.detach().requires_grad_() for t in (dout, *rest))
-        out = _eager(rest[0], rest[1:], ctx.scale, None, rest[0].dtype)
-        wanted = [t for i, t in enumerate(rest) if ctx.need >> i & 1]
-        first = torch.autograd.grad(out, wanted, dout.to(out.dtype), create_graph=True)
-        inner = torch.dot(torch.cat([g.reshape(-1) for g in first]), dflat)
-    second = torch.autograd.grad(inner, (dout, *rest), allow_unused=True)
-    return second[0], second[1], list(second[2:]), None, None
+    dout, *inputs = ctx.saved_tensors
+    wanted = [bool(ctx.need >> i & 1) for i in range(len(inputs))]
+    parts = iter(dflat.split([t.numel() for t, w in zip(inputs, wanted) if w]))
+    weights = [next(parts).view(t.shape) if w else None for t, w in zip(inputs, wanted)]
+    dout, core, *factors = second_derivative(
+        lambda core, *factors: _eager(core, factors, ctx.scale, None, core.dtype).to(dout.dtype), dout, inputs, weights)
+    return dout, core, factors, None, None
 
 
 torch.library.register_autograd("torch_subspace::tucker_compose_backward", _double_backward,

@@ -65,9 +65,9 @@ def tucker_conv(x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, fa
         convolution's result, bit for bit. Beside float16 and bfloat16 the adapter is computed in float32, and in the
         chain rounded once; there the composed form rounds dW for a convolution of its own, as dW would be lost in W.
 
-    Differentiable in ``x``, ``weight``, ``bias``, ``core`` and ``factors``, twice; in forward mode and under
-    torch.func by the plain formula. Kept for the backward: x and the parameters. Under autocast x, weight and bias
-    are cast, the adapter is not.
+    Differentiable in ``x``, ``weight``, ``bias``, ``core`` and ``factors`` any number of times; in forward
+    mode and under torch.func by the plain formula. Kept for the backward: x and the parameters. Under
+    autocast x, weight and bias are cast, the adapter is not.
 
     Raises:
         TypeError: a tensor is none, or its dtype does not fit.

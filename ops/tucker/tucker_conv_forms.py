@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from ..common import HALF, wide_dtype
+from ..common import HALF, plain_gradients, wide_dtype
 from .depthwise import depthwise_weight_gradient
 from .tucker import tucker_compose
 
@@ -133,14 +133,6 @@ def _twice():
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _plain_gradients(function, inputs, need, dy):
-    """Gradients that can be differentiated; each input has a name of its own, should one depend on another."""
-    inputs = [t if t is None else t.view_as(t) for t in inputs]
-    asked = [t for t, wanted in zip(inputs, need) if wanted]
-    grads = iter(torch.autograd.grad(function(*inputs), asked, dy, create_graph=True))
-    return [next(grads) if wanted else None for wanted in need]
-
-
 class Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, inner, u_in, u_out, seed, dropout, how):
@@ -157,7 +149,7 @@ class Chain(torch.autograd.Function):
         need, dropout, how = ctx.needs_input_grad[:6], ctx.dropout, ctx.how
         with _no_autocast(x):
             if _twice():
-                return *_plain_gradients(_chain_formula(seed, dropout, how), (x, weight, bias, inner, u_in, u_out),
+                return *plain_gradients(_chain_formula(seed, dropout, how), (x, weight, bias, inner, u_in, u_out),
                                          need, dy), None, None, None
             dx, dweight, dbias = _conv_backward(dy, x, weight, how, list(need[:3]))
             dinner = du_in = du_out = None
@@ -232,7 +224,7 @@ class Composed(torch.autograd.Function):
         with _no_autocast(x):
             if _twice():
                 need = (need[0], need[1] and alone, *need[2:])
-                return *_plain_gradients(formula, (x, weight, bias, make()), need, dy), *none
+                return *plain_gradients(formula, (x, weight, bias, make()), need, dy), *none
             if not alone:
                 dx, dmade, dbias = _gradients(dy, x, make() if need[0] else weight, how, [need[0], need[3], need[2]])
                 return dx, None, dbias, dmade, *none

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import BELOW_1, autocast, check_flag, check_floating, check_number, exporting, transformed, wide_dtype
+from ..common import (
+    BELOW_1,
+    autocast,
+    check_flag,
+    check_floating,
+    check_number,
+    exporting,
+    plain_gradients,
+    transformed,
+    wide_dtype,
+)
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_linear"
@@ -40,7 +50,7 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
 
     Half-precision x and weight go with core, u and v of float32 (others are converted): the change is computed in
     float32 and rounded once into y. Under autocast x, weight and bias are cast as for a linear layer. Differentiable in
-    every tensor, twice; in forward mode and under torch.func by the plain formula.
+    every tensor any number of times; in forward mode and under torch.func by the plain formula.
 
     Raises:
         TypeError: a tensor is not floating point, or the dtypes of x, weight and bias differ.
@@ -165,12 +175,8 @@ def _differentiable(ctx, dy) -> list[Tensor | None]:
     x, weight, core, u, v, seed = ctx.saved_tensors
     mask = dropout_mask(seed, ctx.dropout, x.shape, x.dtype) if ctx.dropout else torch.ones_like(x)
     bias = x.new_zeros(u.shape[0], requires_grad=True) if ctx.bias else None
-    inputs = [x, weight, bias, core, u, v]
-    fresh = [None if t is None else t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    y = _eager(*fresh, mask, ctx.scale)
-    wanted = [t for t, needed in zip(fresh, ctx.needs_input_grad) if needed]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
+    return plain_gradients(lambda *inputs: _eager(*inputs, mask, ctx.scale), (x, weight, bias, core, u, v),
+                           ctx.needs_input_grad[:6], dy)
 
 
 def _eager(x, weight, bias, core, u, v, mask, scale) -> Tensor:

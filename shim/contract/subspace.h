@@ -261,9 +261,9 @@ typedef struct subspace_sinkhorn_args {
  * The characteristic function of n points along each direction less that of a standard normal, at the knots
  * t_j = j step, j = 1 .. knots - 1 (at t = 0 both are 1), as sums over the points:
  *     off[v,0,j-1,l] = root_j sum_i (cos(t_j p_il) - exp(-t_j^2/2))      p = z_v directions
- *     off[v,1,j-1,l] = root_j sum_i  sin(t_j p_il)                       root_j^2 = 2 step exp(-t_j^2/2), half at the
- * end dz_i = sum_l directions_l sum_j root_j t_j (doff[v,1,j-1,l] cos(t_j p_il) - doff[v,0,j-1,l] sin(t_j p_il)) so
- * that |off_l|^2 / n is the Epps-Pulley statistic of a direction. */
+ *     off[v,1,j-1,l] = root_j sum_i  sin(t_j p_il)
+ *     root_j^2 = 2 step exp(-t_j^2/2), half of it at the last knot: |off_l|^2 / n is the Epps-Pulley statistic
+ *     dz_i = sum_l directions_l sum_j root_j t_j (doff[v,1,j-1,l] cos(t_j p_il) - doff[v,0,j-1,l] sin(t_j p_il))  */
 typedef struct subspace_sigreg_args {
     subspace_dtype dtype;   /* of z and dz */
     int64_t v, n, d, s;     /* views, points, features, directions */

@@ -58,15 +58,6 @@ def test_derivatives(shape):
     assert torch.autograd.gradgradcheck(gated_cosine, inputs)
 
 
-def test_third_derivatives_are_refused():
-    z1, z2, gate = problem(2, 3, 4)
-    z1.requires_grad_()
-    (dz,) = torch.autograd.grad(gated_cosine(z1, z2, gate).sum(), z1, create_graph=True)
-    (ddz,) = torch.autograd.grad(dz.square().sum(), z1, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        ddz.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_vectors_of_0(dtype):
     """A point, a closed gate, and a gate that is open only where the points are 0; the rest is not disturbed."""

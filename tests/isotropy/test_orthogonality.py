@@ -10,7 +10,7 @@ from helpers import close, frame_error, normal, same
 from torch_subspace.isotropy import lambda_orthogonality
 
 SHAPES = [(4, 6), (6, 4), (5, 5), (1, 1), (1, 7), (7, 1), (2, 3, 5), (2, 2, 5, 3),
-          (257, 270), (2, 300, 258)]  # from 256 on by halves
+          (257, 270), (2, 300, 258)]  # from 256 on in strips
 
 
 def of(function, weight, *options):
