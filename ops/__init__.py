@@ -17,6 +17,7 @@ except (ImportError, OSError) as _error:
 from . import distributed as distributed
 from . import grassmann as grassmann
 from . import isotropy as isotropy
+from . import lowrank as lowrank
 from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_adapter, disabled, set_adapter
 from .adapters.config import TuckerConfig
 from .adapters.files import load_adapter, save_adapter

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import numbers
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -253,3 +255,24 @@ def second_derivative(function, dy: Tensor, inputs: Sequence[Tensor], weights: S
         inner = sum((w * g).sum() for w, g in zip(weights, first)
                     if w is not None and g is not None and w.shape == g.shape)
         return torch.autograd.grad(inner, leaves, allow_unused=True, create_graph=again)
+
+
+def lazy(family: str, files: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A family's `__getattr__` and `__dir__`: {name: its file}, imported on first use.
+
+    A file may bear the name of a function: to users the name is the function, whatever was imported first.
+    """
+    module = sys.modules[family]
+
+    class Family(types.ModuleType):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name not in files or not isinstance(value, types.ModuleType):
+                super().__setattr__(name, value)
+
+    def getattribute(name: str) -> Any:
+        if name in files:
+            return getattr(importlib.import_module(f"{family}.{files[name]}"), name)
+        raise AttributeError(f"module {family!r} has no attribute {name!r}")
+
+    module.__class__ = Family
+    return getattribute, lambda: sorted({*vars(module), *files})

@@ -11,6 +11,7 @@ import bad_values as bad
 import torch
 from bad_input import Call, call, method
 from bad_isotropy import CALLS as ISOTROPY
+from bad_lowrank import CALLS as LOWRANK
 from helpers import normal
 from torch import nn
 
@@ -21,7 +22,7 @@ from torch_subspace.grassmann.head import PointwiseGrassmannLinear
 INF = math.inf
 
 
-CALLS: dict[str, Call] = dict(ISOTROPY)
+CALLS: dict[str, Call] = ISOTROPY | LOWRANK
 add = functools.partial(table.add, CALLS)
 
 

@@ -11,13 +11,13 @@ from bad_input import faults
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, metrics
+from torch_subspace import distributed, grassmann, isotropy, lowrank, metrics
 
 
 def public():
     """{name: function} of all that is public and takes arguments, methods of public classes included."""
     found = {name: getattr(ts, name) for name in ts.__all__}
-    for module in (distributed, grassmann, isotropy, metrics):
+    for module in (distributed, grassmann, isotropy, lowrank, metrics):
         found |= {f"{module.__name__.rpartition('.')[2]}.{n}": getattr(module, n) for n in module.__all__}
     for name, cls in [(n, c) for n, c in found.items() if inspect.isclass(c)]:
         found |= {f"{name}.{n}": getattr(cls, n) for n, f in vars(cls).items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, metrics
+from torch_subspace import distributed, grassmann, isotropy, lowrank, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
@@ -23,6 +23,7 @@ PAGES = [*GUIDES, *sorted((ROOT / ".github").rglob("*.md"))]
 PUBLIC = [f"torch_subspace.{name}" for name in [*ts.__all__, "ManifoldClustering"]]
 PUBLIC += [f"torch_subspace.grassmann.{name}" for name in grassmann.__all__]
 PUBLIC += [f"torch_subspace.isotropy.{name}" for name in isotropy.__all__]
+PUBLIC += [f"torch_subspace.lowrank.{name}" for name in lowrank.__all__]
 PUBLIC += [f"torch_subspace.distributed.{name}" for name in distributed.__all__]
 PUBLIC += [f"torch_subspace.metrics.{name}" for name in metrics.__all__]
 PUBLIC += [f"torch_subspace.peft.{name}" for name in ("TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora",

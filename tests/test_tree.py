@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, metrics
+from torch_subspace import distributed, grassmann, isotropy, lowrank, metrics
 from torch_subspace.grassmann.frames import RETRACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def test_readers_hear_of_it(op):
     """Its row of CONTRIBUTING's words, and in the change log what users call."""
     words = (ROOT / ".github/CONTRIBUTING.md").read_text().split("\n## One op, several words\n")[1].split("\n## ")[0]
     assert f"\n| `{op.split('/')[1]}` | " in words
-    homes = (ts, isotropy)
+    homes = (ts, isotropy, lowrank)
     public = [n for home in homes for n in home.__all__
               if getattr(home, n).__module__ == f"torch_subspace.{op.replace('/', '.')}"]
     assert not [n for n in public if f"`{n}`" not in (ROOT / "CHANGELOG.md").read_text()]
@@ -84,6 +84,7 @@ def test_what_users_call_is_typed():
     names += [f"ts.distributed.{name}" for name in distributed.__all__]
     names += [f"ts.grassmann.{name}" for name in grassmann.__all__] + [f"metrics.{name}" for name in metrics.__all__]
     names += [f"ts.isotropy.{name}" for name in isotropy.__all__]
+    names += [f"ts.lowrank.{name}" for name in lowrank.__all__]
     assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
     assert (ROOT / "ops/py.typed").exists()
 

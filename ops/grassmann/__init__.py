@@ -3,8 +3,9 @@
 What `__all__` names is here, at `torch_subspace.grassmann`, and loaded on first use; all else is at the top.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..common import lazy
 
 if TYPE_CHECKING:
     from .averaging import FrameAverage as FrameAverage
@@ -28,12 +29,4 @@ __all__ = ["DynamicSubspaceLearners", "FrameAverage", "KSubspaces", "OrthogonalP
            "average_frames", "class_subspaces", "grouped_normalize", "rowspace_split", "subspace_denoise",
            "subspace_patch", "subspace_scores"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _FILES:  # on first use
-        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _FILES)
