@@ -25,7 +25,7 @@ class Call:
     fine: set[tuple[str, str]]
 
 
-def add(calls, key, make, voices=None, fine="", **kinds):
+def add(calls, key, make, /, voices=None, fine="", **kinds):
     """`key` is a public name, perhaps with words after a space: another call of the same."""
     parts = [part.split(":") for part in fine.split(";") if part]
     fine = {(argument.strip(), value.strip()) for argument, values in parts for value in values.split(",")}

@@ -35,6 +35,8 @@ NOT_ASKED = {  # what torch or we ourselves call
     *(f"grassmann.DynamicSubspaceLearners.{name}" for name in ("get_extra_state", "set_extra_state", "extra_repr")),
     *(f"isotropy.{name}.extra_repr" for name in ("SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss",
                                                  "OrthogonalAdapter", "SimLAPLoss")),
+    *(f"lowrank.RandomSubspace.{name}" for name in ("forward", "extra_repr", "get_extra_state", "set_extra_state")),
+    "lowrank.IntrinsicDimension", "lowrank.IntrinsicDimension.plot",  # what is found, and matplotlib's arguments
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
     *(f"grassmann.KSubspaces.{name}" for name in (  # scikit-learn's own checks ask them
         "fit", "fit_predict", "fit_transform", "predict", "score", "set_output", "transform")),

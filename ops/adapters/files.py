@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..common import check_module
 from ..files import check_path, write_whole
+from ..fingerprint import differs
 from .adapt import attach, delete_adapter, set_adapter
 from .adapted import Adapted
 from .config import TuckerConfig
-from .fingerprint import differs, fingerprint
+from .fingerprint import fingerprint
 from .merge import others
 from .names import canonical, places
 from .parameters import full_name, parameter_refusal, shape_of

@@ -20,13 +20,14 @@ from torch.nn.functional import normalize, one_hot
 from ..common import HALF, check_dense, check_module
 from ..files import check_path
 from ..metrics import effective_rank
+from ..progress import progress
 from ..rates.losses import MLCLoss
 from .files import read_clustering, write_clustering
 from .network import ROWS, Network, build
 from .parameters import check_parameters
 from .randomness import Randomness
 from .readout import MOST, Walk
-from .training import cluster_loss, ordinary, progress, rate_loss, train
+from .training import cluster_loss, ordinary, rate_loss, train
 from .views import viewer
 
 try:
@@ -159,7 +160,8 @@ class ManifoldClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
                              "two at least")
         draws = check_random_state(self.random_state)
         vars(self).pop("labels_", None)  # from here on the old parts are replaced: an error leaves nothing fitted
-        with ordinary(torch.device(self.device), True), progress(self.init_epochs + self.epochs, self.verbose) as bar:
+        epochs = self.init_epochs + self.epochs
+        with ordinary(torch.device(self.device), True), progress(epochs, self.verbose, "epoch") as bar:
             random = Randomness(draws.randint(2**31 - 1), self.device)
             self._mean, self._scale = _spread(X, self.image_shape)
             points = self._scaled(X)

@@ -1,4 +1,4 @@
-"""The training of `ManifoldClustering`: its losses, its epochs and their progress bar."""
+"""The training of `ManifoldClustering`: its losses and its epochs."""
 
 from __future__ import annotations
 
@@ -73,28 +73,3 @@ def ordinary(device: torch.device, gradients: bool):
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
-
-
-def progress(epochs: int, verbose: bool):
-    """A progress bar; a silent one unless `verbose`."""
-    if not verbose:
-        return _NoBar()
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("verbose=True needs tqdm: pip install tqdm") from None
-    return tqdm(total=epochs, unit="epoch", dynamic_ncols=True)
-
-
-class _NoBar:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def update(self):
-        pass
-
-    def set_description(self, _):
-        pass

@@ -9,6 +9,7 @@ import evidence_heads
 import evidence_tables
 import gpu_table
 import lejepa_table
+import lowrank_tables
 import overview
 from example_tables import (
     cluster_table,
@@ -242,6 +243,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
                          **evidence_tables.TABLES},
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
+    "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }

@@ -121,6 +121,15 @@ width: float = metrics.effective_rank(x)
 angles: Tensor = metrics.principal_angles(x, labels, dim=2)
 ts.show_config()
 
+# ----------------------------------------------------------------------------------------------------- few dimensions
+few: ts.lowrank.RandomSubspace = ts.lowrank.RandomSubspace(nn.Linear(16, 4), 8, "sparse", seed=1)
+moved: dict[str, Tensor] = few.parameters_at(torch.zeros(8))
+unwrapped: nn.Module = few.merge_and_unload()
+needed: ts.lowrank.IntrinsicDimension = ts.lowrank.intrinsic_dimension(
+    lambda: nn.Linear(16, 4), lambda model: model(x).argmax(1).eq(0).float().mean(), 0.8, kind="dense", seeds=(0, 1),
+    start=8, most=32, tolerance=0.2, verbose=False)
+needed.plot(Path("d80.png"))
+
 # -------------------------------------------------------------------------------------------------------------- peft
 method = tucker_peft.TuckerConfig(r=8, target_modules=["0"])
 imported: nn.Module = tucker_peft.import_lora(net, "lora", standalone=True)
