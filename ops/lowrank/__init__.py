@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from ..common import lazy
 
 if TYPE_CHECKING:
-    pass
+    from .newton_schulz import newton_schulz as newton_schulz
 
-_FILES: dict[str, str] = {}
-__all__: list[str] = []
+_FILES: dict[str, str] = {"newton_schulz": "newton_schulz"}
+__all__: list[str] = ["newton_schulz"]
 
 __getattr__, __dir__ = lazy(__name__, _FILES)
