@@ -23,7 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import WIDE, check_dense, check_device, check_floating, full_precision, told, transformed, whole, wide_dtype
+from ..common import (
+    WIDE,
+    check_dense,
+    check_device,
+    check_floating,
+    full_precision,
+    told,
+    transformed,
+    whole,
+    wide_dtype,
+)
 
 TRANSFORM_FROM = 128  # columns: the product below, Fourier's transform from there on
 CHUNK = 1 << 18  # entries of G that stay in a core's cache with what is made of them
@@ -39,8 +49,8 @@ def cosine_columns(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(columns, index)``: ``index``, int64 (..., rank), names the columns of S = g Q with the largest sums of
-        absolute values (the largest ℓ1 norms), in ascending order; of equal ones the first. ``columns``, (..., m, rank),
-        is S at these; of g's dtype, float32 for half types, which are widened first (also under autocast). With
+        absolute values (the largest ℓ1 norms), in ascending order; of equal ones the first. ``columns``, (..., m,
+        rank), is S at these; of g's dtype, float32 for half types, which are widened first (also under autocast). With
         ``q = cosine_basis(n, index)``, ``columns @ q.mT`` is g's nearest matrix with rows in their span.
 
     Differentiable in ``g`` any number of times, as the linear map that it is where the choice stays; index has no
@@ -65,6 +75,8 @@ def cosine_columns(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rank > g.shape[-1]:
         raise ValueError(f"{name}: rank must be at most g's {g.shape[-1]} columns, got {rank}")
     g = g.to(wide_dtype(g.dtype))
+    if not g.numel():  # no matrices: what Fourier's transform of torch 2.11 does not take
+        return g[..., :rank], torch.zeros((*g.shape[:-2], rank), dtype=torch.int64, device=g.device)
     with full_precision(g):
         if not transformed():
             return _Columns.apply(g, rank)
@@ -133,7 +145,7 @@ def basis_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
     """`cosine_basis`, its arguments as they should be."""
     odd = 2 * torch.arange(size, dtype=torch.float64, device=index.device) + 1
     angle = odd[:, None] * (index[..., None, :].double() * (math.pi / (2 * size)))
-    scale = torch.full_like(index, math.sqrt(2 / size), dtype=torch.float64).masked_fill(index == 0, math.sqrt(1 / size))
+    scale = torch.full_like(odd[:1], math.sqrt(2 / size)).masked_fill(index == 0, math.sqrt(1 / size))
     return (angle.cos() * scale[..., None, :]).to(dtype)
 
 
@@ -191,7 +203,7 @@ def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(norms: Tensor, n: int, rank: int) -> Tensor:
-    """Of S's columns those of largest norm, the norms of `_spectrum`'s given. A stable sort, as topk's ties are free."""
+    """Of S's columns those of largest norm, given those of `_spectrum`'s. A stable sort, as topk's ties are free."""
     norms = norms[..., _places(torch.arange(n, device=norms.device), n)[0]]
     return norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank].sort(dim=-1).values
 
@@ -216,7 +228,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, rank):
         flat = g.reshape(-1, *g.shape[-2:])
-        if g.device.type != "cpu" or g.numel() <= CHUNK or torch.compiler.is_compiling() or not len(flat):
+        if g.device.type != "cpu" or g.numel() <= CHUNK or torch.compiler.is_compiling():
             spectrum = _spectrum(g)
             index = _largest(spectrum.abs().sum(-2), g.shape[-1], rank)
             columns = _taken(spectrum, index, g.shape[-1])

