@@ -5,9 +5,22 @@ from typing import TYPE_CHECKING
 from ..common import lazy
 
 if TYPE_CHECKING:
+    from .cosine import cosine_basis as cosine_basis
+    from .cosine import cosine_columns as cosine_columns
     from .newton_schulz import newton_schulz as newton_schulz
+    from .range_finder import range_finder as range_finder
 
-_FILES: dict[str, str] = {"newton_schulz": "newton_schulz"}
-__all__: list[str] = ["newton_schulz"]
+_FILES = {
+    "cosine_basis": "cosine",
+    "cosine_columns": "cosine",
+    "newton_schulz": "newton_schulz",
+    "range_finder": "range_finder",
+}
+__all__ = [
+    "cosine_basis",
+    "cosine_columns",
+    "newton_schulz",
+    "range_finder",
+]
 
 __getattr__, __dir__ = lazy(__name__, _FILES)
