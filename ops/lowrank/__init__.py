@@ -7,14 +7,17 @@ from ..common import lazy
 if TYPE_CHECKING:
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
+    from .low_rank_adamw import LowRankAdamW as LowRankAdamW
     from .range_finder import range_finder as range_finder
 
 _FILES = {
+    "LowRankAdamW": "low_rank_adamw",
     "cosine_basis": "cosine",
     "cosine_columns": "cosine",
     "range_finder": "range_finder",
 }
 __all__ = [
+    "LowRankAdamW",
     "cosine_basis",
     "cosine_columns",
     "range_finder",
