@@ -7,16 +7,19 @@ from ..common import lazy
 if TYPE_CHECKING:
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
+    from .low_rank_adamw import LowRankAdamW as LowRankAdamW
     from .newton_schulz import newton_schulz as newton_schulz
     from .range_finder import range_finder as range_finder
 
 _FILES = {
+    "LowRankAdamW": "low_rank_adamw",
     "cosine_basis": "cosine",
     "cosine_columns": "cosine",
     "newton_schulz": "newton_schulz",
     "range_finder": "range_finder",
 }
 __all__ = [
+    "LowRankAdamW",
     "cosine_basis",
     "cosine_columns",
     "newton_schulz",
