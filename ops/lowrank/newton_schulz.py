@@ -19,6 +19,7 @@ from torch import Tensor
 from ..common import (
     check_floating,
     check_number,
+    check_word,
     full_precision,
     second_derivative,
     told,
@@ -98,26 +99,26 @@ def newton_schulz(x: Tensor, *, steps: int = 5, coefficients: str | Sequence[Any
     return y.reshape(x.shape)
 
 
-def check_steps(name: str, steps: object, coefficients: object) -> list[float]:
-    """a, b and c of each step, one after the other."""
-    steps = whole(name, "steps", steps, 1)
-    if steps > MOST_STEPS:
-        raise ValueError(f"{name}: steps must be <= {MOST_STEPS}, got {steps}")
+def check_steps(name: str, steps: object, coefficients: object, prefix: str = "") -> list[float]:
+    """a, b and c of each step, one after the other. `prefix`: of both arguments' names, to whom they are passed."""
+    what = prefix + "coefficients"
+    number = whole(name, prefix + "steps", steps, 1)
+    if number > MOST_STEPS:
+        raise ValueError(f"{name}: {prefix}steps must be <= {MOST_STEPS}, got {number}")
+    triples: Sequence[Any]
     if isinstance(coefficients, str):
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(f"{name}: coefficients must be one of {', '.join(COEFFICIENTS)}, or triples, got "
-                             f"{coefficients!r}")
-        triples: Sequence[Any] = COEFFICIENTS[coefficients]
+        check_word(name, what, coefficients, COEFFICIENTS)
+        triples = COEFFICIENTS[coefficients]
     else:
         if not isinstance(coefficients, Sequence):
-            raise TypeError(f"{name}: coefficients must be a name, three numbers or several triples, got "
+            raise TypeError(f"{name}: {what} must be a name, three numbers or several triples, got "
                             f"{told(coefficients)}")
         triples = [coefficients] if coefficients and not isinstance(coefficients[0], Sequence) else coefficients
         if not triples or any(not isinstance(t, Sequence) or isinstance(t, str) or len(t) != 3 for t in triples):
-            raise ValueError(f"{name}: coefficients must be three numbers or several triples, got {told(coefficients)}")
-        for number in (number for triple in triples for number in triple):
-            check_number(name, "coefficients", number, (-1e300, 1e300, "finite numbers"))
-    return [float(number) for k in range(steps) for number in triples[min(k, len(triples) - 1)]]
+            raise ValueError(f"{name}: {what} must be three numbers or several triples, got {told(coefficients)}")
+        for value in (value for triple in triples for value in triple):
+            check_number(name, what, value, (-1e300, 1e300, "finite numbers"))
+    return [float(value) for k in range(number) for value in triples[min(k, len(triples) - 1)]]
 
 
 # ------------------------------------------------------------------------------------------------------------ the op

@@ -211,8 +211,7 @@ def test_torch_func_takes_the_plain_formula():
     assert each[1].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 4, 7), (1, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape, dtype", [((2, 4, 7), torch.float64), ((1, 5, 3), torch.bfloat16)], ids=str)
 def test_opcheck(shape, dtype):
     x, flat = normal(*shape).to(dtype), check_steps("", 2, "muon")
     torch.library.opcheck(OP, (x.clone().requires_grad_(), flat, 1e-7))
@@ -257,7 +256,7 @@ X = torch.randn(4, 6)
     (X, {"steps": 0}, ValueError, "steps must be >= 1, got 0"),
     (X, {"steps": 101}, ValueError, "steps must be <= 100, got 101"),
     (X, {"steps": 2.5}, TypeError, "steps must be an int, got float 2.5"),
-    (X, {"coefficients": "newton"}, ValueError, "coefficients must be one of muon, .* or triples, got 'newton'"),
+    (X, {"coefficients": "newton"}, ValueError, "coefficients must be one of muon, cubic, .*, got 'newton'"),
     (X, {"coefficients": 3.0}, TypeError, "coefficients must be a name, three numbers or several triples, got float"),
     (X, {"coefficients": ()}, ValueError, r"three numbers or several triples, got tuple \(\)"),
     (X, {"coefficients": (1, 2)}, ValueError, r"three numbers or several triples, got tuple \(1, 2\)"),
