@@ -68,3 +68,33 @@ add("lowrank.LowRankAdamW.load_state_dict",
 add("lowrank.newton_schulz", call(lowrank.newton_schulz, x=x(3, 5), steps=5, coefficients="muon", eps=1e-7),
     x=bad.tensor, steps=bad.whole(0, 101), coefficients=bad.word, eps=bad.number(0, -1, INF),
     fine="x: another float, dimensions more, no columns, no rows, meta")
+
+
+TRION = {key: RULE[key] for key in ("lr", "rank", "betas", "eps", "weight_decay", "maximize", "foreach")} | {
+    "momentum": bad.number(-0.1, 1.0), "ns_steps": bad.whole(0, 101), "ns_coefficients": bad.word,
+    "adjust_lr_fn": bad.optional(bad.word), "algorithm": bad.word, "stacked": bad.optional(bad.flag),
+    "adamw_factor": bad.optional(bad.number(0, -1, INF))}
+WELL = {"lr": 0.1, "rank": 2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": True, "foreach": None,
+        "momentum": 0.9, "ns_steps": 3, "ns_coefficients": "cubic", "adjust_lr_fn": "original", "algorithm": "trion",
+        "stacked": False, "adamw_factor": 0.1}
+
+
+def trion():
+    return lowrank.Trion([nn.Parameter(torch.ones(5, 4))], rank=2)
+
+
+def added_to_trion():
+    return lambda **options: trion().add_param_group(options), {"params": [nn.Parameter(torch.ones(5, 4))], **WELL}
+
+
+add("lowrank.Trion", call(lowrank.Trion, params=lambda: [nn.Parameter(torch.ones(5, 4))], **WELL), TORCHS,
+    params=PARAMS, **TRION)
+add("lowrank.Trion.add_param_group",
+    method(trion, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("Trion",),
+    param_group=bad.those(list=[1]))
+add("lowrank.Trion.add_param_group of options", added_to_trion, ("Trion",), **TRION)
+add("lowrank.Trion.step", method(trion, "step", closure=None), ("Trion",), closure=bad.function, fine="closure: None")
+add("lowrank.Trion.load_state_dict", method(trion, "load_state_dict", state_dict=lambda: trion().state_dict()),
+    ("Trion",), state_dict=bad.those(list=[1], state={"state": {}}))
+add("lowrank.trion_groups", call(lowrank.trion_groups, model=lambda: nn.Linear(4, 3), adamw="bias"), model=bad.module,
+    adamw=lambda good: {key: value for key, value in bad.patterns(good).items() if key != "broken"} | {"other": "fc"})

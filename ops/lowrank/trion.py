@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -114,7 +114,10 @@ class Trion(torch.optim.AdamW):
                      "adamw_factor": adamw_factor}
         kinds = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "maximize": maximize,
                  "foreach": foreach}
-        self._own |= _checked(type(self).__name__, self._own | kinds)
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
+        self._own |= _checked(name, self._own | kinds)
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,6 +131,8 @@ class Trion(torch.optim.AdamW):
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
         super().add_param_group(param_group | _checked(name, param_group))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -119,6 +119,11 @@ basis: Tensor = ts.lowrank.range_finder(x, 4, power=2, seed=0) + ts.lowrank.rang
 cosine_part: tuple[Tensor, Tensor] = ts.lowrank.cosine_columns(x, 4)
 cosine: Tensor = ts.lowrank.cosine_basis(16, cosine_part[1], dtype=torch.float64, device="cpu")
 orthogonal: Tensor = ts.lowrank.newton_schulz(x, steps=5, coefficients=[(1.5, -0.5, 0.0)], eps=1e-7)
+trion = ts.lowrank.Trion(ts.lowrank.trion_groups(net, adamw=["0"], lr=0.02), rank=4, momentum=0.95, stacked=False,
+                         ns_coefficients="polar_express", adjust_lr_fn="match_rms_adamw", adamw_factor=None)
+trion_bytes: int = trion.state_bytes()
+trion_skipped: int | Tensor = trion.skipped
+trion.step()
 clusterer = ts.ManifoldClustering(n_clusters=4, random_state=0)
 clusterer = ts.ManifoldClustering(n_clusters=None, random_state=0)
 clusters = clusterer.fit(x.numpy()).predict(x.numpy())
