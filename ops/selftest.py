@@ -23,6 +23,7 @@ from . import (
     grassmann_step_,
     isotropy,
     library,
+    lowrank,
     sinkhorn,
     subspace_cross_entropy,
     subspace_logits,
@@ -174,6 +175,15 @@ def _plain_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     return z.shape[0] * torch.trapezoid(2 * normal * error, t).mean()
 
 
+def _plain_newton_schulz(x: Tensor) -> Tensor:
+    """Five of Muon's steps."""
+    y = x / torch.linalg.matrix_norm(x)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
+    return y
+
+
 def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
     return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -203,6 +213,8 @@ ROWS = (
     Row("sinkhorn", _scores, _plan, _plain_plan, 1, (30,), (256,), 2e-5),
     Row("sigreg", _sketch, lambda z, directions: isotropy.sigreg(z, directions=directions), _plain_sigreg, 1,
         (60, 12, 20), (512, 128, 256), 2e-5),
+    Row("newton_schulz", lambda m, n: _draw((m, n)), lowrank.newton_schulz, _plain_newton_schulz, 1, (20, 60),
+        (256, 1024), 2e-4),
 )
 
 

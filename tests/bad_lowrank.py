@@ -44,3 +44,81 @@ add("lowrank.intrinsic_dimension",
     make=bad.function, fit=bad.function, threshold=bad.number(0, -1, 1.1, INF), kind=bad.word,
     seeds=bad.those(empty=(), negative=(-1,), floats=(0.5,)), start=bad.whole(0, -1),
     most=bad.optional(bad.whole(0, -1)), tolerance=bad.number(0, -1, INF), verbose=bad.flag)
+
+
+SEED = bad.optional(bad.whole(-1, 2**63))
+WIDENED = "g: another float, dimensions more, meta"
+add("lowrank.range_finder", call(lowrank.range_finder, g=x(5, 3), rank=2, power=1, seed=0), g=bad.tensor,
+    rank=bad.whole(0, 4), power=bad.whole(0), seed=SEED, fine=WIDENED)
+add("lowrank.cosine_columns", call(lowrank.cosine_columns, g=x(5, 3), rank=2), g=bad.tensor, rank=bad.whole(0, 4),
+    fine=WIDENED)
+add("lowrank.cosine_basis", call(lowrank.cosine_basis, size=8, dtype=torch.float32, device="cpu"), size=bad.whole(0),
+    dtype=bad.optional(bad.dtype), device=bad.device)
+add("lowrank.cosine_basis of some", call(lowrank.cosine_basis, size=8, index=torch.tensor([0, 2, 5])),
+    index=bad.optional(bad.labels), fine="index: no rows, dimensions more, meta")
+
+RATE = bad.number(INF, -INF, -0.1)
+RULE = {"lr": RATE, "rank": bad.whole(0), "projector": bad.word, "every": bad.whole(0), "betas": bad.betas,
+        "eps": bad.number(-1.0, INF), "weight_decay": RATE, "error_feedback": bad.optional(bad.word),
+        "scale": bad.number(0.0, -1.0, INF), "side": bad.word, "seed": bad.whole(-1), "maximize": bad.flag,
+        "foreach": bad.optional(bad.flag)}
+GOOD = {"lr": 0.1, "rank": 2, "projector": "range", "every": 2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
+        "error_feedback": "int8", "scale": 0.5, "side": "rows", "seed": 3, "maximize": True, "foreach": None}
+PARAMS = bad.those(tensor=torch.ones(2), module=nn.Linear(2, 2), empty=[], numbers=[3], strings=["a"],
+                   nothing=[{"lr": 1.0}], nones=[{"params": None}], product=[nn.Parameter(torch.ones(2)) * 2])
+TORCHS = ("optimize", "params", "None")  # torch's own words, which users know
+
+
+def low_rank():
+    return lowrank.LowRankAdamW([nn.Parameter(torch.ones(5, 4))], rank=2)
+
+
+def added():
+    group = {"params": [nn.Parameter(torch.ones(5, 4))], **GOOD}
+    return lambda **options: low_rank().add_param_group(options), group
+
+
+add("lowrank.LowRankAdamW", call(lowrank.LowRankAdamW, params=lambda: [nn.Parameter(torch.ones(5, 4))], **GOOD), TORCHS,
+    params=PARAMS, **RULE)
+add("lowrank.LowRankAdamW.add_param_group",
+    method(low_rank, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("LowRankAdamW",),
+    param_group=bad.those(list=[1]))
+add("lowrank.LowRankAdamW.add_param_group of options", added, ("LowRankAdamW",), **RULE)
+add("lowrank.LowRankAdamW.step", method(low_rank, "step", closure=None), ("LowRankAdamW",), closure=bad.function,
+    fine="closure: None")
+add("lowrank.LowRankAdamW.load_state_dict",
+    method(low_rank, "load_state_dict", state_dict=lambda: low_rank().state_dict()), ("LowRankAdamW",),
+    state_dict=bad.those(list=[1], state={"state": {}}))
+add("lowrank.newton_schulz", call(lowrank.newton_schulz, x=x(3, 5), steps=5, coefficients="muon", eps=1e-7),
+    x=bad.tensor, steps=bad.whole(0, 101), coefficients=bad.word, eps=bad.number(0, -1, INF),
+    fine="x: another float, dimensions more, no columns, no rows, meta")
+
+
+TRION = {key: RULE[key] for key in ("lr", "rank", "betas", "eps", "weight_decay", "maximize", "foreach")} | {
+    "momentum": bad.number(-0.1, 1.0), "ns_steps": bad.whole(0, 101), "ns_coefficients": bad.word,
+    "adjust_lr_fn": bad.optional(bad.word), "algorithm": bad.word, "stacked": bad.optional(bad.flag),
+    "adamw_factor": bad.optional(bad.number(0, -1, INF))}
+WELL = {"lr": 0.1, "rank": 2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": True, "foreach": None,
+        "momentum": 0.9, "ns_steps": 3, "ns_coefficients": "cubic", "adjust_lr_fn": "original", "algorithm": "trion",
+        "stacked": False, "adamw_factor": 0.1}
+
+
+def trion():
+    return lowrank.Trion([nn.Parameter(torch.ones(5, 4))], rank=2)
+
+
+def added_to_trion():
+    return lambda **options: trion().add_param_group(options), {"params": [nn.Parameter(torch.ones(5, 4))], **WELL}
+
+
+add("lowrank.Trion", call(lowrank.Trion, params=lambda: [nn.Parameter(torch.ones(5, 4))], **WELL), TORCHS,
+    params=PARAMS, **TRION)
+add("lowrank.Trion.add_param_group",
+    method(trion, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("Trion",),
+    param_group=bad.those(list=[1]))
+add("lowrank.Trion.add_param_group of options", added_to_trion, ("Trion",), **TRION)
+add("lowrank.Trion.step", method(trion, "step", closure=None), ("Trion",), closure=bad.function, fine="closure: None")
+add("lowrank.Trion.load_state_dict", method(trion, "load_state_dict", state_dict=lambda: trion().state_dict()),
+    ("Trion",), state_dict=bad.those(list=[1], state={"state": {}}))
+add("lowrank.trion_groups", call(lowrank.trion_groups, model=lambda: nn.Linear(4, 3), adamw="bias"), model=bad.module,
+    adamw=lambda good: {key: value for key, value in bad.patterns(good).items() if key != "broken"} | {"other": "fc"})

@@ -10,7 +10,7 @@ import torch
 from helpers import normal
 
 import torch_subspace as ts
-from torch_subspace import grassmann, isotropy
+from torch_subspace import grassmann, isotropy, lowrank
 
 Z, V = normal(7, 3), normal(7, 3, seed=1)  # the point and the direction
 OTHER, GATE = normal(4, 3, seed=2), normal(7, 3, seed=3).sigmoid()
@@ -35,6 +35,7 @@ FUNCTIONS = {
         z.flatten()[:18].view(1, 2, 3, 3), KERNEL, None, z[0, 0] * CUBE, [z[:3, :2], z[3:5, 1:], None, None]
     ).sin().sum(),
     "sigreg": lambda z: isotropy.sigreg(z, seed=0, num_slices=8),
+    "newton_schulz": lambda z: lowrank.newton_schulz(z, steps=2).sin().sum(),
     "lambda_orthogonality": lambda z: isotropy.lambda_orthogonality(z, 1.0),
     "gated_cosine": lambda z: isotropy.gated_cosine(z, OTHER, GATE).square().sum(),
     "ridge_transition": lambda z: isotropy.ridge_transition(z, z.roll(1, 0)).sin().sum(),

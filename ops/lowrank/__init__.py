@@ -5,19 +5,40 @@ from typing import TYPE_CHECKING
 from ..common import lazy
 
 if TYPE_CHECKING:
+    from .cosine import cosine_basis as cosine_basis
+    from .cosine import cosine_columns as cosine_columns
     from .intrinsic import IntrinsicDimension as IntrinsicDimension
     from .intrinsic import intrinsic_dimension as intrinsic_dimension
+    from .low_rank_adamw import LowRankAdamW as LowRankAdamW
+    from .newton_schulz import newton_schulz as newton_schulz
     from .random_subspace import RandomSubspace as RandomSubspace
+    from .range_finder import range_finder as range_finder
+    from .trion import Trion as Trion
+    from .trion_groups import trion_groups as trion_groups
 
 _FILES = {
     "IntrinsicDimension": "intrinsic",
+    "LowRankAdamW": "low_rank_adamw",
     "RandomSubspace": "random_subspace",
+    "Trion": "trion",
+    "cosine_basis": "cosine",
+    "cosine_columns": "cosine",
     "intrinsic_dimension": "intrinsic",
+    "newton_schulz": "newton_schulz",
+    "range_finder": "range_finder",
+    "trion_groups": "trion_groups",
 }
 __all__ = [
     "IntrinsicDimension",
+    "LowRankAdamW",
     "RandomSubspace",
+    "Trion",
+    "cosine_basis",
+    "cosine_columns",
     "intrinsic_dimension",
+    "newton_schulz",
+    "range_finder",
+    "trion_groups",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _FILES)

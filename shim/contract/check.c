@@ -171,3 +171,35 @@ subspace_status subspace_sigreg_check(subspace_ctx *ctx, const subspace_sigreg_a
     CHECK(ctx, a->step > 0 && a->step <= 1e300, INVALID, "sigreg: step must be positive and finite, got %g", a->step);
     return SUBSPACE_OK;
 }
+
+/* Rounding is relative to the Gram matrix's largest eigenvalue, and a step multiplies small ones by a^2: beyond GROWTH
+ * of that (float32: 2^15 of 2^24) X takes part again. Of nearly square matrices a run saves nothing. */
+int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *a, int64_t from)
+{
+    const double GROWTH = 1 << 15;
+    const int64_t small = a->m < a->n ? a->m : a->n, large = a->m < a->n ? a->n : a->m;
+    int64_t count = 1;
+    if (4 * large < 5 * small) return 1;
+    for (double growth = 1; from + count < a->steps; count++) {
+        const double slope = a->coefficients[3 * (from + count - 1)];
+        growth *= slope * slope;
+        if (!(growth <= GROWTH)) break;
+    }
+    return count;
+}
+
+subspace_status subspace_newton_schulz_check(subspace_ctx *ctx, const subspace_newton_schulz_args *a)
+{
+    CHECK(ctx, a->v >= 0 && a->m >= 0 && a->n >= 0, INVALID,
+          "newton_schulz: negative size: %lld matrices of %lld x %lld", LL(a->v), LL(a->m), LL(a->n));
+    CHECK(ctx, a->m <= INT32_MAX && a->n <= INT32_MAX, INVALID,
+          "newton_schulz: a BLAS dimension does not fit in 32 bits: %lld x %lld", LL(a->m), LL(a->n));
+    CHECK(ctx, a->steps >= 1 && a->steps <= SUBSPACE_STEPS, INVALID, "newton_schulz: need 1 to %d steps, got %lld",
+          (int)SUBSPACE_STEPS, LL(a->steps));
+    CHECK(ctx, a->eps > 0 && a->eps <= 1e300, INVALID, "newton_schulz: eps must be positive and finite, got %g",
+          a->eps);
+    for (int64_t i = 0; i < 3 * a->steps; i++)
+        CHECK(ctx, a->coefficients[i] >= -1e300 && a->coefficients[i] <= 1e300, INVALID,
+              "newton_schulz: coefficients must be finite, got %g in step %lld", a->coefficients[i], LL(i / 3));
+    return SUBSPACE_OK;
+}

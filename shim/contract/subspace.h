@@ -278,6 +278,24 @@ typedef struct subspace_sigreg_args {
 
 enum { SUBSPACE_KNOTS = 1 << 12 };
 
+/* ----------------------------------------------------------- newton_schulz
+ *     X_0 = x / max(|x|_F, eps)     X_(k+1) = a_k X_k + b_k (X_k X_k') X_k + c_k (X_k X_k')^2 X_k     y = X_steps
+ * A matrix with an entry that is not finite becomes NaN throughout.                                              */
+typedef struct subspace_newton_schulz_args {
+    subspace_dtype dtype;       /* of x, y, dy and dx */
+    int64_t v, m, n, steps;     /* matrices, rows, columns, 1 to SUBSPACE_STEPS steps */
+    double eps;                 /* > 0 */
+    const double *coefficients; /* [steps, 3] in, on the host: a, b and c of each step */
+    const void *x;              /* [v, m, n]  in */
+    void *y;                    /* [v, m, n]  forward out */
+    const void *dy;             /* [v, m, n]  backward in */
+    void *dx;                   /* [v, m, n]  backward out */
+} subspace_newton_schulz_args;
+
+enum { SUBSPACE_STEPS = 100 };
+/* How many steps, from `from` on, are made on the Gram matrix alone before X takes part again. */
+int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *, int64_t from);
+
 /* --------------------------------------------------------------- functions
  * Every function of every op, once: declarations, tables and dispatchers are made from this list.
  * OP(op) stands for what each op has once, FN(fn, op) for a function that takes subspace_<op>_args.   */
@@ -293,7 +311,8 @@ enum { SUBSPACE_KNOTS = 1 << 12 };
     OP(coding_rate) FN(coding_rate, coding_rate) FN(coding_rate_backward, coding_rate)                                 \
     OP(coding_rate_soft) FN(coding_rate_soft, coding_rate_soft) FN(coding_rate_soft_backward, coding_rate_soft)        \
     OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
-    OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)
+    OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)                                                          \
+    OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)
 /* clang-format on */
 
 #define SUBSPACE_DECLARE_OP(op)                                                                                        \

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 import torch_subspace as ts
 from torch_subspace.isotropy import sigreg
+from torch_subspace.lowrank import newton_schulz
 from torch_subspace.rates.coding_rate_soft import soft_rate
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
@@ -161,6 +162,8 @@ CASES = [
     Case("sigreg", sketch, lambda z, a: sigreg(z, directions=a), 1, narrow=1, tf32=True),
     Case("sigreg many knots", lambda: sketch(1, 9, 5, 3), lambda z, a: sigreg(z, directions=a, knots=40), 1, narrow=1,
          tf32=True),
+    Case("newton_schulz", lambda: draw((2, 24, 70)), newton_schulz, 1, scale=30),
+    Case("newton_schulz tall", lambda: draw((40, 33)), lambda x: newton_schulz(x, steps=3, coefficients="quintic"), 1),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # what the adapters' dropout does can't be compared with the CPU by value: the seed is another
@@ -186,6 +189,7 @@ LARGER = [
     Case("sinkhorn symmetric 300", lambda: scores(300, symmetric=True),
          lambda s: ts.sinkhorn(s, max_iter=6, symmetric=True), 1),
     Case("sigreg, slices of points", lambda: sketch(2, 700, 40, 70), lambda z, a: sigreg(z, directions=a), 1),
+    Case("newton_schulz, blocks of rows", lambda: draw((1040, 1050)), lambda x: newton_schulz(x, steps=1), 1),
     Case("tucker_linear, rows", lambda: linear(200, 300, 130, 16), ts.tucker_linear, 6),
 ]
 

@@ -253,6 +253,8 @@ EMPTY = [
         torch.ones(1, 5, 3, device=d), torch.eye(5, 4, device=d)[None] * (torch.arange(4, device=d) < 2), 0.5)),
     ("sinkhorn, no views", lambda d: ts.sinkhorn(torch.ones(0, 4, 4, device=d))),
     ("sigreg, no views", lambda d: ts.isotropy.sigreg(torch.ones(0, 5, 3, device=d), seed=0)),
+    ("newton_schulz, no matrices", lambda d: ts.lowrank.newton_schulz(torch.ones(0, 5, 3, device=d))),
+    ("newton_schulz, no rows", lambda d: ts.lowrank.newton_schulz(torch.ones(2, 0, 3, device=d))),
     ("sigreg, no points", lambda d: OP.sigreg(torch.ones(2, 0, 3, device=d), torch.ones(3, 4, device=d), 5, 0.5)),
 ]
 
@@ -291,6 +293,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "tucker_linear": lambda: OP.tucker_linear_(ones(3, 4), ones(3, 5), ones(2, 2), ones(4, 3), ones(2, 5), integers(0),
                                                1.0, 0.0),
     "sigreg": lambda: OP.sigreg(ones(1, 6, 4), ones(3, 2), 5, 0.5),
+    "newton_schulz": lambda: OP.newton_schulz(ones(1, 6, 4), [1.0, 2.0], 1e-7),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
 }
 

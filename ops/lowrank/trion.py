@@ -1,0 +1,257 @@
+"""Trion: orthogonalised momentum of low rank. Muon's step for the r cosines that hold most of the momentum.
+
+    M   <- M + G
+    S    = M Q             Q the cosine (DCT-II) basis of the shorter side, and of S's columns the r largest: m = M Q_r
+    M   <- M - (1 - mu) m Q_rᵀ         what was stepped along decays, the rest waits
+    W   <- (1 - lr wd) W - lr scale O Q_rᵀ          O = newton_schulz(m), orthonormal columns
+
+Q is known to all, so that no basis is stored, and Newton-Schulz works on r x r matrices: beside a Fourier transform of
+M the step is two products of m n r each. With a rank of the whole shorter side O Q_rᵀ is newton_schulz(M) itself,
+whatever Q, and the momentum decays as a whole: Muon.
+
+arXiv 2505.17967; Dion, whose momentum this is: arXiv 2504.05295.
+"""
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..common import (
+    BELOW_1,
+    POSITIVE,
+    check_betas,
+    check_flag,
+    check_number,
+    check_rate,
+    check_word,
+    told,
+    whole,
+)
+from .newton_schulz import check_steps
+from .trion_step import SCALES, check_gradient, matrices, step
+
+ALGORITHMS = ("trion", "adamw")
+
+
+class Trion(torch.optim.AdamW):
+    """Muon in ``rank`` dimensions: each step is orthogonal on the cosines that hold most of a matrix's momentum.
+
+    Every parameter with two sides above 1 is a matrix and keeps one buffer of its own size, half of what AdamW does.
+    All others (biases, norms) take the step of `torch.optim.AdamW` at ``adamw_factor`` times the rate, bit for bit; so
+    does all of a group with ``algorithm="adamw"``, where embeddings and the classifier belong: `trion_groups` puts them
+    there. A convolution's weight is (out, in/groups times the kernel). One of three dimensions is a stack of matrices,
+    as of experts, if the shorter of the last two is above rank, else a convolution's; ``stacked`` says it outright.
+
+    Args:
+        params: parameters, named ones, or dicts, as for torch's optimisers; every option below may be a group's own.
+        lr: learning rate, a number or a 1-element tensor.
+        rank: cosines a step goes along, at least 1; from a matrix's shorter side on the step is Muon's.
+        momentum: mu, what is kept of the momentum that was stepped along; 0 to 1.
+        weight_decay: decoupled, lr times this a step, of all parameters.
+        ns_steps, ns_coefficients: `newton_schulz`'s steps and coefficients.
+        adjust_lr_fn: scale of a matrix (A, B), as in `torch.optim.Muon`. "original", also None: sqrt(max(1, A/B)).
+            "match_rms_adamw": 0.2 sqrt(A B / r), which makes the update's root mean square 0.2, about AdamW's, at any
+            rank; torch's 0.2 sqrt(max(A, B)) is that at full rank. "spectral_unclamped": sqrt(A/B).
+        algorithm: "trion", or "adamw" for a group without matrices.
+        stacked: of parameters of three dimensions, whether each is many matrices; None: by the rule above.
+        adamw_factor: AdamW's rate by Trion's. None: 1 with "match_rms_adamw", else 0.05, 1e-3 where Trion has 0.02.
+        betas, eps, foreach: AdamW's, for the parameters that are no matrices.
+        maximize: as in torch.
+
+    The momentum is float32 for float32 and half types, float64 for float64. Parameters in half types are rounded once
+    a step. Equal gradients make equal steps, so that DistributedDataParallel needs nothing more.
+
+    A matrix whose gradient (or its sum) is not finite is left as it is, its momentum too, and is counted in `skipped`
+    (an int, or a tensor where parameters are not on a CPU); on a CPU the first gives a RuntimeWarning. Others are not
+    disturbed. Parameters that are no matrices do as in torch, where such entries become NaN.
+
+    Raises:
+        ValueError, TypeError: a bad value, or one of a wrong kind, by name.
+        RuntimeError: a sparse gradient of a matrix, or a DTensor as fully_shard makes: its rows are on many processes.
+
+    Source: arXiv 2505.17967; rates and their scales: torch.optim.Muon.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+        >>> opt = ts.lowrank.Trion(ts.lowrank.trion_groups(model, adamw=["2"]), lr=0.02, rank=16)
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(20, 64)), torch.arange(20) % 10).backward()
+        >>> opt.step()
+        >>> opt.state[model[0].weight]["momentum_buffer"].shape, "exp_avg" in opt.state[model[2].weight]
+        (torch.Size([128, 64]), True)
+    """
+
+    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
+    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+    _warned = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        rank: int = 128,
+        momentum: float = 0.95,
+        weight_decay: float | Tensor = 0.01,
+        ns_steps: int = 5,
+        *,
+        ns_coefficients: str | Sequence[Any] = "muon",
+        adjust_lr_fn: str | None = None,
+        algorithm: str = "trion",
+        stacked: bool | None = None,
+        adamw_factor: float | None = None,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        self._own = {"rank": rank, "momentum": momentum, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
+                     "adjust_lr_fn": adjust_lr_fn, "algorithm": algorithm, "stacked": stacked,
+                     "adamw_factor": adamw_factor}
+        kinds = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "maximize": maximize,
+                 "foreach": foreach}
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
+        self._own |= _checked(name, self._own | kinds)
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with options of its own.
+
+        Args:
+            param_group: ``{"params": ..., option: value}``.
+        """
+        # torch's constructors build the defaults and add the groups in one go: ours join them here.
+        self.defaults.update(self.__dict__.pop("_own", {}))
+        name = type(self).__name__
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
+        super().add_param_group(param_group | _checked(name, param_group))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key in OPTIONS:
+                group.setdefault(key, self.defaults[key])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that `state_dict` has returned, to the bit.
+
+        Args:
+            state_dict: groups and state; the parameters in the order they have here.
+        """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
+        super().load_state_dict(state_dict)
+        # torch gives a state the parameter's dtype
+        own = (p for group in self.param_groups for p in group["params"])
+        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
+            buffer = state_dict["state"].get(place, {}).get("momentum_buffer")
+            if buffer is not None and self.state[p]["momentum_buffer"].dtype != buffer.dtype:
+                self.state[p]["momentum_buffer"] = buffer.to(device=p.device, copy=True)
+
+    def _init_group(self, group, *lists):
+        # torch's step asks this for the tensors of a group and does nothing when there are none.
+        own = [p for p in group["params"] if matrices(p, group) is None]
+        return super()._init_group(group | {"params": own}, *lists) if own else False
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, with gradients on.
+
+        Returns:
+            The closure's value, or None.
+        """
+        loss, name = None, type(self).__name__
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                group.update(_checked(name, group))
+            work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
+                    if p.grad is not None and matrices(p, group) is not None]
+            for _, p in work:
+                check_gradient(name, p)
+            groups = self.param_groups
+            try:
+                self.param_groups = [group | {"lr": group["lr"] * _factor(group)} for group in groups]
+                self._adamw_step()
+            finally:
+                self.param_groups = groups
+            for i, p in work:
+                self._count(i, step(p, groups[i], self.state[p]))
+        return loss
+
+    @property
+    def skipped(self) -> int | Tensor:
+        """Matrices left as they were for a gradient that is not finite so far; a tensor off the CPU."""
+        return sum(group.get("skipped", 0) for group in self.param_groups)
+
+    def _count(self, number: int, skipped: int | Tensor) -> None:
+        if isinstance(skipped, int) and not skipped:
+            return
+        group = self.param_groups[number]
+        group["skipped"] = group.get("skipped", 0) + skipped
+        if isinstance(skipped, int) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {skipped} matrix(es) of parameter group {number} had a non-finite gradient "
+                "and stay as they were; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+
+    def state_bytes(self) -> int:
+        """The memory of all tensors of the state, in bytes: 4 for each entry of a matrix (8 of float64) and 4 for its
+        number of steps, and AdamW's of the others. What a first step makes stays."""
+        tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+OPTIONS = ("rank", "momentum", "ns_steps", "ns_coefficients", "adjust_lr_fn", "algorithm", "stacked", "adamw_factor")
+
+
+def _factor(group: dict[str, Any]) -> float:
+    if group["adamw_factor"] is not None:
+        return group["adamw_factor"]
+    return 1.0 if group["adjust_lr_fn"] == "match_rms_adamw" else 0.05
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, int]:
+    """Of a group's options or an optimiser's arguments those that are ints; raises in `name`'s voice."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in options:
+            check_rate(name, key, options[key])
+    if "momentum" in options:
+        check_rate(name, "momentum", options["momentum"], BELOW_1)
+    if "betas" in options:
+        check_betas(name, options["betas"])
+    for key in ("maximize", "foreach", "stacked"):
+        if key in options and (key == "maximize" or options[key] is not None):
+            check_flag(name, key, options[key])
+    if "algorithm" in options:
+        check_word(name, "algorithm", options["algorithm"], ALGORITHMS)
+    if options.get("adjust_lr_fn") is not None:
+        check_word(name, "adjust_lr_fn", options["adjust_lr_fn"], SCALES)
+    if options.get("adamw_factor") is not None:
+        check_number(name, "adamw_factor", options["adamw_factor"], POSITIVE)
+    if "ns_steps" in options or "ns_coefficients" in options:
+        check_steps(name, options.get("ns_steps", 5), options.get("ns_coefficients", "muon"), prefix="ns_")
+    return {key: whole(name, key, options[key], 1) for key in ("rank", "ns_steps") if key in options}
