@@ -20,7 +20,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -128,6 +128,8 @@ class TuckerConfig(peft.PeftConfig):
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     train: str = "all"
+
+    kind: ClassVar[str] = "tucker"
 
     def __post_init__(self):
         super().__post_init__()

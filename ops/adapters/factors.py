@@ -4,6 +4,8 @@ A change of a parameter is scale * core x_0 factor0 x_1 factor1 ..., the modes i
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +86,17 @@ class TuckerFactors(WideFactors):
     @property
     def factors(self) -> list[Tensor | None]:
         return [getattr(self, f"factor{i}") for i in range(len(self.shape))]
+
+    def told_ranks(self) -> str:
+        return " x ".join("full" if r is None else str(r) for r in self.ranks)
+
+    def described(self) -> dict:
+        """What a file says of it beside its tensors."""
+        return {"shape": self.shape, "ranks": self.ranks, "scale": self.scale, "dropout": self.dropout}
+
+    def for_file(self, weight: Tensor | None, config: Mapping) -> dict[str, Tensor]:
+        """The tensors that a file needs."""
+        return {n: p for n, p in self._parameters.items() if p is not None}
 
     def extra_repr(self) -> str:
         text = f"{self.shape}, ranks={self.ranks}, scale={self.scale:g}"

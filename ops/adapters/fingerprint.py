@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapted import Adapted, is_packed
 from .targets import is_uninitialised
@@ -13,15 +14,23 @@ from .targets import is_uninitialised
 COUNT = 8
 
 
-@torch.no_grad()
-def fingerprint(layer, parameter: str) -> dict[str, Any] | None:
-    """The weight's dtype and values from all over it; None where it has none to be read: packed, sharded, meta."""
+def weight_at_hand(layer, parameter: str) -> Tensor | None:
+    """The weight without adapters; None where it has no values to be read: packed, sharded, meta."""
     if hasattr(layer, "tucker_parts"):  # peft's
         weight = layer.before(parameter)
     else:
         merged = layer.tucker_merged if isinstance(layer, Adapted) else None
         weight = (merged or {}).get(parameter, layer._parameters[parameter])
     if weight is None or is_uninitialised(weight) or is_packed(weight) or weight.is_meta or weight.numel() == 0:
+        return None
+    return weight
+
+
+@torch.no_grad()
+def fingerprint(layer, parameter: str) -> dict[str, Any] | None:
+    """The weight's dtype and values from all over it; None where it has none to be read."""
+    weight = weight_at_hand(layer, parameter)
+    if weight is None:
         return None
     at = torch.tensor([(2 * i + 1) * weight.numel() // (2 * COUNT) for i in range(COUNT)], device=weight.device)
     values = weight[torch.unravel_index(at, weight.shape)]
