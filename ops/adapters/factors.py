@@ -43,12 +43,16 @@ class WideFactors(nn.Module):
         return self
 
 
-Start = tuple[str, tuple[int | None, int], int | None]  # init, modes of input and output, the row that stays zero
+# init, modes of input and output, the row that stays zero; None for what starts from the weight
+Start = tuple[str, tuple[int | None, int], int | None] | None
 
 
 @torch.no_grad()
 def restart(core: Tensor, factors: list[Tensor | None], start: Start) -> None:
     """No change, and factors as they start. "svd", which needs the base, as "lecun"."""
+    if start is None:
+        raise RuntimeError("adapted layer: singular vectors can't start anew off the meta device: put the adapter on "
+                           "when the weights have values")
     init, modes, zero_row = start
     init_change(core, factors, "lecun" if init == "svd" else init, core, modes)
     if zero_row is not None:
@@ -75,6 +79,11 @@ class TuckerFactors(WideFactors):
 
     def forward(self) -> tuple[Tensor, list[Tensor | None]]:
         return self.core, self.factors
+
+    @staticmethod
+    def assembled(core: Tensor, factors: list[Tensor | None], shape) -> tuple[Tensor, list[Tensor | None]]:
+        """Its tensors as a Tucker core and factors, which they are."""
+        return core, factors
 
     def reset_parameters(self) -> None:
         restart(self.core, self.factors, self.start)

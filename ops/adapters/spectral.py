@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..common import check_flag, told, whole
 from .config import WORDS, check_names, first_of
-from .factors import WideFactors
+from .factors import WideFactors, restart
 from .placed import is_sharded
 
 SMALL = 1e-4  # sigma_r / sigma_1 from which on the Gram matrix gives U to single precision
@@ -163,7 +163,7 @@ class SpectralFactors(WideFactors):
     `factor1` (n, r), each with the dimensions of a stack before. Called, it gives a core and factors as
     `TuckerFactors` does, of the same change."""
 
-    core_only, scale, dropout = True, 1.0, 0.0
+    core_only, scale, dropout, start = True, 1.0, 0.0, None
 
     def __init__(self, shape: Sequence[int], stacked: bool, rank: int, device, dtype, determined: bool = False):
         super().__init__()
@@ -174,11 +174,25 @@ class SpectralFactors(WideFactors):
         self.factor1 = nn.Parameter(torch.empty(*stack, n, rank, device=device, dtype=dtype), requires_grad=False)
 
     def forward(self) -> tuple[Tensor, list[Tensor | None]]:
-        return assembled(self.core, (self.factor0, self.factor1), self.shape)
+        return self.assembled(self.core, (self.factor0, self.factor1), self.shape)
+
+    @staticmethod
+    def assembled(core: Tensor, factors: Sequence[Tensor], shape: Sequence[int]) -> tuple[Tensor, list[Tensor | None]]:
+        """U diag(core) V' as a Tucker core and factors, the cheapest way for each kind.
+
+        A matrix has diag(core) between U and V, whose gradient is a product at the rank's width. A convolution has V'
+        for its core, a kernel into the rank, and U diag(core) for a factor: no gradient of a kernel is taken. A stack
+        is composed here: its factors differ from one matrix to the next.
+        """
+        u, v = factors
+        if core.dim() > 1:
+            return (u * core[..., None, :]) @ v.mT, [None] * len(shape)
+        if len(shape) == 2:
+            return core.diag(), [u, v]
+        return v.mT.reshape(-1, *shape[1:]), [u * core, *[None] * (len(shape) - 1)]
 
     def reset_parameters(self) -> None:
-        raise RuntimeError("SpectralConfig: singular vectors can't start anew off the meta device: put the adapter on "
-                           "when the weights have values")
+        restart(self.core, [], self.start)
 
     @property
     def rank(self) -> int:
@@ -186,7 +200,10 @@ class SpectralFactors(WideFactors):
 
     @property
     def ranks(self) -> list[int | None]:
-        return ranks_as_tucker(self.shape, self.core)
+        """Of the modes, as those of a Tucker adapter."""
+        if self.core.dim() > 1:
+            return [None] * len(self.shape)
+        return [self.rank] * 2 if len(self.shape) == 2 else [self.rank, *[None] * (len(self.shape) - 1)]
 
     @property
     def factors(self) -> list[Tensor | None]:
@@ -222,28 +239,6 @@ class SpectralFactors(WideFactors):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, rank={self.rank}"
-
-
-def assembled(core: Tensor, factors: Sequence[Tensor], shape: Sequence[int]) -> tuple[Tensor, list[Tensor | None]]:
-    """U diag(core) V' as a Tucker core and factors, the cheapest way for each kind.
-
-    A matrix has diag(core) between U and V, whose gradient is a product at the rank's width. A convolution has V' for
-    its core, a kernel into the rank, and U diag(core) for a factor: no gradient of a kernel is taken. A stack is
-    composed here: its factors differ from one matrix to the next.
-    """
-    u, v = factors
-    if core.dim() > 1:
-        return (u * core[..., None, :]) @ v.mT, [None] * len(shape)
-    if len(shape) == 2:
-        return core.diag(), [u, v]
-    return v.mT.reshape(-1, *shape[1:]), [u * core, *[None] * (len(shape) - 1)]
-
-
-def ranks_as_tucker(shape: Sequence[int], core: Tensor) -> list[int | None]:
-    """Ranks of the modes of what `assembled` gives."""
-    if core.dim() > 1:
-        return [None] * len(shape)
-    return [core.shape[0]] * 2 if len(shape) == 2 else [core.shape[0], *[None] * (len(shape) - 1)]
 
 
 @torch.no_grad()

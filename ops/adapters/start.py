@@ -9,7 +9,7 @@ from .adapted import is_packed, unpacked
 from .config import init_change
 from .factors import TuckerFactors
 from .parameters import is_stacked, modes_of, shape_of
-from .placed import home, values_of
+from .placed import home, is_sharded, values_of
 from .spectral import SpectralFactors, spectral_factors
 
 
@@ -48,7 +48,9 @@ def spectral(function: str, key: str, module: nn.Module, parameter: str, rank: i
     needs = f"{function}: singular vectors need the {parameter} of {key!r}"
     if values.is_meta:
         raise ValueError(f"{needs}, which is on the meta device")
-    if is_packed(values):
+    if is_sharded(values):
+        values = values.full_tensor()
+    elif is_packed(values):
         values = unpacked(values)
     if not values.isfinite().all():
         raise ValueError(f"{needs} finite, and it holds NaN or infinity")

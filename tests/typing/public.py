@@ -125,5 +125,6 @@ ts.show_config()
 
 # -------------------------------------------------------------------------------------------------------------- peft
 method = tucker_peft.TuckerConfig(r=8, target_modules=["0"])
+values = tucker_peft.SpectralConfig(r=0.99, target_modules=["0"])
 imported: nn.Module = tucker_peft.import_lora(net, "lora", standalone=True)
 tucker_peft.export_lora(imported, Path("lora"))
