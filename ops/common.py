@@ -102,6 +102,25 @@ def check_number(name: str, what: str, value: object, interval: tuple[float, flo
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 
 
+def check_rate(name: str, what: str, value: object, interval: tuple[float, float, str] = NOT_NEGATIVE) -> None:
+    """Of an optimiser: a number, or a tensor with one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name}: {what} must be a number or a tensor of one, got {told(value)}")
+        if value.device.type != "cpu":
+            return  # a look would wait for the device
+        value = value.item()
+    check_number(name, what, value, interval)
+
+
+def check_betas(name: str, betas: object) -> None:
+    """Of an optimiser: two rates below 1."""
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"{name}: betas must be two numbers, got {told(betas)}")
+    for i, beta in enumerate(betas):
+        check_rate(name, f"betas[{i}]", beta, BELOW_1)
+
+
 def whole(name: str, what: str, value: Any, least: int = 0) -> int:
     """The value as an int; raises in `name`'s voice unless it is one of at least `least`. A bool or a float is none."""
     try:

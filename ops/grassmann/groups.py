@@ -6,20 +6,20 @@ with `manifold="stiefel"` holds frames whose rows themselves count: these, or an
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common import (
-    BELOW_1,
     FINITE,
     NOT_NEGATIVE,
     WIDE,
+    check_betas,
     check_flag,
     check_module,
-    check_number,
+    check_rate,
     check_word,
     reshard,
     told,
@@ -136,17 +136,6 @@ def parts_of(group):
         yield part if dims is None else part | {"dims": dims}
 
 
-def check_rate(name, what, value, interval=NOT_NEGATIVE):
-    """A number, or a tensor with one."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise TypeError(f"{name}: {what} must be a number or a tensor of one, got {told(value)}")
-        if value.device.type != "cpu":
-            return  # a look would wait for the device
-        value = value.item()
-    check_number(name, what, value, interval)
-
-
 RATES = {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": NOT_NEGATIVE,
          "lr_factor": NOT_NEGATIVE, "dampening": FINITE}
 WORDS = {"manifold": ("euclidean", *MANIFOLDS), "retraction": RETRACTIONS, "transport": TRANSPORTS}
@@ -164,11 +153,7 @@ def check_values(name, options):
             check_flag(name, key, value)
         elif key in WORDS:
             check_word(name, key, value, WORDS[key])
-    betas = options.get("betas", (0.9, 0.9))
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise TypeError(f"{name}: betas must be two numbers, got {told(betas)}")
-    for i, beta in enumerate(betas):
-        check_rate(name, f"betas[{i}]", beta, BELOW_1)
+    check_betas(name, options.get("betas", (0.9, 0.9)))
 
 
 def check_group(name, group):

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
     from .frequent_directions import frequent_directions_ as frequent_directions_
+    from .low_rank_adamw import LowRankAdamW as LowRankAdamW
     from .range_finder import range_finder as range_finder
     from .streaming_pca import StreamingPCA as StreamingPCA
 
 _FILES = {
     "CoSO": "coso",
+    "LowRankAdamW": "low_rank_adamw",
     "StreamingPCA": "streaming_pca",
     "cosine_basis": "cosine",
     "cosine_columns": "cosine",
@@ -22,6 +24,7 @@ _FILES = {
 }
 __all__ = [
     "CoSO",
+    "LowRankAdamW",
     "StreamingPCA",
     "cosine_basis",
     "cosine_columns",

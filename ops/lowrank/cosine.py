@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..common import (
@@ -75,14 +76,15 @@ def cosine_columns(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rank > g.shape[-1]:
         raise ValueError(f"{name}: rank must be at most g's {g.shape[-1]} columns, got {rank}")
     g = g.to(wide_dtype(g.dtype))
-    if not g.numel():  # no matrices: what Fourier's transform of torch 2.11 does not take
+    if not g.numel():  # no matrices
         return g[..., :rank], torch.zeros((*g.shape[:-2], rank), dtype=torch.int64, device=g.device)
     with full_precision(g):
         if not transformed():
             return _Columns.apply(g, rank)
-        spectrum = _spectrum(g)
-        index = _largest(spectrum.detach().abs().sum(-2), g.shape[-1], rank)
-        return _taken(spectrum, index, g.shape[-1]), index
+        spectrum, n = _spectrum(g), g.shape[-1]
+        norms = spectrum.detach().abs().sum(-2)
+        index = _largest(norms[..., _places(torch.arange(n, device=g.device), n)[0]], rank)
+        return _taken(spectrum, *_places(index, n)), index
 
 
 def cosine_basis(size: int, index: Tensor | None = None, *, dtype: torch.dtype | None = None,
@@ -149,6 +151,8 @@ def basis_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
     return (angle.cos() * scale[..., None, :]).to(dtype)
 
 
+Spectrum = Callable[[Tensor], Tensor]
+Places = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 _cache: OrderedDict[Any, Tensor] = OrderedDict()
 
 
@@ -188,6 +192,8 @@ def _factors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _spectrum(g: Tensor) -> Tensor:
     """S, or its columns in W's order, (..., m, 2 (n // 2 + 1)): Re and Im of W_0, W_1, ..., each -S where it is Im."""
     n = g.shape[-1]
+    if not g.shape[-2]:  # which Fourier's transform of torch 2.11 does not take
+        return g.new_zeros((*g.shape[:-1], 2 * (n // 2 + 1)))
     if n < TRANSFORM_FROM:
         return g @ _kept(_basis, n, g.dtype, g.device)
     v = torch.cat((g[..., ::2], g[..., 1::2].flip(-1)), -1)
@@ -202,40 +208,42 @@ def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.where(mirrored, 2 * (n - index) + 1, 2 * index), mirrored
 
 
-def _largest(norms: Tensor, n: int, rank: int) -> Tensor:
-    """Of S's columns those of largest norm, given those of `_spectrum`'s. A stable sort, as topk's ties are free."""
-    norms = norms[..., _places(torch.arange(n, device=norms.device), n)[0]]
+def _largest(norms: Tensor, rank: int) -> Tensor:
+    """The columns of largest norm. A stable sort, as topk's ties are free."""
     return norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank].sort(dim=-1).values
 
 
-def _taken(spectrum: Tensor, index: Tensor, n: int) -> Tensor:
-    places, mirrored = _places(index, n)
-    columns = spectrum.take_along_dim(places[..., None, :], -1)
-    return torch.where(mirrored[..., None, :], -columns, columns)
+def _taken(spectrum: Tensor, places: Tensor, mirrored: Tensor) -> Tensor:
+    sign = torch.where(mirrored, -1, 1).to(spectrum.dtype)[..., None, :]
+    if places.dim() == 1:  # the quicker of the two
+        return spectrum.index_select(-1, places) * sign
+    return spectrum.take_along_dim(places[..., None, :], -1) * sign
 
 
-def _matrix_columns(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Of one matrix, some rows at a time."""
-    chunks = [_spectrum(rows) for rows in g.split(max(1, CHUNK // g.shape[-1]))]
+def columns_of(g: Tensor, rank: int, group: dist.ProcessGroup | None = None, spectrum: Spectrum = _spectrum,
+               places: Places = _places) -> tuple[Tensor, Tensor]:
+    """`cosine_columns` of matrices of float32 or float64, without a gradient; a group's processes have rows of each.
+    The same for another basis by its `spectrum` and `places`."""
+    n = g.shape[-1]
+    if g.device.type != "cpu" or g.numel() <= CHUNK or torch.compiler.is_compiling():
+        chunks = [spectrum(g)]
+    elif g.dim() > 2:
+        each = [columns_of(matrix, rank, group, spectrum, places) for matrix in g.reshape(-1, *g.shape[-2:])]
+        columns, index = zip(*each, strict=True)
+        return torch.stack(columns).unflatten(0, g.shape[:-2]), torch.stack(index).unflatten(0, g.shape[:-2])
+    else:
+        chunks = [spectrum(rows) for rows in g.split(max(1, CHUNK // n))]
     norms = sum(chunk.abs().sum(-2) for chunk in chunks[1:]) + chunks[0].abs().sum(-2)
-    index = _largest(norms, g.shape[-1], rank)
-    places, mirrored = _places(index, g.shape[-1])
-    sign = torch.where(mirrored, -1.0, 1.0).to(g.dtype)
-    return torch.cat([chunk.index_select(-1, places) for chunk in chunks]).mul_(sign), index
+    if group is not None:
+        dist.all_reduce(norms, group=group)
+    index = _largest(norms[..., places(torch.arange(n, device=g.device), n)[0]], rank)
+    return torch.cat([_taken(chunk, *places(index, n)) for chunk in chunks], -2), index
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, rank):
-        flat = g.reshape(-1, *g.shape[-2:])
-        if g.device.type != "cpu" or g.numel() <= CHUNK or torch.compiler.is_compiling():
-            spectrum = _spectrum(g)
-            index = _largest(spectrum.abs().sum(-2), g.shape[-1], rank)
-            columns = _taken(spectrum, index, g.shape[-1])
-        else:
-            each = [_matrix_columns(matrix, rank) for matrix in flat]
-            columns, index = (torch.stack(parts).unflatten(0, g.shape[:-2]) if g.dim() > 2 else parts[0]
-                              for parts in zip(*each, strict=True))
+        columns, index = columns_of(g, rank)
         ctx.size = g.shape[-1]
         ctx.save_for_backward(index)
         ctx.mark_non_differentiable(index)

@@ -14,6 +14,7 @@ column; shifted once and repeated twice (Fukaya et al., SIAM J. Sci. Comput. 42(
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..common import full_precision, told, whole, wide_dtype
@@ -78,18 +79,24 @@ def start(g: Tensor, rank: int, seed: int | torch.Generator | None) -> Tensor:
     return seeded_normal(shape, seed, g.device).to(g.dtype)
 
 
-def range_basis(g: Tensor, basis: Tensor, power: int) -> Tensor:
-    """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on."""
+def range_basis(g: Tensor, basis: Tensor, power: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on; the processes of a group have rows of each, and
+    that has no gradient."""
     with full_precision(g):
         for _ in range(power):
-            along, start = _scaled(g @ basis), _scaled(basis)
-            basis = orthonormal(_scaled(g.mT @ along) + torch.finfo(g.dtype).eps * start)
+            y = g.mT @ _scaled(g @ basis, group)
+            if group is not None:
+                dist.all_reduce(y, group=group)
+            basis = orthonormal(_scaled(y) + torch.finfo(g.dtype).eps * _scaled(basis))
     return basis
 
 
-def _scaled(y: Tensor) -> Tensor:
+def _scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """A matrix with entries up to 1: gradients may be so small that their squares are none. Q knows no scale."""
-    largest = y.detach().abs().amax((-2, -1), keepdim=True)
+    size = y.detach().abs()
+    largest = size.amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     return y / torch.where(largest == 0, 1, largest)
 
 

@@ -1,0 +1,232 @@
+"""AdamW whose moments live in a few directions of each gradient.
+
+    Q        (n, r), orthonormal: a basis of the gradient's dominant row space, or r of a fixed basis's columns
+    g        = G Q
+    m, v     = AdamW's moments of g, turned with Q: m <- m R, v <- v (R ∘ R), R = Q_beforeᵀ Q
+    W        <- (1 - lr wd) W - lr scale (m / (sqrt v + eps)) Qᵀ
+
+Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix is
+r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
+
+GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, and LDAdam, arXiv 2410.16103.
+"""
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..common import FLOATS, POSITIVE, check_betas, check_flag, check_number, check_rate, check_word, told, whole
+from .feedback import FEEDBACKS
+from .matrices import KINDS, SIDES, Matrix, local, matrix_shape
+from .projectors import PROJECTORS
+
+
+class LowRankAdamW(torch.optim.AdamW):
+    """AdamW with moments in ``rank`` dimensions: for matrices 2 r (m + n) numbers of state at most instead of 2 m n.
+
+    A matrix whose shorter side is above ``rank`` is projected along that side; all other parameters take the step of
+    `torch.optim.AdamW`, bit for bit. Weights of convolutions are (out, in/groups times the kernel); parameters of three
+    dimensions whose last two are both above rank are that many matrices, as of experts, each with a projector of its
+    own. Embeddings are matrices.
+
+    Args:
+        params: parameters, named ones, or dicts, as for torch's optimisers; every option below may be a group's own.
+        lr: learning rate, a number or a 1-element tensor.
+        rank: dimensions kept of each matrix, at least 1. It may change between steps, below shorter sides.
+        projector: "range" finds the gradient's dominant directions by `range_finder`, "svd" by singular vectors, much
+            slower; "cosine" (`cosine_columns`) and "hadamard" choose among the columns of a fixed basis, and store the
+            choice alone. docs/lowrank.md has what they were measured to do.
+        every: steps after which directions are found, or chosen, anew; 1 for each.
+        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        error_feedback: what projections left out is added to the next gradient: None for not, "int8" for 8 bits an
+            entry, with a scale for each 256 or so of a row, or "dense" for all digits. As large as the weights: it
+            costs an eighth, or a half, of what AdamW's state does.
+        scale: factor of the projected parameters' updates.
+        side: which side of a matrix is projected: "shorter", "rows" or "columns", the first or the last one.
+        seed: an int of at least 0, of which all that "range" draws is a function, with the parameter's step. Equal on
+            all devices and processes; kept, as every option is, in `state_dict`.
+        foreach: torch's implementation for the parameters that are not projected.
+
+    Moments, bases and scales are float32 for float32 and half types, and float64 for float64.
+
+    A matrix whose gradient is not finite is left as it is, its state too, and is counted in `skipped` (an int, or a
+    tensor where parameters are not on a CPU); on a CPU the first gives a RuntimeWarning. Others are not disturbed.
+    Parameters that are not projected do as in torch, where such entries become NaN.
+
+    Parameters of FSDP2 (DTensors) that are sharded along their first dimension are projected along the others, by sums
+    over the processes of n r numbers; the result is that of one process with side="columns", up to rounding.
+
+    Raises:
+        ValueError, TypeError: a bad value, or one of a wrong kind, by name.
+        RuntimeError: a sparse gradient; a parameter sharded in another way.
+
+    Source: GaLore, arXiv 2403.03507; DCT-AdamW, arXiv 2505.17967.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 96))
+        >>> opt = ts.lowrank.LowRankAdamW(model.parameters(), lr=1e-3, rank=8)
+        >>> model(torch.randn(10, 64)).square().mean().backward()
+        >>> opt.step()
+        >>> full = 2 * 4 * sum(p.numel() for p in model.parameters())    # AdamW's moments, in bytes
+        >>> opt.state_bytes() < full / 3
+        True
+    """
+
+    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
+    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+    _warned = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        rank: int = 128,
+        projector: str = "range",
+        every: int = 1,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        error_feedback: str | None = None,
+        scale: float = 1.0,
+        side: str = "shorter",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        self._own = {"rank": rank, "projector": projector, "every": every, "error_feedback": error_feedback,
+                     "scale": scale, "side": side, "seed": seed}
+        kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+                             "foreach": foreach}
+        self._own |= _checked(type(self).__name__, kinds)
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with options of its own.
+
+        Args:
+            param_group: ``{"params": ..., option: value}``.
+        """
+        # torch's constructors build the defaults and add the groups in one go: ours join them here.
+        self.defaults.update(self.__dict__.pop("_own", {}))
+        name = type(self).__name__
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        super().add_param_group(param_group | _checked(name, param_group))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key in OPTIONS:
+                group.setdefault(key, self.defaults[key])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that `state_dict` has returned, or that of `torch.optim.AdamW`, which is then projected.
+
+        Args:
+            state_dict: groups and state; the parameters in the order they have here.
+        """
+        super().load_state_dict(state_dict)
+        # torch gives moments the parameter's dtype, indices too
+        own = (p for group in self.param_groups for p in group["params"])
+        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
+            for key, t in state_dict["state"].get(place, {}).items():
+                held = self.state[p][key]
+                if isinstance(t, Tensor) and key != "step" and held.dtype != t.dtype:
+                    self.state[p][key] = t.to(device=held.device, copy=True)
+
+    def _init_group(self, group, *lists):
+        # torch's step asks this for the tensors of a group and does nothing when there are none.
+        own = [p for p in group["params"] if not self._is_projected(group, p)]
+        return super()._init_group(group | {"params": own}, *lists) if own else False
+
+    def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
+        if p.dtype in FLOATS and matrix_shape(p.shape, group["rank"]) is not None:
+            return True
+        if any(key in self.state.get(p, ()) for key in KINDS):
+            raise ValueError(f"{type(self).__name__}: rank must stay below a side of what has been projected, got "
+                             f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
+        return False
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, with gradients on.
+
+        Returns:
+            The closure's value, or None.
+        """
+        loss, name = None, type(self).__name__
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                group.update(_checked(name, group))
+            work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
+                    for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
+            starts: dict[Any, Tensor] = {}
+            self._adamw_step()
+            for i, matrix in work:
+                self._count(i, matrix.step(self.state[matrix.weight], starts))
+        return loss
+
+    @property
+    def skipped(self) -> int | Tensor:
+        """Matrices left as they were for a gradient that is not finite so far; a tensor off the CPU."""
+        return sum(group.get("skipped", 0) for group in self.param_groups)
+
+    def _count(self, number: int, skipped: int | Tensor) -> None:
+        if isinstance(skipped, int) and not skipped:
+            return
+        group = self.param_groups[number]
+        group["skipped"] = group.get("skipped", 0) + skipped
+        if isinstance(skipped, int) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {skipped} matrix(es) of parameter group {number} had a non-finite gradient "
+                "and stay as they were; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+
+    def state_bytes(self) -> int:
+        """The memory of all tensors of the state that this process holds, in bytes: what a first step makes stays."""
+        tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+WORDS = {"projector": PROJECTORS, "side": SIDES}
+OPTIONS = ("rank", "projector", "every", "error_feedback", "scale", "side", "seed")
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, int]:
+    """Of a group's options or an optimiser's arguments those that are ints; raises in `name`'s voice."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in options:
+            check_rate(name, key, options[key])
+    if "betas" in options:
+        check_betas(name, options["betas"])
+    for key in options.keys() & {"maximize", "foreach"}:
+        if key != "foreach" or options[key] is not None:
+            check_flag(name, key, options[key])
+    for key in WORDS.keys() & options.keys():
+        check_word(name, key, options[key], WORDS[key])
+    if options.get("error_feedback") is not None:
+        check_word(name, "error_feedback", options["error_feedback"], FEEDBACKS)
+    if "scale" in options:
+        check_number(name, "scale", options["scale"], POSITIVE)
+    return {key: whole(name, key, options[key], least) for key, least in (("rank", 1), ("every", 1), ("seed", 0))
+            if key in options}

@@ -1,0 +1,186 @@
+"""A parameter as one matrix or several, and its step in a few dimensions: what `LowRankAdamW` does with each.
+
+The state is `step`, `exp_avg` and `exp_avg_sq` (..., m, r) as torch names them, m the side that is not projected;
+`basis` (..., n, r), or an index (..., r) into a fixed one by that one's name; with feedback `error` and its scales.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common import wide_dtype
+from .feedback import fed, left_out
+from .projectors import STORED, carried, columns, project
+
+SIDES = ("shorter", "rows", "columns")
+KINDS = tuple(dict.fromkeys(STORED.values()))
+
+
+def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
+    """(m, n), or (matrices, m, n), as which a parameter is projected; None where a side is no longer than rank."""
+    if len(shape) == 3 and min(shape[1:]) > rank:
+        return tuple(shape) if shape[0] else None
+    m, n = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+    return (m, n) if min(m, n) > rank else None
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process has of it."""
+    return t.to_local() if hasattr(t, "placements") else t
+
+
+class Matrix:
+    """A parameter with a gradient, for one step. Raises in an optimiser's voice where it can't be stepped."""
+
+    def __init__(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        if p.grad.layout is not torch.strided:
+            raise RuntimeError(f"{name}: gradients must be dense, got one of {p.grad.layout} for a parameter of shape "
+                               f"{tuple(p.shape)}: torch.optim.SparseAdam takes such")
+        shape = matrix_shape(p.shape, group["rank"])
+        self.weight, self.group, self.processes, side = p, group, None, group["side"]
+        if hasattr(p, "placements"):
+            self.processes, side = _processes(name, p, len(shape)), "columns"
+        self.turned = side == "rows" or side == "shorter" and shape[-2] < shape[-1]
+        self.own, grad = local(p), local(p.grad)
+        self.shape = (self.own.shape[0], *shape[1:])
+        self.grad = self._turn(grad.reshape(self.shape))
+
+    def _turn(self, t: Tensor) -> Tensor:
+        """To or from the orientation in which the last side is the one that is projected."""
+        return t.mT if self.turned else t
+
+    def _factors(self, low: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b with a b = low Qᵀ, in the parameter's orientation."""
+        return (basis, low.mT) if self.turned else (low, basis.mT)
+
+    def step(self, state: dict[str, Any], starts: dict[Any, Tensor]) -> int | Tensor:
+        """The step; how many matrices were left alone. `starts`: what the range finder starts from, for others too."""
+        group, dtype = self.group, wide_dtype(self.own.dtype)
+        count, size = int(state.get("step", 0)), self.grad.shape[-1]
+        held = {key: local(t).to(self.own.device) for key, t in state.items() if key != "step"}
+        kind, before = STORED[group["projector"]], next(((key, held[key]) for key in KINDS if key in held), None)
+
+        grad = self.grad.to(dtype)
+        if group["error_feedback"] and "error" in held:
+            grad = self._turn(fed(self._turn(grad), held))
+        stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
+        if stays and count % group["every"]:
+            now, basis = before, columns(*before, size, dtype)
+            low = grad @ basis
+        else:
+            start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
+            stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
+            now, stays, basis = (kind, stored), False, columns(kind, stored, size, dtype)
+        finite = self._finite(low)
+        sure = finite.device.type == "cpu" and bool(finite.all())
+        if not sure and finite.device.type == "cpu" and finite.dim() == 0:
+            return 1
+
+        new = {now[0]: now[1]}
+        if group["error_feedback"]:
+            new |= left_out(self._turn(grad), *self._factors(low, basis), group["error_feedback"])
+        low = -low if group["maximize"] else low
+        new["exp_avg"], new["exp_avg_sq"] = mean, square = self._moments(held, low, before, now, stays and sure)
+        beta1, beta2 = map(float, group["betas"])
+        mean.lerp_(low, 1 - beta1)
+        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        if not sure:
+            new = {key: _where(finite, t, held.get(key), key) for key, t in new.items()}
+            mean, square, basis = new["exp_avg"], new["exp_avg_sq"], columns(now[0], new[now[0]], size, dtype)
+
+        count += 1
+        rate = float(group["lr"])
+        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
+        update = (mean * (-rate / (1 - beta1**count) * group["scale"])).div_(root)
+        self._move(update, basis, 1 - rate * float(group["weight_decay"]), None if sure else finite)
+        self._keep(state, count, new)
+        skipped = (~finite).sum()
+        return int(skipped) if skipped.device.type == "cpu" else skipped
+
+    def _start(self, starts, count, size, dtype):
+        """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""
+        seed, rank = self.group["seed"], self.group["rank"]
+        key = seed, count, size, rank, dtype, self.own.device
+        if key not in starts:
+            mixed = (seed * 0x9E3779B97F4A7C15 + count * 0xBF58476D1CE4E5B9) % (1 << 64)  # the generator takes 32 bits
+            generator = torch.Generator().manual_seed((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
+            starts[key] = torch.randn((size, rank), generator=generator).to(self.own.device, dtype)
+        return starts[key]
+
+    def _finite(self, low):
+        """Of each matrix: what is not finite in a gradient is not in its projection either."""
+        finite = low.isfinite().all(-1).all(-1)
+        if self.processes is not None:
+            finite = finite.float()
+            dist.all_reduce(finite, dist.ReduceOp.MIN, self.processes)
+        return finite > 0
+
+    def _moments(self, held, low, before, now, in_place):
+        if "exp_avg" not in held:
+            return torch.zeros_like(low), torch.zeros_like(low)
+        moments = held["exp_avg"], held["exp_avg_sq"]
+        if before is None:  # AdamW's own
+            moments = tuple(self._turn(t.reshape(self.shape)).to(low.dtype) for t in moments)
+        if before is now:
+            return moments if in_place else tuple(t.clone() for t in moments)
+        return carried(moments, before, now, self.grad.shape[-1])
+
+    def _move(self, update, basis, decay, finite):
+        """W <- decay W + update Qᵀ, in one pass where all of them are finite."""
+        own = self.own
+        if finite is not None:
+            update = _where(finite, update, None, "")
+            shaped = own.view(self.shape) if own.is_contiguous() else own
+            shaped.mul_(torch.where(finite, decay, 1.0).to(own.dtype).reshape(-1, *[1] * (shaped.dim() - 1)))
+            decay = 1
+        a, b = (t.to(own.dtype) for t in self._factors(update, basis))
+        if not own.is_contiguous():
+            own.mul_(decay).add_((a @ b).view(own.shape))
+        else:
+            own = own.view(self.shape)
+            (torch.baddbmm if own.dim() == 3 else torch.addmm)(own, a, b, beta=decay, out=own)
+
+    def _keep(self, state, count, new):
+        for key in state.keys() - new.keys() - {"step"}:
+            del state[key]
+        state["step"] = torch.tensor(float(count))
+        for key, t in new.items():
+            state[key] = self._placed(t) if self._is_split(key) else t
+
+    def _is_split(self, key):
+        return hasattr(self.weight, "placements") and (len(self.shape) == 3 or key not in KINDS)
+
+    def _placed(self, t):
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size((self.weight.shape[0], *t.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(t.contiguous(), self.weight.device_mesh, self.weight.placements, run_check=False,
+                                  shape=shape, stride=stride)
+
+
+def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
+    """The old where a matrix is not finite; what a step would begin with where there is none."""
+    if old is None or old.shape != new.shape:
+        old = torch.zeros_like(new)
+        if key == "basis":
+            old.diagonal(dim1=-2, dim2=-1).fill_(1)
+        elif key in KINDS:
+            old += torch.arange(new.shape[-1], device=new.device)
+    return torch.where(finite.reshape(finite.shape + (1,) * (new.dim() - finite.dim())), new, old)
+
+
+def _processes(name: str, p: Tensor, dims: int) -> dist.ProcessGroup | None:
+    """Those that have rows of the matrix; None where each has whole ones."""
+    split = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if len(split) > 1 or any(not p.placements[i].is_shard(0) for i in split) or p.grad.placements != p.placements:
+        raise RuntimeError(
+            f"{name}: a DTensor must be sharded along dimension 0, over one dimension of its mesh, as "
+            f"fully_shard does, its gradient likewise, got {p.placements} and {p.grad.placements} for one of shape "
+            f"{tuple(p.shape)}")
+    return p.device_mesh.get_group(split[0]) if split and dims == 2 else None

@@ -1,0 +1,106 @@
+"""What a low-rank step projects gradients onto, and how moments follow when that changes.
+
+    g = G Q          G (m, n), Q (n, r) with orthonormal columns: singular vectors, those of the range finder, or r of
+                     the columns of a fixed basis, of which an index is all that is stored
+    R = Q_beforeᵀ Q  m <- m R, v <- v (R ∘ R)
+
+In the new coordinates the gradient's mean is m R, and its mean square, as far as the old coordinates are not
+correlated, v (R ∘ R): never negative, and the same sum where Q spans what it spanned. Measured, that leaves a third
+less loss than DCT-AdamW's |v R| at rank 16. Of a fixed basis R has an entry of 1 for each column that stays, and all is
+a matter of looking up. Before there is a Q it is the identity.
+
+Hadamard's basis is H / sqrt n for n a power of two, and else block-diagonal, of the powers of two that make n up.
+"""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .cosine import basis_columns, columns_of
+from .range_finder import range_basis
+
+PROJECTORS = ("range", "cosine", "hadamard", "svd")
+STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
+
+
+def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
+            group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """What is stored of a new Q, and g Q. `start`: what the range finder starts from. `group`: processes that have
+    rows of the matrix."""
+    if STORED[projector] != "basis":
+        own = (_walsh_spectrum, _in_order) if projector == "hadamard" else ()
+        low, index = columns_of(g, rank, group, *own)
+        return index, low
+    basis = _singular(g, rank, group).to(g.dtype) if projector == "svd" else range_basis(g, start, 1, group)
+    return basis, g @ basis
+
+
+def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Leading right singular vectors, as eigenvectors of GᵀG in float64; NaN where G is not finite."""
+    g = g.double()
+    gram = g.mT @ g
+    if group is not None:
+        dist.all_reduce(gram, group=group)
+    finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    vectors = torch.linalg.eigh(torch.where(finite, gram, 0)).eigenvectors.flip(-1)[..., :rank]
+    return torch.where(finite, vectors, torch.nan)
+
+
+def columns(kind: str, stored: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Q, (..., n, r), of what is stored."""
+    if kind == "basis":
+        return stored.to(dtype)
+    if kind == "cosine":
+        return basis_columns(size, stored, dtype)
+    return _walsh_columns(size, stored, dtype)
+
+
+def _powers(size: int) -> list[int]:
+    """The powers of two that make it up, the largest first."""
+    return [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+
+
+def _walsh_spectrum(g: Tensor) -> Tensor:
+    parts = g.split(_powers(g.shape[-1]), -1)
+    return torch.cat([_hadamard(part) * part.shape[-1] ** -0.5 for part in parts], -1)
+
+
+def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entry j of column k: (-1) to the number of bits that j and k share, in the block that both are in."""
+    entries, begin = torch.zeros((*index.shape[:-1], size, index.shape[-1]), dtype=dtype, device=index.device), 0
+    for length in _powers(size):
+        k = (index - begin)[..., None, :]
+        shared = torch.arange(length, device=index.device)[:, None] & k
+        for shift in (16, 8, 4, 2, 1):
+            shared = shared ^ (shared >> shift)
+        value = (1 - 2 * (shared & 1)).to(dtype) * length**-0.5
+        entries[..., begin : begin + length, :] = torch.where((k >= 0) & (k < length), value, 0)
+        begin += length
+    return entries
+
+
+def _in_order(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return index, torch.zeros_like(index, dtype=torch.bool)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Along the last dimension, a power of two: H of 2^(a + b) is that of 2^a for rows and of 2^b for columns."""
+    half = x.shape[-1].bit_length() // 2
+    rows, columns = (_walsh_columns(n, torch.arange(n, device=x.device), x.dtype) * n**0.5
+                     for n in (1 << half, x.shape[-1] >> half))
+    return (rows @ x.unflatten(-1, (1 << half, -1)) @ columns).flatten(-2)
+
+
+def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, now: tuple[str, Tensor],
+            size: int) -> tuple[Tensor, Tensor]:
+    """Both moments in the coordinates of another Q. `before`: None for moments that are as large as the gradient."""
+    mean, square = moments
+    if before is not None and before[0] == now[0] != "basis":
+        place = torch.searchsorted(before[1], now[1]).clamp_(max=before[1].shape[-1] - 1)
+        gone = (before[1].gather(-1, place) != now[1])[..., None, :]
+        return tuple(t.take_along_dim(place[..., None, :], -1).masked_fill_(gone, 0) for t in moments)
+    turn = columns(*now, size, mean.dtype)
+    if before is not None:
+        turn = columns(*before, size, mean.dtype).mT @ turn
+    return mean @ turn, square @ turn.square()
