@@ -22,6 +22,7 @@ from .adapters.adapt import adapt, adapter_parameters, adapter_summary, delete_a
 from .adapters.config import TuckerConfig
 from .adapters.files import load_adapter, save_adapter
 from .adapters.merge import merge, merge_and_unload, unmerge
+from .adapters.spectral import SpectralConfig
 from .adapters.state import active_adapters, adapter_names
 from .grassmann.cross_entropy import subspace_cross_entropy
 from .grassmann.head import swap_head
@@ -46,6 +47,7 @@ __all__ = [
     "MLCLoss",
     "RiemannianAdamW",
     "RiemannianSGD",
+    "SpectralConfig",
     "TuckerConfig",
     "active_adapters",
     "adapt",

@@ -1,6 +1,6 @@
-"""The method `tucker` in Hugging Face's peft; importing this module registers it.
+"""The methods `tucker` and `spectral` in Hugging Face's peft; importing this module registers them.
 
-    from torch_subspace.peft import TuckerConfig
+    from torch_subspace.peft import SpectralConfig, TuckerConfig
     model = peft.get_peft_model(model, TuckerConfig(r=16, target_modules="all-linear"))
     model.save_pretrained(path)                        # import torch_subspace.peft before from_pretrained
 
@@ -9,17 +9,16 @@ Conv1D, Embedding, convolutions of every kind and padding. `unmerge_adapter` is 
 and a parent that reads a layer's `weight` itself sees the adapter.
 
 peft's list of methods (PeftType) is a closed enum, so it is extended through the members that every enum has. That and
-the rest is tested with peft 0.18 to 0.21; older ones are refused, newer ones warn. Not for this method: PeftMixedModel,
-hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own.
+the rest is tested with peft 0.18 to 0.21; older ones are refused, newer ones warn. Not for these methods:
+PeftMixedModel, hot-swap and `adapter_names` in a forward, which peft keeps for methods of its own.
 """
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import re
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -44,10 +43,8 @@ _check_version(peft.__version__)
 
 from accelerate import init_empty_weights  # noqa: E402
 from peft.tuners import tuners_utils  # noqa: E402
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method  # noqa: E402
-from peft.utils.other import get_pattern_key  # noqa: E402
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method  # noqa: E402
 
-from .adapters import config as adapter_config  # noqa: E402
 from .adapters.adapted import CONVS, TRANSPOSED  # noqa: E402
 from .adapters.config import WORDS  # noqa: E402
 from .adapters.lora import import_lora  # noqa: E402
@@ -55,6 +52,7 @@ from .adapters.lora_export import export_lora  # noqa: E402
 from .adapters.parameters import full_name  # noqa: E402
 from .adapters.peft_attention import TuckerAttention, has_adapted_output  # noqa: E402
 from .adapters.peft_checks import all_or_nothing, check_merge, check_names, warn_of_limits, warn_of_loss  # noqa: E402
+from .adapters.peft_config import SpectralConfig, TuckerConfig  # noqa: E402
 from .adapters.peft_layer import TuckerConv, TuckerLayer, layer_kind  # noqa: E402
 from .adapters.peft_parameters import (  # noqa: E402
     UNTIED,
@@ -62,145 +60,19 @@ from .adapters.peft_parameters import (  # noqa: E402
     find_peft_parameters,
     is_layer_place,
 )
+from .adapters.peft_spectral import put, sum_of  # noqa: E402
 from .adapters.peft_weighted import Recipe, check_adapters, combine, config_of, fill  # noqa: E402
 from .adapters.placed import refuse_blocks  # noqa: E402
 from .adapters.targets import has_kind, refusal, weights_of  # noqa: E402
-from .common import check_word, whole  # noqa: E402
 
-__all__ = ["TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora"]
-
-BIASES = ("none", "all", "tucker_only")
-_WHOLE = sys.maxsize  # stands for "full": a rank above any size
+__all__ = [
+    "SpectralConfig", "SpectralModel", "TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora",
+]
 
 
-@dataclasses.dataclass
-class TuckerConfig(peft.PeftConfig):
-    """A Tucker adapter for peft: ΔW = scale · core ×₀ U₀ ×₁ U₁ …, modes in the order of the weight's dimensions.
-
-    Args:
-        r: rank of both channel modes; or [out, in] in the order of the weight's dimensions, where "full" stands for a
-            mode without a factor; or one for every dimension of the weight. Clamped to the mode's size.
-        kernel_rank: of a convolution's kernel modes: "full" for no factor, an int, or one per mode.
-        alpha: numerator of the scale; None for scale 1.
-        scaling: "constant", the default: scale = alpha. "lora": alpha / r, as peft's lora_alpha. "rslora": alpha / √r.
-            r is the smaller channel rank. An alpha of r or more without a scaling warns.
-        dropout: on the layer's input on the adapter's way; of linear and convolutional layers.
-        init: "lecun", "kaiming", "svd" or "lora", as in `torch_subspace.TuckerConfig`; the change starts at zero.
-        train: "all", or "core" for the cores alone, as there.
-        target_modules: in peft's language, a regular expression or names and ends of names; or "all-linear" or
-            "all-conv", alone or among the names. None takes what peft's LoRA takes for this architecture.
-        target_parameters: names or ends of names of parameters that are no layer's weight, as in peft.LoraConfig:
-            matrices, and stacks of experts, (experts, out, in) or (experts, in, out), which share the channel factors
-            and have a core each. With it target_modules may be empty or None.
-        exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in
-            peft.LoraConfig.
-        bias: biases to train and to save beside the adapter: "none"; "all" of the model; "tucker_only", those of the
-            adapted layers. One adapter of a model may have some, and they stay when it is disabled. Needs peft 0.21.
-        trainable_token_indices: rows of the embedding to train, or {name of an embedding: rows}, as in peft.LoraConfig.
-
-    Raises:
-        ValueError, TypeError: a value is out of range or of a wrong kind.
-
-    Example:
-        >>> import peft
-        >>> from torch_subspace.peft import TuckerConfig
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> model = peft.get_peft_model(model, TuckerConfig(r=2, target_modules=["0"]))
-        >>> model.peft_type.value
-        'TUCKER'
-    """
-
-    r: Any = 16
-    kernel_rank: Any = "full"
-    alpha: float | None = None
-    scaling: str | None = None
-    dropout: float = 0.0
-    init: str = "lecun"
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    bias: str = "none"
-    fingerprint: dict | None = dataclasses.field(default=None, repr=False)  # of the base, by layer; peft writes it out
-    target_parameters: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    train: str = "all"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.TUCKER
-        for key in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save"):
-            value = getattr(self, key)
-            adapter_config.names_of("TuckerConfig", key, value)
-            if isinstance(value, str):  # several are no regular expressions
-                adapter_config.check_patterns("TuckerConfig", key, [value])
-        several = self.layers_to_transform
-        if several is not None:
-            for i in several if isinstance(several, Iterable) else [several]:
-                whole("TuckerConfig", "layers_to_transform", i)
-        check_word("TuckerConfig", "bias", self.bias, BIASES)
-        if self.bias != "none" and not hasattr(tuners_utils.BaseTuner, "_get_learnable_bias_state_dict"):
-            raise ValueError(f"TuckerConfig: bias={self.bias!r} needs peft 0.21, {peft.__version__} would not save it")
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key)
-            setattr(self, key, set(value) if isinstance(value, (list, tuple)) else value)
-        if isinstance(self.target_parameters, str):
-            raise TypeError("TuckerConfig: target_parameters must be a list of strings or None, got "
-                            f"{self.target_parameters!r}")
-        words = isinstance(self.target_modules, str) or set(WORDS) & set(self.target_modules or ())
-        for key in ("layers_to_transform", "layers_pattern") if words else ():
-            if getattr(self, key) not in (None, []):
-                raise ValueError(f"TuckerConfig: `{key}` cannot be used when `target_modules` is a str. Nor with "
-                                 "all-linear or all-conv: it needs a list of names")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("TuckerConfig: When `layers_pattern` is specified, `layers_to_transform` must also be "
-                             "specified.")
-        for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, key) or {}, Mapping):
-                raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
-            setattr(self, key, dict(getattr(self, key) or {}))
-            adapter_config.check_patterns("TuckerConfig", key, getattr(self, key))
-        asked, self.scaling = self.scaling, "constant" if self.scaling is None else self.scaling
-        self._core(self.r, self.alpha)
-        for key, r, alpha in [*((f"rank_pattern[{k!r}]", r, self.alpha) for k, r in self.rank_pattern.items()),
-                              *((f"alpha_pattern[{k!r}]", self.r, a) for k, a in self.alpha_pattern.items())]:
-            try:
-                self._core(r, alpha)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{error} as {key}") from None
-        numbers = [n for n in (self.r if isinstance(self.r, (list, tuple)) else [self.r]) if n != "full"]
-        adapter_config.default_scaling(asked, self.alpha, numbers)
-
-    def _core(self, r, alpha) -> adapter_config.TuckerConfig:
-        """These ranks and this alpha as the config of `torch_subspace.adapt`, which checks them."""
-        if isinstance(r, (list, tuple)):
-            r = [_WHOLE if n == "full" else n for n in r]
-            if len(r) > 1 and r[0] == r[1] == _WHOLE:
-                raise ValueError('TuckerConfig: r needs a rank for one of the channel modes, both are "full"')
-        return adapter_config.TuckerConfig(rank=r, kernel_rank=self.kernel_rank, alpha=alpha, scaling=self.scaling,
-                                           init=self.init, dropout=self.dropout, train=self.train)
-
-    def layer(self, key: str | Sequence[str], shape: Sequence[int],
-              stacked: bool = False) -> tuple[list[int | None], float]:
-        """Ranks of the modes of layer `key`, or of what has several names, None for no factor, and the scale."""
-        keys = [key] if isinstance(key, str) else key
-        r = next((self.rank_pattern[p] for k in keys if (p := get_pattern_key(self.rank_pattern, k)) in
-                  self.rank_pattern), self.r)
-        alpha = next((self.alpha_pattern[p] for k in keys if (p := get_pattern_key(self.alpha_pattern, k)) in
-                      self.alpha_pattern), self.alpha)
-        core = self._core(r, alpha)
-        ranks = core.ranks(key, shape, stacked)
-        first = len(shape) - 2 if stacked and isinstance(r, (list, tuple)) and len(r) == 2 else 0
-        whole = [first + i for i, n in enumerate(r) if n == "full"] if isinstance(r, (list, tuple)) else []
-        if whole and len(shape) == 2:
-            raise ValueError(f'TuckerConfig: r={r} for {keys[0]!r}: "full" is for convolutions')
-        return [None if i in whole else n for i, n in enumerate(ranks)], core.scale(key, stacked)
-
-
-add_peft_type("TUCKER")
+KINDS = ("TUCKER", "SPECTRAL")
+for kind in KINDS:
+    add_peft_type(kind)
 
 
 class TuckerModel(tuners_utils.BaseTuner):
@@ -219,13 +91,13 @@ class TuckerModel(tuners_utils.BaseTuner):
     tuner_layer_cls = TuckerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_adapter_config(self, config: TuckerConfig, model_config: dict) -> TuckerConfig:
+    def _prepare_adapter_config(self, config: TuckerConfig | SpectralConfig, model_config: dict) -> Any:
         known = self.target_module_mapping.get(model_config["model_type"])
         if config.target_modules is None and config.target_parameters and known is None:
             config.target_modules = set()  # the parameters alone
         return super()._prepare_adapter_config(config, model_config)
 
-    def _prepare_model(self, config: TuckerConfig, model: nn.Module) -> None:
+    def _prepare_model(self, config: TuckerConfig | SpectralConfig, model: nn.Module) -> None:
         """Spell "all-linear" and "all-conv" out, and refuse what can't be adapted before anything is changed."""
         refuse_blocks("tucker", model)
         parameters = find_peft_parameters(model, config.target_parameters)
@@ -369,6 +241,36 @@ class TuckerModel(tuners_utils.BaseTuner):
         yield
 
 
+class SpectralModel(TuckerModel):
+    """A model with spectral adapters, as peft makes it from a `SpectralConfig`.
+
+    `add_weighted_adapter` is exact, and makes an adapter of the same kind: "cat", "linear" and "svd" all mean the sum
+    of the singular values' changes.
+
+    Example:
+        >>> import peft
+        >>> from torch_subspace.peft import SpectralConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = peft.get_peft_model(model, SpectralConfig(r=2, target_modules=["0"]))
+        >>> type(model.base_model).__name__
+        'SpectralModel'
+    """
+
+    prefix = "tucker_parts"  # where the layers have them; peft wants a prefix for each method
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                             combination_type: str = "linear", **_) -> None:
+        if isinstance(adapter_name, str) and adapter_name in self.peft_config:
+            return
+        check_adapters(self.model, self.peft_config, adapters, weights, adapter_name)
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TuckerLayer)}
+        config, made = sum_of(layers, [self.peft_config[name] for name in adapters], adapters, weights,
+                              combination_type)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        put(layers, adapter_name, made)
+
+
 def _kind(module: nn.Module) -> type[TuckerLayer] | None:
     return TuckerAttention if isinstance(module, nn.MultiheadAttention) else layer_kind(module)
 
@@ -386,6 +288,8 @@ def _refusal(name: str, module: nn.Module) -> str | None:
 
 try:
     register_peft_method(name="tucker", config_cls=TuckerConfig, model_cls=TuckerModel)
+    register_peft_method(name="spectral", config_cls=SpectralConfig, model_cls=SpectralModel, prefix="tucker_parts")
 except BaseException:
-    drop_peft_type("TUCKER")
+    for kind in KINDS:
+        drop_peft_type(kind)
     raise

@@ -302,6 +302,13 @@ add("TuckerConfig", call(
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
     dropout=SHARE, train=bad.word)
 
+add("SpectralConfig", call(
+    ts.SpectralConfig, rank=2, target_modules="0", rank_pattern={"0": 0.5}, save_modules="2", exclude_modules="1",
+    target_parameters="0.weight", save_vectors=True),
+    rank=bad.whole(0, -1, 1.0, 0.0, -0.5), target_modules=bad.patterns, target_parameters=bad.patterns,
+    save_modules=bad.patterns, exclude_modules=bad.patterns, rank_pattern=bad.by_pattern(2.5, None, 0, "2"),
+    save_vectors=bad.flag)
+
 
 def adapted():
     return ts.adapt(plain(), ts.TuckerConfig(rank=2, target_modules="0", save_modules="2"))

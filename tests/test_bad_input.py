@@ -32,6 +32,7 @@ def parameters(name, function):
 
 NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
+    "SpectralConfig.ranks", "SpectralConfig.scale",
     *(f"grassmann.DynamicSubspaceLearners.{name}" for name in ("get_extra_state", "set_extra_state", "extra_repr")),
     *(f"isotropy.{name}.extra_repr" for name in ("SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss",
                                                  "OrthogonalAdapter", "SimLAPLoss")),

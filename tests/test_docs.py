@@ -26,8 +26,8 @@ PUBLIC += [f"torch_subspace.isotropy.{name}" for name in isotropy.__all__]
 PUBLIC += [f"torch_subspace.lowrank.{name}" for name in lowrank.__all__]
 PUBLIC += [f"torch_subspace.distributed.{name}" for name in distributed.__all__]
 PUBLIC += [f"torch_subspace.metrics.{name}" for name in metrics.__all__]
-PUBLIC += [f"torch_subspace.peft.{name}" for name in ("TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora",
-                                                      "import_lora")]
+PUBLIC += [f"torch_subspace.peft.{name}" for name in (
+    "SpectralConfig", "SpectralModel", "TuckerConfig", "TuckerLayer", "TuckerModel", "export_lora", "import_lora")]
 
 
 def relative(path):

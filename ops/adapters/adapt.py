@@ -27,6 +27,7 @@ from .merge import others
 from .parameters import find_parameters, full_name, is_stacked, out_of_reach
 from .placed import is_sharded, offload_hook, refuse_blocks, refuse_fully_sharded, settle, several_processes
 from .replaced import watch
+from .spectral import SpectralConfig, SpectralFactors
 from .start import padding_row, started
 from .state import (
     active_adapters,
@@ -48,16 +49,19 @@ from .state import (
 )
 from .targets import find_targets, has_kind, is_uninitialised, weights_of
 
+Factors = TuckerFactors | SpectralFactors
 
-def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "default") -> nn.Module:
-    """Put a Tucker adapter on the layers of `model` that `config` names, in place, and make it the active one.
+
+def adapt(model: nn.Module, config: TuckerConfig | SpectralConfig | None = None, name: str = "default") -> nn.Module:
+    """Put an adapter on the layers of `model` that `config` names, in place, and make it the active one.
 
     All other parameters are frozen, but for those of `config.save_modules`. At first the outputs are those of before,
     bit for bit. Factors are float32 where the base is of half precision or quantised, and float64 where it is.
 
     Args:
         model: any `nn.Module`; before DistributedDataParallel or fully_shard take its parameters.
-        config: a `TuckerConfig`; None for its defaults (rank 16 on every linear and convolutional layer).
+        config: a `TuckerConfig`, or a `SpectralConfig`; None for a `TuckerConfig`'s defaults (rank 16 on every linear
+            and convolutional layer).
         name: of this adapter; a model may have several, see `set_adapter`.
 
     Returns:
@@ -83,8 +87,8 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
     """
     check_module("adapt", model)
     config = TuckerConfig() if config is None else config
-    if not isinstance(config, TuckerConfig):
-        raise TypeError(f"adapt: config must be a TuckerConfig or None, got {told(config)}")
+    if not isinstance(config, (TuckerConfig, SpectralConfig)):
+        raise TypeError(f"adapt: config must be a TuckerConfig, a SpectralConfig or None, got {told(config)}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError("adapt: adapt the model before DistributedDataParallel takes its parameters")
     given, model = model, unwrapped(model)
@@ -100,7 +104,7 @@ def adapt(model: nn.Module, config: TuckerConfig | None = None, name: str = "def
         targets[key] = targets.get(key, {}) | shapes
     names = [n for key, shapes in targets.items() for n in (key, *(full_name(key, p) for p in shapes))]
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field):
+        for pattern in getattr(config, field, ()):
             if not any(matches(pattern, n) for n in names):
                 raise ValueError(f"adapt: {field} {pattern!r} matches none of the adapted layers"
                                  f"{close_names([pattern], names)}")
@@ -130,7 +134,7 @@ def _modules_to_save(model, config, made) -> list[nn.Module]:
     return [m for n, m in saved.items() if not any(n.startswith(other + ".") for other in saved)]
 
 
-def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFactors]], saved: list[nn.Module],
+def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, Factors]], saved: list[nn.Module],
            config: dict) -> None:
     """Hang finished factors on the layers, give the adapter its copy of the saved modules, and activate it."""
     put_live("adapt", model, "")  # what is to be saved may share tensors with what is live
@@ -149,7 +153,7 @@ def attach(model: nn.Module, name: str, made: Mapping[str, Mapping[str, TuckerFa
     set_adapter(model, name)
 
 
-def by_parameter(parts: Mapping[str, TuckerFactors]) -> nn.ModuleDict:
+def by_parameter(parts: Mapping[str, Factors]) -> nn.ModuleDict:
     """A ModuleDict whose keys may be words of its own: product-key memories call parameters `keys` and `values`."""
     result = nn.ModuleDict()
     result._modules.update(parts)
@@ -365,8 +369,8 @@ def adapter_summary(model: nn.Module) -> str:
     for key, layer in found.items():
         for name, parts in layer.tucker.items():
             for parameter, t in parts.items():
-                ranks = " x ".join("full" if r is None else str(r) for r in t.ranks)
-                rows.append((key, parameter, " x ".join(map(str, t.shape)), ranks, name, f"{_trainable(t):,}"))
+                shape = " x ".join(map(str, t.shape))
+                rows.append((key, parameter, shape, t.told_ranks(), name, f"{_trainable(t):,}"))
     for key, module in saved_modules(model).items():
         rows.append((key, "(whole)", "", "", module.tucker_live or "-", f"{_trainable(module):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

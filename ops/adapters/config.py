@@ -8,7 +8,7 @@ import numbers
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,15 +81,13 @@ class TuckerConfig:
     target_parameters: str | Sequence[str] = ()
     train: str = "all"
 
+    kind: ClassVar[str] = "tucker"
+
     def __post_init__(self) -> None:
         self.rank = _rank("rank", self.rank)
         if not isinstance(self.kernel_rank, str) or self.kernel_rank != "full":
             self.kernel_rank = _rank("kernel_rank", self.kernel_rank)
-        for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, key), Mapping):
-                raise TypeError(f"TuckerConfig: {key} must be a dict, got {type(getattr(self, key)).__name__}")
-            setattr(self, key, dict(getattr(self, key)))
-            check_patterns("TuckerConfig", key, getattr(self, key))
+        check_names(self)
         self.rank_pattern = {k: _rank(f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items()}
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()}
         for key, alpha in alphas.items():
@@ -98,13 +96,6 @@ class TuckerConfig:
         self.alpha = None if self.alpha is None else float(self.alpha)
         self.scaling = default_scaling(self.scaling, self.alpha, self.rank)
         self.alpha_pattern = {k: None if a is None else float(a) for k, a in self.alpha_pattern.items()}
-        for key in ("target_modules", "exclude_modules", "save_modules", "target_parameters"):
-            value = getattr(self, key)
-            value = names_of("TuckerConfig", key, value)
-            setattr(self, key, value)
-            check_patterns("TuckerConfig", key, value)
-        if not self.target_modules and not self.target_parameters:
-            raise ValueError("TuckerConfig: target_modules is empty")
         for key, known in (("init", INITS), ("scaling", SCALINGS), ("train", TRAINED)):
             check_word("TuckerConfig", key, getattr(self, key), known)
         if self.train == "core" and self.init == "lora":
@@ -119,7 +110,7 @@ class TuckerConfig:
 
         stacked: the weight is a stack of matrices rather than a convolution's: channels come last.
         """
-        rank = _first(self.rank_pattern, name, self.rank)
+        rank = first_of(self.rank_pattern, name, self.rank)
         kernels = len(shape) - 2
         ranks = [rank, rank] if isinstance(rank, int) else list(rank)
         if stacked and len(ranks) == 2 and kernels == 1:
@@ -135,7 +126,7 @@ class TuckerConfig:
 
     def scale(self, name: str | Sequence[str], stacked: bool = False) -> float:
         """Factor of the change of module `name`, or one of several names."""
-        alpha, rank = _first(self.alpha_pattern, name, self.alpha), _first(self.rank_pattern, name, self.rank)
+        alpha, rank = first_of(self.alpha_pattern, name, self.alpha), first_of(self.rank_pattern, name, self.rank)
         if alpha is None:
             return 1.0
         r = rank if isinstance(rank, int) else min(rank[-2:] if stacked else rank[:2])
@@ -171,7 +162,26 @@ def _rank(key, rank):
     return tuple(int(r) for r in rank) if several else int(rank)
 
 
-def _first(patterns: Mapping, name: str | Sequence[str], otherwise):
+def check_names(config: Any) -> None:
+    """The names in a config as tuples, its patterns as dicts; raises in its voice where they are neither."""
+    function = type(config).__name__
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key, {})
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{function}: {key} must be a dict, got {type(patterns).__name__}")
+        check_patterns(function, key, patterns)
+        if hasattr(config, key):
+            setattr(config, key, dict(patterns))
+    for key in ("target_modules", "exclude_modules", "save_modules", "target_parameters"):
+        names = names_of(function, key, getattr(config, key))
+        setattr(config, key, names)
+        check_patterns(function, key, names)
+    if not config.target_modules and not config.target_parameters:
+        raise ValueError(f"{function}: target_modules is empty")
+
+
+def first_of(patterns: Mapping, name: str | Sequence[str], otherwise):
+    """The value of the first pattern that names the module, or one of several names."""
     names = [name] if isinstance(name, str) else name
     return next((value for pattern, value in patterns.items() if any(matches(pattern, n) for n in names)), otherwise)
 

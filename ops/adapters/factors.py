@@ -4,6 +4,8 @@ A change of a parameter is scale * core x_0 factor0 x_1 factor1 ..., the modes i
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,12 +43,16 @@ class WideFactors(nn.Module):
         return self
 
 
-Start = tuple[str, tuple[int | None, int], int | None]  # init, modes of input and output, the row that stays zero
+# init, modes of input and output, the row that stays zero; None for what starts from the weight
+Start = tuple[str, tuple[int | None, int], int | None] | None
 
 
 @torch.no_grad()
 def restart(core: Tensor, factors: list[Tensor | None], start: Start) -> None:
     """No change, and factors as they start. "svd", which needs the base, as "lecun"."""
+    if start is None:
+        raise RuntimeError("adapted layer: singular vectors can't start anew off the meta device: put the adapter on "
+                           "when the weights have values")
     init, modes, zero_row = start
     init_change(core, factors, "lecun" if init == "svd" else init, core, modes)
     if zero_row is not None:
@@ -74,6 +80,11 @@ class TuckerFactors(WideFactors):
     def forward(self) -> tuple[Tensor, list[Tensor | None]]:
         return self.core, self.factors
 
+    @staticmethod
+    def assembled(core: Tensor, factors: list[Tensor | None], shape) -> tuple[Tensor, list[Tensor | None]]:
+        """Its tensors as a Tucker core and factors, which they are."""
+        return core, factors
+
     def reset_parameters(self) -> None:
         restart(self.core, self.factors, self.start)
 
@@ -84,6 +95,17 @@ class TuckerFactors(WideFactors):
     @property
     def factors(self) -> list[Tensor | None]:
         return [getattr(self, f"factor{i}") for i in range(len(self.shape))]
+
+    def told_ranks(self) -> str:
+        return " x ".join("full" if r is None else str(r) for r in self.ranks)
+
+    def described(self) -> dict:
+        """What a file says of it beside its tensors."""
+        return {"shape": self.shape, "ranks": self.ranks, "scale": self.scale, "dropout": self.dropout}
+
+    def for_file(self, weight: Tensor | None, config: Mapping) -> dict[str, Tensor]:
+        """The tensors that a file needs."""
+        return {n: p for n, p in self._parameters.items() if p is not None}
 
     def extra_repr(self) -> str:
         text = f"{self.shape}, ranks={self.ranks}, scale={self.scale:g}"

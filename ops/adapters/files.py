@@ -1,14 +1,14 @@
 """Adapters in safetensors files: tensors by layer, and in the metadata all it takes to rebuild them.
 
     <layer>.<parameter>.core, <layer>.<parameter>.factor0, ...      the adapter
+    <layer>.<parameter>.probe                                       of a spectral one in place of its factors
     <module>.<key of its state_dict>                                modules saved whole
-    metadata: format, version, config (JSON: the TuckerConfig, the adapted layers, the saved modules; which tensors are
+    metadata: format, version, config (JSON: the config, the adapted layers, the saved modules; which tensors are
     another's, being tied; a few values of the weights that are adapted)
 """
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 
@@ -20,13 +20,12 @@ from ..files import check_path, write_whole
 from ..fingerprint import differs
 from .adapt import attach, delete_adapter, set_adapter
 from .adapted import Adapted
-from .config import TuckerConfig
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, weight_at_hand
+from .kinds import FORMATS, check_description, filled, format_of, shapes_of
 from .merge import others
 from .names import canonical, places
 from .parameters import full_name, parameter_refusal, shape_of
-from .placed import home, offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
-from .start import new_factors
+from .placed import offload_hook, put, refuse_blocks, refuse_fully_sharded, settle, whole, writes
 from .state import (
     adapter_names,
     check_known,
@@ -44,7 +43,7 @@ from .state import (
 )
 from .targets import owners_of
 
-FORMAT, VERSION = "torch_subspace.tucker", 1
+VERSION = 1
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
@@ -70,15 +69,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     check_path("save_adapter", path)
     check_shapes("save_adapter", found)
     refuse_replaced("save_adapter", model)
-    tensors, described, bases, live_at = {}, {}, {}, {}
+    tensors, described, bases, live_at, noted = {}, {}, {}, {}, noted_config(model, name)
     for place, layer in found.items():
         key = canonical(place)
         for parameter, part in layer.tucker[name].items() if name in layer.tucker else ():
-            described.setdefault(key, {})[parameter] = {"shape": part.shape, "ranks": part.ranks, "scale": part.scale,
-                                                        "dropout": part.dropout}
-            tensors |= {f"{key}.{parameter}.{n}": p for n, p in part.named_parameters()}
-            live_at |= {f"{key}.{parameter}.{n}": full_name(place, f"tucker.{name}.{parameter}.{n}")
-                        for n in part._parameters}
+            described.setdefault(key, {})[parameter] = part.described()
+            named = part.for_file(weight_at_hand(layer, parameter), noted)
+            tensors |= {f"{key}.{parameter}.{n}": p for n, p in named.items()}
+            live_at |= {f"{key}.{parameter}.{n}": full_name(place, f"tucker.{name}.{parameter}.{n}") for n in named}
             bases.setdefault(key, {})[parameter] = fingerprint(layer, parameter)
     saved, seen, tied = {}, {}, {}
     for place, state in saved_tensors(model, name).items():
@@ -92,8 +90,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
                 tensors[first] = t
             else:
                 tied[f"{key}.{n}"] = first
-    config = {"config": noted_config(model, name), "layers": described, "saved": saved, "tied": tied, "base": bases}
-    metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
+    config = {"config": noted, "layers": described, "saved": saved, "tied": tied, "base": bases}
+    metadata = {"format": format_of(described), "version": str(VERSION), "config": json.dumps(config)}
     mine = writes(tensors.values())
     tensors = {key: whole("save_adapter", unwrapped(model), live_at[key], t) for key, t in tensors.items()}
     if mine:
@@ -146,23 +144,14 @@ def put_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor], about: 
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{what} does not fit the model: {problems[0]}{more}{hint}")
+    made = {key: {parameter: filled(what, model.get_submodule(key), key, parameter, d, about["config"],
+                                    _named(tensors, key, parameter, d)) for parameter, d in parts.items()}
+            for key, parts in about["layers"].items()}
     others_base = [key for key, parts in about.get("base", {}).items() for parameter, noted in parts.items()
                    if differs(noted, fingerprint(model.get_submodule(key), parameter))]
     if others_base:
         where = f"{others_base[0]!r}{others(others_base)}"
         warnings.warn(f"{what} was saved with another base model: {where} had other weights than here", stacklevel=3)
-    made = {}
-    for key, parts in about["layers"].items():
-        module, made[key] = model.get_submodule(key), {}
-        for parameter, d in parts.items():
-            base = module._parameters[parameter]
-            device = home(module, base)
-            part = new_factors(d["shape"], d["ranks"], d["scale"], d["dropout"], base,
-                               "cpu" if device.type == "meta" else device, about["config"].get("train"))
-            with torch.no_grad():
-                for n, p in part.named_parameters():
-                    p.copy_(tensors[f"{key}.{parameter}.{n}"])
-            made[key][parameter] = part
     saved = [model.get_submodule(key) for key in about["saved"]]
     if not _filled(model, name, made, saved):
         function = what.partition(":")[0]
@@ -199,7 +188,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in FORMATS:
                 raise ValueError(f"load_adapter: {path!r} is not an adapter of torch_subspace: its format is "
                                  f"{metadata.get('format')!r}")
             if metadata.get("version") != str(VERSION):
@@ -207,12 +196,12 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]
                 raise ValueError(f"load_adapter: {path!r} is of version {version}, this reads {VERSION}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         about = json.loads(metadata["config"])
-        TuckerConfig(**about["config"])
-        for parts in about["layers"].values():
-            for d in parts.values():
-                _check_description(d)
-        named = {f"{key}.{parameter}.{n}" for key, parts in about["layers"].items() for parameter, d in parts.items()
-                 for n in ["core", *(f"factor{i}" for i, r in enumerate(d["ranks"]) if r is not None)]}
+        FORMATS[metadata["format"]](**about["config"])
+        named = set()
+        for key, parts in about["layers"].items():
+            for parameter, d in parts.items():
+                check_description(d, metadata["format"])
+                named |= {f"{key}.{parameter}.{n}" for n in _shapes(tensors, key, parameter, d)}
         named |= {f"{key}.{n}" for key, names in about["saved"].items() for n in names}
         _check_notes(about)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -228,15 +217,13 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]
     return tensors, about
 
 
-def _check_description(d) -> None:
-    """Of one parameter: raises unless factors can be made of it."""
-    if not isinstance(d["scale"], (int, float)) or not math.isfinite(d["scale"]):
-        raise ValueError(f"scale {d['scale']!r}")
-    if not isinstance(d["dropout"], (int, float)) or not 0 <= d["dropout"] < 1:
-        raise ValueError(f"dropout {d['dropout']!r}")
-    sizes = [*d["shape"], *(r for r in d["ranks"] if r is not None)]
-    if len(d["shape"]) != len(d["ranks"]) or not all(isinstance(s, int) and s > 0 for s in sizes):
-        raise ValueError(f"shape {d['shape']!r} of ranks {d['ranks']!r}")
+def _shapes(tensors, key, parameter, d) -> dict[str, tuple[int, ...]]:
+    return shapes_of(d, f"{key}.{parameter}.probe" in tensors)
+
+
+def _named(tensors, key, parameter, d) -> dict[str, Tensor]:
+    """The tensors of one parameter by their own names."""
+    return {n: tensors[f"{key}.{parameter}.{n}"] for n in _shapes(tensors, key, parameter, d)}
 
 
 def _check_notes(about) -> None:
@@ -269,11 +256,9 @@ def _problems(model, name, tensors, about) -> list[str]:
                 has = None if has is None else tuple(has)
                 if has != tuple(d["shape"]):
                     found.append(f"{key}.{parameter} is {tuple(d['shape'])} in the file and {has} in the model")
-                core = tuple(s if r is None else r for s, r in zip(d["shape"], d["ranks"]))
-                want = {"core": core} | {f"factor{i}": (s, r) for i, (s, r) in enumerate(zip(d["shape"], d["ranks"]))}
-                found += [f"{key}.{parameter}.{n} is {tuple(tensors[f'{key}.{parameter}.{n}'].shape)}, not {shape}"
-                          for n, shape in want.items() if None not in shape
-                          and tuple(tensors[f"{key}.{parameter}.{n}"].shape) != shape]
+                want = _shapes(tensors, key, parameter, d)
+                found += [f"{key}.{parameter}.{n} is {tuple(t.shape)}, not {want[n]}"
+                          for n, t in _named(tensors, key, parameter, d).items() if tuple(t.shape) != want[n]]
     for key, names in about["saved"].items():
         module = modules.get(key)
         if module is None or any(isinstance(m, Adapted) and set(m.tucker) - {name} for m in module.modules()):
@@ -297,7 +282,8 @@ def _filled(model, name, made, saved) -> bool:
     kept = {id(m) for m in saved_modules(model).values() if name in m.tucker_saved}
 
     def alike(a, b):
-        return all(getattr(a, key) == getattr(b, key) for key in ("shape", "ranks", "scale", "dropout", "core_only"))
+        keys = ("shape", "ranks", "scale", "dropout", "core_only")
+        return type(a) is type(b) and all(getattr(a, key) == getattr(b, key) for key in keys)
 
     if any(p.is_meta for parts in now.values() for p in parts.parameters()):
         return False

@@ -113,7 +113,7 @@ def _parts(model, name):
 @torch.no_grad()
 def _from_tucker(key, module, part) -> tuple[Tensor, Tensor]:
     """A and B of one layer."""
-    core, factors = part.core, part.factors
+    core, factors = part()
     if len(factors) == 2:
         u, v = factors
         if isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module):  # their weights are (in, out)

@@ -35,7 +35,7 @@ def check_names(config, asked, names, parameters, is_target: Callable[[str], boo
     between architectures."""
     targeted = [n for n in names if is_target(n)] + parameters
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, key) if targeted else ():
+        for pattern in getattr(config, key, ()) if targeted else ():
             if not any(get_pattern_key([pattern], n) == pattern for n in targeted):
                 raise ValueError(f"tucker: {key} {pattern!r} matches none of the adapted layers"
                                  f"{close_names([pattern], targeted)}")

@@ -45,22 +45,27 @@ class ParameterFactors(WideFactors):
         super().__init__()
         self.about = {name: (part.shape, part.scale, part.dropout) for name, part in parts.items()}
         self.starts = {name: part.start for name, part in parts.items()}
+        self.kinds = {name: type(part) for name, part in parts.items()}
         self.core_only = all(part.core_only for part in parts.values())
         for name, part in parts.items():
             for local, p in part._parameters.items():
                 self.register_parameter(f"{name}_{local}", p)
 
     def changes(self) -> dict[str, Change]:
-        return {name: Change(*about, own(self, f"{name}_core"),
-                             [own(self, f"{name}_factor{i}") for i in range(len(about[0]))])
+        return {name: Change(*about, *self.kinds[name].assembled(*self.tensors_of(name), about[0]))
                 for name, about in self.about.items()}
+
+    def tensors_of(self, name: str) -> tuple[Tensor, list[Tensor | None]]:
+        """Core and factors as they are kept."""
+        count = max(2, len(self.about[name][0]) if self.kinds[name] is TuckerFactors else 2)
+        return own(self, f"{name}_core"), [own(self, f"{name}_factor{i}") for i in range(count)]
 
     def forward(self) -> dict[str, Change]:
         return self.changes()
 
     def reset_parameters(self) -> None:
-        for name, change in self.changes().items():
-            restart(*change(), self.starts[name])
+        for name, start in self.starts.items():
+            restart(*self.tensors_of(name), start)
 
     def extra_repr(self) -> str:
         return "\n".join(f"{n}: {c.shape}, ranks={[None if f is None else f.shape[1] for f in c.factors]}"

@@ -8,7 +8,7 @@ from peft.utils import PeftType
 
 TESTED = ((0, 18), (0, 21))
 tested = " to ".join(".".join(map(str, v)) for v in TESTED)
-HOME = "torch_subspace.peft"  # the module of our config
+HOME = "torch_subspace.adapters.peft_config"  # the module of our configs
 
 
 def add_peft_type(name: str) -> PeftType:

@@ -7,34 +7,43 @@ from ..common import lazy
 if TYPE_CHECKING:
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
+    from .coso import CoSO as CoSO
+    from .frequent_directions import frequent_directions_ as frequent_directions_
     from .intrinsic import IntrinsicDimension as IntrinsicDimension
     from .intrinsic import intrinsic_dimension as intrinsic_dimension
     from .low_rank_adamw import LowRankAdamW as LowRankAdamW
     from .newton_schulz import newton_schulz as newton_schulz
     from .random_subspace import RandomSubspace as RandomSubspace
     from .range_finder import range_finder as range_finder
+    from .streaming_pca import StreamingPCA as StreamingPCA
     from .trion import Trion as Trion
     from .trion_groups import trion_groups as trion_groups
 
 _FILES = {
+    "CoSO": "coso",
     "IntrinsicDimension": "intrinsic",
     "LowRankAdamW": "low_rank_adamw",
     "RandomSubspace": "random_subspace",
+    "StreamingPCA": "streaming_pca",
     "Trion": "trion",
     "cosine_basis": "cosine",
     "cosine_columns": "cosine",
+    "frequent_directions_": "frequent_directions",
     "intrinsic_dimension": "intrinsic",
     "newton_schulz": "newton_schulz",
     "range_finder": "range_finder",
     "trion_groups": "trion_groups",
 }
 __all__ = [
+    "CoSO",
     "IntrinsicDimension",
     "LowRankAdamW",
     "RandomSubspace",
+    "StreamingPCA",
     "Trion",
     "cosine_basis",
     "cosine_columns",
+    "frequent_directions_",
     "intrinsic_dimension",
     "newton_schulz",
     "range_finder",

@@ -164,6 +164,38 @@ def files_fill_a_sharded_adapter(mesh, folder):
 
 
 @check
+def spectral_adapters_are_sharded_and_averaged(mesh, folder):
+    def made():
+        model = ts.adapt(net(), ts.SpectralConfig(2, target_modules=["0", "1.0"]))
+        return fill(model)
+
+    plain, path = made(), folder / "spectral.safetensors"
+    want, sharded = plain(X), shard(made(), mesh)
+    near(sharded(X), want)
+    _, grads = gradients(plain)
+    rank = dist.get_rank()
+    sharded(X).square().sum().backward()
+    for n, p in sharded.named_parameters():
+        assert (p.grad is not None) == n.endswith("core"), n
+    ts.save_adapter(sharded, path)  # with the vectors: no weight is at hand
+    dist.barrier()
+    near(ts.load_adapter(net(), path)(X), want)
+    if rank == 0:
+        ts.save_adapter(plain, path)  # without
+    dist.barrier()
+    with torch.no_grad():
+        for n, p in sharded.named_parameters():
+            if n.endswith("core"):
+                p.zero_()
+    near(ts.load_adapter(sharded, path)(X), want)
+    ddp = nn.parallel.DistributedDataParallel(made())
+    ddp(X[2 * rank : 2 * rank + 2]).square().mean().backward()
+    for n, p in ddp.module.named_parameters():
+        if n.endswith("core"):
+            near(p.grad, grads[n])
+
+
+@check
 def what_would_be_forgotten_is_refused(mesh, folder):
     model = shard(adapted("a", "b"), mesh)
     for call, args in ((ts.merge_and_unload, ()), (ts.delete_adapter, ("a",)), (ts.adapt, (ts.TuckerConfig(2), "c"))):

@@ -12,7 +12,7 @@ from bad_input import Call, call, faults, method
 from helpers import optional
 
 peft = optional("peft")
-from torch_subspace.peft import TuckerConfig, export_lora, import_lora  # noqa: E402
+from torch_subspace.peft import SpectralConfig, TuckerConfig, export_lora, import_lora  # noqa: E402
 
 CALLS: dict[str, Call] = {}
 add = functools.partial(bad_input.add, CALLS)
@@ -35,6 +35,13 @@ add("TuckerConfig", call(
     rank_pattern=bad.by_pattern(2.5, None, 0, "2"), alpha_pattern=bad.by_pattern("2", math.nan, True),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),
     fine="layers_to_transform: a number, a dict; rank_pattern: None; alpha_pattern: None")
+add("SpectralConfig", call(
+    SpectralConfig, r=2, target_modules=["0"], exclude_modules=["1"], layers_to_transform=[0],
+    layers_pattern=["layers"], rank_pattern={"0": 0.5}, modules_to_save=["2"], bias="none"),
+    r=bad.whole(0, -1, 1.0, -0.5), bias=bad.word, rank_pattern=bad.by_pattern(2.5, None, 0, "2"),
+    layers_to_transform=bad.optional(bad.those(strings=["a"], floats=[0.5], fraction=0.5, negative=[-1])),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), bad.patterns),
+    fine="layers_to_transform: a number, a dict; rank_pattern: None")
 add("import_lora", call(import_lora, model=lambda: plain(), source=lambda: checkpoint(), name="new", standalone=True),
     ("load_adapter",), model=bad.module, name=bad.name, standalone=bad.flag, source=bad.those(
         list=[1], folder=str(Path(__file__).parent), empty="", one=({},), nones=(None, None), lists=([1], [2]),

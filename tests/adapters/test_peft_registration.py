@@ -33,10 +33,11 @@ def test_reload_registers_once_more(monkeypatch):
     for name, table in (("TuckerConfig", peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING),
                         ("TuckerModel", peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)):
         monkeypatch.setattr(tp, name, getattr(tp, name))  # afterwards they are again what other files have imported
-        monkeypatch.setitem(table, "TUCKER", table["TUCKER"])
+        for kind in tp.KINDS:
+            monkeypatch.setitem(table, kind, table[kind])
     importlib.reload(tp)
     assert list(peft.PeftType) == before
-    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["TUCKER"] is tp.TuckerConfig is not TuckerConfig
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["TUCKER"] is tp.TuckerConfig
     adapted = peft.get_peft_model(net()[0], tp.TuckerConfig(r=2, target_modules=["lin"]))
     assert type(adapted.base_model) is tp.TuckerModel and isinstance(adapted.base_model.model.lin, TuckerLayer)
 

@@ -68,7 +68,9 @@ peak: int = planned.peak + planned.step.memory
 # ---------------------------------------------------------------------------------------------------------- adapters
 config = ts.TuckerConfig(rank=8, alpha=16.0, target_modules="all-linear", save_modules=["head"], dropout=0.1)
 small = ts.TuckerConfig(init="lora", train="all")
+spectral = ts.SpectralConfig(0.99, target_modules="all-linear", rank_pattern={"fc": 8}, save_vectors=True)
 adapted: nn.Module = ts.adapt(net, config, name="default")
+ts.adapt(net, spectral, name="values")
 of_adapter: list[dict[str, Any]] = ts.adapter_parameters(net)
 table: str = ts.adapter_summary(net)
 names: list[str] = ts.adapter_names(net)
@@ -145,5 +147,6 @@ needed.plot(Path("d80.png"))
 
 # -------------------------------------------------------------------------------------------------------------- peft
 method = tucker_peft.TuckerConfig(r=8, target_modules=["0"])
+values = tucker_peft.SpectralConfig(r=0.99, target_modules=["0"])
 imported: nn.Module = tucker_peft.import_lora(net, "lora", standalone=True)
 tucker_peft.export_lora(imported, Path("lora"))
