@@ -1,14 +1,15 @@
-"""Fine-tuning a text encoder in little memory: what the optimiser keeps, what a step takes, and what is learnt.
+"""Fine-tuning a text encoder in little memory: what training keeps beside the weights, and what is learnt.
 
-all-MiniLM-L6-v2 (22.6 million parameters) with a linear head learns to tell the section of Debian that a package is in
+all-MiniLM-L6-v2 (22.6 million parameters) with a linear head learns to tell in which section of Debian a package is
 from its one-line description, as in finetune_text.py, from 128 texts a class. All weights are trained by AdamW, by
-`LowRankAdamW` at three ranks, by `Trion` and by torch's Muon (both with AdamW for what is no matrix within the encoder),
-or most are frozen: LoRA (peft), our Tucker adapter, and `SpectralConfig`, each with AdamW.
+`LowRankAdamW` at three ranks, by `Trion` and by torch's Muon (both with AdamW for embeddings, vectors and the head), or
+few new ones: LoRA (peft), our Tucker adapter and `SpectralConfig`, by AdamW.
 
     python examples/finetune_memory.py                    # writes finetune_memory.json and .png beside it
 
-The learning rate of each method is the best of its grid in validation, one seed; then three seeds, the same for all. What has
-been measured is kept and not measured again. It takes about an hour of a processor.
+The learning rate of each method is the best of its grid in validation, one seed; then three seeds, the same for all.
+What has been measured is kept and not measured again. It takes about an hour of a processor. The times of steps are
+measured at the end, by turns.
 """
 
 import argparse
@@ -31,14 +32,15 @@ FULL, ADAPTED = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2)
 METHODS = {  # and their grids of rates
     "AdamW": FULL,
     **{f"LowRankAdamW, rank {rank}": FULL + (1e-3,) for rank in RANKS},
-    "Trion, rank 32": (1e-3, 3e-3, 1e-2, 3e-2),
-    "Muon": (3e-4, 1e-3, 3e-3, 1e-2),
+    "Trion, rank 32": (1e-3, 3e-3, 1e-2),
+    "Muon": (1e-3, 3e-3, 1e-2),
     "LoRA (peft), rank 8": ADAPTED,
     "Tucker adapter, rank 8": ADAPTED,
     "spectral adapter, rank 256": (3e-3, 1e-2, 3e-2, 1e-1),
 }
-COLORS = {"AdamW": "#4b5563", "LowRankAdamW": "#c2410c", "Trion": "#1f6fb2", "Muon": "#7a5195", "LoRA (peft)": "#8a8f98",
-          "Tucker adapter": "#2f855a", "spectral adapter": "#b7791f"}
+COLORS = {"AdamW": "#4b5563", "LowRankAdamW": "#c2410c", "Trion": "#1f6fb2", "Muon": "#7a5195",
+          "LoRA (peft)": "#8a8f98", "Tucker adapter": "#2f855a", "spectral adapter": "#b7791f"}
+ROUNDS, STEPS = 5, 4  # of the times: so many steps of each method, and so often
 
 
 def build(task, method, lr, seed):
@@ -57,62 +59,85 @@ def build(task, method, lr, seed):
             kind = ts.TuckerConfig if word == "Tucker adapter" else ts.SpectralConfig
             ts.adapt(model, kind(rank=int(rank), target_modules="all-linear", save_modules="head"))
         return model, [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)]
-    head = {"params": list(model.head.parameters()), "lr": HEAD_FACTOR * FULL[1]}  # the head's own, whatever the body has
     if word in ("AdamW", "LowRankAdamW"):
-        head["lr"] = HEAD_FACTOR * lr
-        kind = torch.optim.AdamW if word == "AdamW" else ts.lowrank.LowRankAdamW
-        options = {"rank": int(rank)} if rank else {}
-        return model, [kind([{"params": list(model.body.parameters())}, head], lr, weight_decay=0.01, **options)]
-    matrices = [p for name, p in model.body.named_parameters() if p.dim() == 2 and "embeddings" not in name]
-    others = [p for p in model.body.parameters() if not any(p is q for q in matrices)]
+        groups = [{"params": list(model.body.parameters())},
+                  {"params": list(model.head.parameters()), "lr": HEAD_FACTOR * lr}]
+        if word == "AdamW":
+            return model, [torch.optim.AdamW(groups, lr, weight_decay=0.01)]
+        return model, [ts.lowrank.LowRankAdamW(groups, lr, rank=int(rank), weight_decay=0.01)]
+    hidden, rest = ts.lowrank.trion_groups(model, adamw="head")
+    rest = [{"params": [p for p in rest["params"] if all(p is not q for q in model.head.parameters())]},
+            {"params": list(model.head.parameters()), "lr": HEAD_FACTOR * FULL[1]}]
     if word == "Muon":
-        inner = torch.optim.Muon(matrices, lr, weight_decay=0.01)
+        inner = torch.optim.Muon(hidden["params"], lr, weight_decay=0.01)
     else:
-        inner = ts.lowrank.Trion(matrices, lr, rank=int(rank), weight_decay=0.01)
-    return model, [inner, torch.optim.AdamW([{"params": others}, head], FULL[1], weight_decay=0.01)]
+        inner = ts.lowrank.Trion(hidden["params"], lr, rank=int(rank), weight_decay=0.01)
+    return model, [inner, torch.optim.AdamW(rest, FULL[1], weight_decay=0.01)]
 
 
-def state_bytes(optimizers):
-    """What the optimisers keep between steps."""
-    return sum(t.nbytes for opt in optimizers for state in opt.state.values() for t in state.values()
-               if isinstance(t, torch.Tensor))
+def kept(model, optimizers, base):
+    """Bytes: the gradients', the optimisers' state, and of parameters that the plain model has not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = [t for opt in optimizers for own in opt.state.values() for t in own.values() if isinstance(t, torch.Tensor)]
+    return {"gradients": sum(p.nbytes for p in trained), "state": sum(t.nbytes for t in state),
+            "added": max(0, sum(p.nbytes for p in model.parameters()) - base)}
+
+
+def steps(model, optimizers, batches, seconds=None):
+    """Train on the batches. `seconds` is given those of each step, and the optimiser's part of them."""
+    model.train()
+    for x, y in batches:
+        begun = time.perf_counter()
+        model.zero_grad()
+        cross_entropy(model(x), y).backward()
+        before = time.perf_counter()
+        for opt in optimizers:
+            opt.step()
+        ended = time.perf_counter()
+        if seconds is not None:
+            seconds.append((ended - begun, ended - before))
+        yield
 
 
 def train(task, method, lr, seed, epochs, validate=False):
     """One training, as it is kept."""
     (x, y), (held_out, label) = task.data(seed, validate)
     model, optimizers = build(task, method, lr, seed)
-    model.train()
-    steps = len(y) // BATCH
+    count = len(y) // BATCH
     schedules = [torch.optim.lr_scheduler.OneCycleLR(opt, [group["lr"] for group in opt.param_groups],
-                                                     total_steps=epochs * steps, cycle_momentum=False)
+                                                     total_steps=epochs * count, cycle_momentum=False)
                  for opt in optimizers]
-    shuffle, whole, own = torch.Generator().manual_seed(seed), [], []
+    shuffle = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for part in torch.randperm(len(y), generator=shuffle).split(BATCH)[:steps]:
-            begun = time.perf_counter()
-            model.zero_grad()
-            cross_entropy(model(x[part]), y[part]).backward()
-            before = time.perf_counter()
-            for opt, schedule in zip(optimizers, schedules, strict=True):
-                opt.step()
+        parts = torch.randperm(len(y), generator=shuffle).split(BATCH)[:count]
+        for _ in steps(model, optimizers, ((x[part], y[part]) for part in parts)):
+            for schedule in schedules:
                 schedule.step()
-            ended = time.perf_counter()
-            whole.append(ended - begun)
-            own.append(ended - before)
     model.eval()
     with torch.no_grad():
         right = (torch.cat([model(part) for part in held_out.split(100)]).argmax(1) == label).tolist()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = Model(Encoder(task.folder), nn.Linear(384, int(task.label.max()) + 1))
     return {"accuracy": statistics.mean(right), "right": "".join("01"[r] for r in right),
-            "trained": sum(p.nbytes for p in trained), "state": state_bytes(optimizers),
-            "seconds": statistics.median(whole), "optimiser": statistics.median(own)}
+            **kept(model, optimizers, sum(p.nbytes for p in plain.parameters()))}
 
 
-def fill(found, epochs, keep):
+def times(task, rows):
+    """Seconds of a step and of its optimiser, medians; the methods by turns."""
+    (x, y), _ = task.data(0, False)
+    batches = list(zip(x[: STEPS * BATCH].split(BATCH), y[: STEPS * BATCH].split(BATCH), strict=True))
+    models = {method: build(task, method, row["lr"], 0) for method, row in rows.items()}
+    seconds = {method: [] for method in rows}
+    for model, optimizers in models.values():
+        list(steps(model, optimizers, batches[:1]))
+    for _ in tqdm(range(ROUNDS), "times", unit="round", dynamic_ncols=True):
+        for method, (model, optimizers) in models.items():
+            list(steps(model, optimizers, batches, seconds[method]))
+    for method, row in rows.items():
+        row["seconds"], row["optimiser"] = (statistics.median(part) for part in zip(*seconds[method], strict=True))
+
+
+def fill(task, found, epochs, keep):
     """Measure what is missing in `found`; `keep` is called whenever there is more."""
-    task = Sections()
-    task.shots = found["setting"]["shots"]
     with tqdm(total=sum(map(len, METHODS.values())) + len(METHODS) * len(SEEDS), unit="run", dynamic_ncols=True) as bar:
         for method, grid in METHODS.items():
             row = found["methods"].setdefault(method, {"validation": {}, "runs": []})
@@ -139,21 +164,22 @@ def draw(path, found):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 3.8), layout="constrained")
     for method, row in found["methods"].items():
         runs, color = row["runs"], COLORS[method.partition(",")[0]]
-        kept = (runs[0]["trained"] + runs[0]["state"]) / 2**20
+        mib = sum(runs[0][part] for part in ("gradients", "state", "added")) / 2**20
         accuracy = [100 * run["accuracy"] for run in runs]
         mean = statistics.mean(accuracy)
-        axes[0].errorbar(kept, mean, [[mean - min(accuracy)], [max(accuracy) - mean]], fmt="o", capsize=2, color=color)
-        axes[0].annotate(method, (kept, mean), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
-        axes[1].plot(kept, 1e3 * statistics.median(run["seconds"] for run in runs), "o", color=color)
-        axes[1].plot(kept, 1e3 * statistics.median(run["optimiser"] for run in runs), "o", color=color, mfc="white")
+        axes[0].errorbar(mib, mean, [[mean - min(accuracy)], [max(accuracy) - mean]], fmt="o", capsize=2, color=color)
+        axes[0].annotate(method, (mib, mean), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
+        axes[1].plot(mib, 1e3 * row["seconds"], "o", color=color, label=method)
+        axes[1].plot(mib, 1e3 * row["optimiser"], "o", color=color, mfc="white")
     axes[0].set(ylabel="held-out accuracy (%), mean and range")
     axes[1].set(ylabel="milliseconds a step; hollow: the optimiser's", yscale="log")
     for ax in axes:
-        ax.set(xscale="log", xlabel="MiB of trained numbers and what the optimiser keeps of them")
+        ax.set(xscale="log", xlabel="MiB beside the model: gradients, optimiser's state, new parameters")
         ax.grid(alpha=0.25, linewidth=0.6)
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(path, dpi=100)
 
 
@@ -161,6 +187,7 @@ def main():
     """Measure what has not been measured, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="of the numbers")
+    parser.add_argument("--times", action="store_true", help="measure the times of steps again")
     parser.add_argument("--quick", action="store_true", help="a few texts of each class, an epoch: does it run?")
     args = parser.parse_args()
     if missing := Sections.missing():
@@ -174,12 +201,21 @@ def main():
     if path.exists():
         found = json.loads(path.read_text())
     path.parent.mkdir(parents=True, exist_ok=True)
-    fill(found, epochs, lambda: path.write_text(json.dumps(found, indent=1) + "\n"))
+
+    def keep():
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+    task = Sections()
+    task.shots = shots
+    fill(task, found, epochs, keep)
+    if args.times or any("seconds" not in row for row in found["methods"].values()):
+        times(task, found["methods"])
+        keep()
     draw(path.with_suffix(".png"), found)
     for method, row in found["methods"].items():
         accuracy = [run["accuracy"] for run in row["runs"]]
-        print(f"{method:28} lr {row['lr']:<7g} {statistics.mean(accuracy):.1%} ({min(accuracy):.1%} to {max(accuracy):.1%})"
-              f"  state {row['runs'][0]['state'] / 2**20:7.2f} MiB  step {row['runs'][0]['seconds']:.3f} s")
+        print(f"{method:28} lr {row['lr']:<7g} {statistics.mean(accuracy):.1%} ({min(accuracy):.1%} to "
+              f"{max(accuracy):.1%})  state {row['runs'][0]['state'] / 2**20:7.2f} MiB  step {row['seconds']:.3f} s")
     print(f"picture: {path.with_suffix('.png')}")
 
 
