@@ -83,7 +83,7 @@ def case(m, n, rank, device, must, stretch):
                   contender(ADAMW, torch.optim.AdamW, m, n, device, note="another step")]
     return Case(f"{m}x{n} rank {rank} float32", contenders,
                 [Target(OURS, (MUON,), ">=", must, stretch), Target(OURS, (FLOOR,), "<=", 2, 1.4)],
-                flops=4 * m * n * rank + 3 * rank**2 * max(m, n) + 17 * rank**3, bytes=4 * 5 * m * n)
+                flops=4 * m * n * rank + 3 * rank**2 * max(m, n) + 17 * rank**3, bytes=4 * 5 * m * n, seconds=4)
 
 
 def cases(device):
