@@ -70,7 +70,7 @@ def test_every_size_has_a_basis_of_its_own():
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
-@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw", "spectral_unclamped"])
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])  # torch 2.11 has no others
 def test_full_rank_is_muon(shape, adjust):
     """torch's own, which rounds to bfloat16; of its momentum a multiple, which Newton-Schulz does not see."""
     ours, theirs = (parameter(*shape, dtype=torch.float32) for _ in range(2))
