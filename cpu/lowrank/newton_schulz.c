@@ -15,8 +15,8 @@
  * error in float32, 256 x 1024, of normal entries and of singular values 1/i, five steps:
  *
  *                   X in each step     as here      in bfloat16
- *     Muon's          2e-6, 2e-6      6e-5, 6e-4    5e-2, 8e-2
- *     Polar Express   4e-5, 2e-5      7e-5, 1e-3    5e-1, 8e-2
+ *     Muon's          5e-6, 5e-6      6e-6, 9e-4    5e-2, 1e-1
+ *     Polar Express   3e-5, 2e-5      3e-5, 8e-4    4e-1, 1e-1
  *
  * Muon's own limit is not 1 but anything within .3 of it. A matrix of less than 5 : 4 takes X in each step.
  *

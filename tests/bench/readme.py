@@ -57,6 +57,12 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                 ("floor: matrix products alone", "published formula", "torch.compile of it")),
                ("V=2 n=512 d=512 slices=1024 float32", "ours",
                 ("floor: matrix products alone", "published formula", "torch.compile of it"))],
+    "newton_schulz": [(f"{size} float32", "ours",
+                       ("torch.optim.Muon's, float32", "torch.compile of it", "torch.optim.Muon's, bfloat16"))
+                      for size in ("384x384", "384x1536", "1024x1024", "4096x1024")],
+    "trion": [(f"{size} rank 128 float32", "ours",
+               ("floor: transform, products, Newton-Schulz", "torch.optim.Muon, bfloat16",
+                "ours: LowRankAdamW, cosines", "torch.optim.AdamW")) for size in ("1024x1024", "4096x1024")],
     "gated_cosine": [(f"b={b} n={n} k={k} float32", "ours",
                       ("floor: matrix products alone", "identity, autograd's gradient", "b x n x k form",
                        "torch.compile of it")) for b, n, k in ((256, 256, 256), (64, 2048, 128))],

@@ -21,10 +21,11 @@ def inputs(m, n, device):
 
 
 def single(x):
-    """`_zeropower_via_newtonschulz` without its rounding to bfloat16."""
+    """`_zeropower_via_newtonschulz` without its rounding to bfloat16. And without its norm(), which of 4096 x 1024
+    numbers is off by 1e-4 in float32."""
     a, b, c = MUON
-    y = x.mT if x.shape[0] > x.shape[1] else x
-    y = y / y.norm().clamp(min=1e-7)
+    y = x / x.square().sum().sqrt().clamp(min=1e-7)
+    y = y.mT if x.shape[0] > x.shape[1] else y
     for _ in range(5):
         gram = y @ y.mT
         y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
@@ -57,7 +58,7 @@ def case(m, n, device, must, stretch):
                   contender(HALF, half, m, n, device, note="five steps of bfloat16")]
     short, long = min(m, n), max(m, n)
     return Case(f"{m}x{n} float32", contenders, [Target(OURS, (SINGLE, COMPILED), ">=", must, stretch)],
-                flops=min(3 * short**2 * long + 17 * short**3, 5 * (3 * short**2 * long + short**3)))
+                flops=min(3 * short**2 * long + 17 * short**3, 5 * (3 * short**2 * long + short**3)), seconds=4)
 
 
 def cases(device):
