@@ -23,8 +23,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..common import FLOATS, POSITIVE, check_betas, check_flag, check_number, check_rate, check_word, told, whole
 from .feedback import FEEDBACKS
-from .matrices import KINDS, SIDES, Matrix, local, matrix_shape
-from .projectors import PROJECTORS
+from .matrices import SIDES, Matrix, local, matrix_shape
+from .projectors import KINDS, PROJECTORS
 
 
 class LowRankAdamW(torch.optim.AdamW):
