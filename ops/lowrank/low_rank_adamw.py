@@ -143,10 +143,10 @@ class LowRankAdamW(torch.optim.AdamW):
         # torch gives moments the parameter's dtype, indices too
         own = (p for group in self.param_groups for p in group["params"])
         for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
-            for key, t in state_dict["state"].get(place, {}).items():
-                held = self.state[p][key]
-                if isinstance(t, Tensor) and key != "step" and held.dtype != t.dtype:
-                    self.state[p][key] = t.to(device=held.device, copy=True)
+            loaded = state_dict["state"].get(place, {})
+            for key in loaded.keys() - {"step"} if any(kind in loaded for kind in KINDS) else ():
+                if self.state[p][key].dtype != loaded[key].dtype:
+                    self.state[p][key] = loaded[key].to(device=p.device, copy=True)
 
     def _init_group(self, group, *lists):
         # torch's step asks this for the tensors of a group and does nothing when there are none.

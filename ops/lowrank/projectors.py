@@ -34,7 +34,20 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
         low, index = columns_of(g, rank, group, *own)
         return index, low
     basis = _singular(g, rank, group).to(g.dtype) if projector == "svd" else range_basis(g, start, 1, group)
-    return basis, g @ basis
+    return basis, along(g, basis, group)
+
+
+def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """G Q, without columns that are nothing but rounding: a gradient of lower rank has none there, and AdamW would make
+    steps of full length of them."""
+    low = g @ basis
+    norms = torch.linalg.vector_norm(low, dim=-2, keepdim=True, dtype=torch.float64)
+    if group is not None:
+        squares = norms.square()
+        dist.all_reduce(squares, group=group)
+        norms = squares.sqrt()
+    least = 16 * torch.finfo(low.dtype).eps * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    return low.masked_fill_(norms <= least, 0)
 
 
 def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:
