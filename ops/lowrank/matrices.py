@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import fed, left_out
-from .projectors import STORED, carried, columns, project
+from .projectors import KINDS, STORED, along, carried, columns, project
 
 SIDES = ("shorter", "rows", "columns")
-KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
 def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
@@ -32,6 +31,11 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
 def local(t: Tensor) -> Tensor:
     """What this process has of it."""
     return t.to_local() if hasattr(t, "placements") else t
+
+
+def on_host(t: Tensor) -> bool:
+    """Where a look at a number need not wait for a device."""
+    return t.device.type == "cpu"
 
 
 class Matrix:
@@ -71,14 +75,14 @@ class Matrix:
         stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
         if stays and count % group["every"]:
             now, basis = before, columns(*before, size, dtype)
-            low = grad @ basis
+            low = along(grad, basis, self.processes) if kind == "basis" else grad @ basis
         else:
             start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
             stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
             now, stays, basis = (kind, stored), False, columns(kind, stored, size, dtype)
         finite = self._finite(low)
-        sure = finite.device.type == "cpu" and bool(finite.all())
-        if not sure and finite.device.type == "cpu" and finite.dim() == 0:
+        sure = on_host(finite) and bool(finite.all())
+        if not sure and on_host(finite) and finite.dim() == 0:
             return 1
 
         new = {now[0]: now[1]}
@@ -100,7 +104,7 @@ class Matrix:
         self._move(update, basis, 1 - rate * float(group["weight_decay"]), None if sure else finite)
         self._keep(state, count, new)
         skipped = (~finite).sum()
-        return int(skipped) if skipped.device.type == "cpu" else skipped
+        return int(skipped) if on_host(skipped) else skipped
 
     def _start(self, starts, count, size, dtype):
         """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""

@@ -11,6 +11,7 @@ import gpu_table
 import lejepa_table
 import lowrank_tables
 import overview
+import projectors_table
 from example_tables import (
     cluster_table,
     demo_table,
@@ -250,6 +251,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
                          **evidence_tables.TABLES},
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
     "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table},
+    "docs/lowrank.md": {"projectors": projectors_table.write},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }
