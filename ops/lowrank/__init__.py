@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from ..common import lazy
 
 if TYPE_CHECKING:
-    from .coso import CoSO as CoSO
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
+    from .coso import CoSO as CoSO
     from .frequent_directions import frequent_directions_ as frequent_directions_
     from .low_rank_adamw import LowRankAdamW as LowRankAdamW
     from .range_finder import range_finder as range_finder
