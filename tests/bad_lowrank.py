@@ -6,8 +6,9 @@ import math
 import bad_input as table
 import bad_values as bad
 import torch
-from bad_input import Call, call
+from bad_input import Call, call, method
 from helpers import normal
+from torch import nn
 
 from torch_subspace import lowrank
 
@@ -32,24 +33,76 @@ add("lowrank.cosine_basis", call(lowrank.cosine_basis, size=8, dtype=torch.float
 add("lowrank.cosine_basis of some", call(lowrank.cosine_basis, size=8, index=torch.tensor([0, 2, 5])),
     index=bad.optional(bad.labels), fine="index: no rows, dimensions more, meta")
 
-add("lowrank.frequent_directions_", call(lowrank.frequent_directions_, sketch=x(3, 5), block=x(4, 5), decay=0.5),
-    sketch=bad.tensor, block=bad.tensor, decay=bad.number(-0.1, 1.1, INF), fine="block: no rows")
 RATE = bad.number(INF, -INF, -0.1)
-COSO = {"lr": RATE, "rank": bad.whole(0), "sketch_rank": bad.whole(0), "every": bad.whole(0), "betas": bad.betas,
-        "eps": RATE, "weight_decay": RATE, "threshold": bad.number(-0.1, 1.1), "decay": bad.number(-0.1, 1.1),
-        "protect": bad.flag, "seed": bad.whole(-1), "maximize": bad.flag, "foreach": bad.optional(bad.flag)}
-OPTIONS = {"lr": 0.1, "rank": 2, "sketch_rank": 3, "every": 1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
-           "threshold": 0.9, "decay": 0.9, "protect": True, "seed": 0, "maximize": False, "foreach": None}
+RULE = {"lr": RATE, "rank": bad.whole(0), "projector": bad.word, "every": bad.whole(0), "betas": bad.betas,
+        "eps": bad.number(-1.0, INF), "weight_decay": RATE, "error_feedback": bad.optional(bad.word),
+        "scale": bad.number(0.0, -1.0, INF), "side": bad.word, "seed": bad.whole(-1), "maximize": bad.flag,
+        "foreach": bad.optional(bad.flag)}
+GOOD = {"lr": 0.1, "rank": 2, "projector": "range", "every": 2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
+        "error_feedback": "int8", "scale": 0.5, "side": "rows", "seed": 3, "maximize": True, "foreach": None}
+PARAMS = bad.those(tensor=torch.ones(2), module=nn.Linear(2, 2), empty=[], numbers=[3], strings=["a"],
+                   nothing=[{"lr": 1.0}], nones=[{"params": None}], product=[nn.Parameter(torch.ones(2)) * 2])
+TORCHS = ("optimize", "params", "None")  # torch's own words, which users know
 
 
-def weights():
-    return [torch.nn.Parameter(normal(4, 5, dtype=torch.float32))]
+def low_rank():
+    return lowrank.LowRankAdamW([nn.Parameter(torch.ones(5, 4))], rank=2)
+
+
+def added():
+    group = {"params": [nn.Parameter(torch.ones(5, 4))], **GOOD}
+    return lambda **options: low_rank().add_param_group(options), group
+
+
+add("lowrank.LowRankAdamW", call(lowrank.LowRankAdamW, params=lambda: [nn.Parameter(torch.ones(5, 4))], **GOOD), TORCHS,
+    params=PARAMS, **RULE)
+add("lowrank.LowRankAdamW.add_param_group",
+    method(low_rank, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("LowRankAdamW",),
+    param_group=bad.those(list=[1]))
+add("lowrank.LowRankAdamW.add_param_group of options", added, ("LowRankAdamW",), **RULE)
+add("lowrank.LowRankAdamW.step", method(low_rank, "step", closure=None), ("LowRankAdamW",), closure=bad.function,
+    fine="closure: None")
+add("lowrank.LowRankAdamW.load_state_dict",
+    method(low_rank, "load_state_dict", state_dict=lambda: low_rank().state_dict()), ("LowRankAdamW",),
+    state_dict=bad.those(list=[1], state={"state": {}}))
+
+add("lowrank.frequent_directions_", call(lowrank.frequent_directions_, sketch=x(3, 5), block=x(4, 5), decay=0.5),
+    sketch=bad.tensor, block=bad.tensor, decay=bad.number(-0.1, 1.1, INF),
+    fine="block: no rows")
+add("lowrank.StreamingPCA", call(
+    lambda **parameters: lowrank.StreamingPCA(**parameters).fit(normal(9, 6, seed=1)), n_components=2, method="oja",
+    batch_size=4, n_oversamples=1, n_aside=2, random_state=0), ("StreamingPCA",),
+    n_components=bad.whole(0, -1, 7, 2**70), method=bad.word, batch_size=bad.optional(bad.whole(0, -1)),
+    n_oversamples=bad.whole(-1), n_aside=bad.whole(-1), random_state=bad.optional(bad.whole(-1, 2**32)))
+
+COSO = {**{key: RULE[key] for key in ("lr", "rank", "every", "betas", "eps", "weight_decay", "seed", "maximize")},
+        "sketch_rank": bad.whole(0), "threshold": bad.number(-0.1, 1.1), "decay": bad.number(-0.1, 1.1),
+        "protect": bad.flag, "foreach": bad.optional(bad.flag)}
+FINE = {**{key: GOOD[key] for key in ("lr", "rank", "every", "betas", "eps", "weight_decay", "seed", "maximize")},
+        "sketch_rank": 3, "threshold": 0.9, "decay": 0.9, "protect": True, "foreach": None}
 
 
 def coso():
-    opt = lowrank.CoSO(weights(), rank=2, sketch_rank=3)
-    opt.param_groups[0]["params"][0].grad = normal(4, 5, dtype=torch.float32)
-    return opt
+    return lowrank.CoSO([nn.Parameter(torch.ones(5, 4))], rank=2, sketch_rank=3)
 
 
-add("lowrank.CoSO", call(lowrank.CoSO, params=lambda: weights(), **OPTIONS), **COSO)
+def joined():
+    group = {"params": [nn.Parameter(torch.ones(5, 4))], **FINE}
+    return lambda **options: coso().add_param_group(options), group
+
+
+def remembered():
+    opt = coso()
+    return opt.memory, {"parameter": opt.param_groups[0]["params"][0]}
+
+
+add("lowrank.CoSO", call(lowrank.CoSO, params=lambda: [nn.Parameter(torch.ones(5, 4))], **FINE), TORCHS, params=PARAMS,
+    **COSO)
+add("lowrank.CoSO.add_param_group",
+    method(coso, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("CoSO",),
+    param_group=bad.those(list=[1]))
+add("lowrank.CoSO.add_param_group of options", joined, ("CoSO",), **COSO)
+add("lowrank.CoSO.step", method(coso, "step", closure=None), ("CoSO",), closure=bad.function, fine="closure: None")
+add("lowrank.CoSO.load_state_dict", method(coso, "load_state_dict", state_dict=lambda: coso().state_dict()), ("CoSO",),
+    state_dict=bad.those(list=[1], state={"state": {}}))
+add("lowrank.CoSO.memory", remembered, ("CoSO",), parameter=bad.those(another=nn.Parameter(torch.ones(5, 4))))

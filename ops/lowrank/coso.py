@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -111,7 +111,10 @@ class CoSO(torch.optim.AdamW):
                      "protect": protect, "seed": seed}
         kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
                              "foreach": foreach}
-        self._own |= _checked(type(self).__name__, kinds)
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
+        self._own |= _checked(name, kinds)
         self.skipped = 0
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
 
@@ -126,6 +129,8 @@ class CoSO(torch.optim.AdamW):
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
         super().add_param_group(param_group | _checked(name, param_group))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,6 +146,8 @@ class CoSO(torch.optim.AdamW):
         Args:
             state_dict: groups and state; the parameters in the order they have here.
         """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
         super().load_state_dict(state_dict)
         # torch gives what it loads the parameter's dtype
         own = (p for group in self.param_groups for p in group["params"])

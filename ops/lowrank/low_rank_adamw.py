@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -23,8 +23,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..common import FLOATS, POSITIVE, check_betas, check_flag, check_number, check_rate, check_word, told, whole
 from .feedback import FEEDBACKS
-from .matrices import KINDS, SIDES, Matrix, local, matrix_shape
-from .projectors import PROJECTORS
+from .matrices import SIDES, Matrix, local, matrix_shape
+from .projectors import KINDS, PROJECTORS
 
 
 class LowRankAdamW(torch.optim.AdamW):
@@ -104,7 +104,10 @@ class LowRankAdamW(torch.optim.AdamW):
                      "scale": scale, "side": side, "seed": seed}
         kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
                              "foreach": foreach}
-        self._own |= _checked(type(self).__name__, kinds)
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
+        self._own |= _checked(name, kinds)
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,6 +121,8 @@ class LowRankAdamW(torch.optim.AdamW):
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
         super().add_param_group(param_group | _checked(name, param_group))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,6 +137,8 @@ class LowRankAdamW(torch.optim.AdamW):
         Args:
             state_dict: groups and state; the parameters in the order they have here.
         """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
         super().load_state_dict(state_dict)
         # torch gives moments the parameter's dtype, indices too
         own = (p for group in self.param_groups for p in group["params"])

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import fed, left_out
-from .projectors import STORED, carried, columns, project
+from .projectors import KINDS, STORED, carried, columns, project
 
 SIDES = ("shorter", "rows", "columns")
-KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
 def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:

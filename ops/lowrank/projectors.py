@@ -22,6 +22,7 @@ from .range_finder import range_basis
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
+KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
 def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
