@@ -122,3 +122,46 @@ add("lowrank.Trion.load_state_dict", method(trion, "load_state_dict", state_dict
     ("Trion",), state_dict=bad.those(list=[1], state={"state": {}}))
 add("lowrank.trion_groups", call(lowrank.trion_groups, model=lambda: nn.Linear(4, 3), adamw="bias"), model=bad.module,
     adamw=lambda good: {key: value for key, value in bad.patterns(good).items() if key != "broken"} | {"other": "fc"})
+
+
+
+add("lowrank.frequent_directions_", call(lowrank.frequent_directions_, sketch=x(3, 5), block=x(4, 5), decay=0.5),
+    sketch=bad.tensor, block=bad.tensor, decay=bad.number(-0.1, 1.1, INF),
+    fine="block: no rows")
+add("lowrank.StreamingPCA", call(
+    lambda **parameters: lowrank.StreamingPCA(**parameters).fit(normal(9, 6, seed=1)), n_components=2, method="oja",
+    batch_size=4, n_oversamples=1, n_aside=2, random_state=0), ("StreamingPCA",),
+    n_components=bad.whole(0, -1, 7, 2**70), method=bad.word, batch_size=bad.optional(bad.whole(0, -1)),
+    n_oversamples=bad.whole(-1), n_aside=bad.whole(-1), random_state=bad.optional(bad.whole(-1, 2**32)))
+
+COSO = {**{key: RULE[key] for key in ("lr", "rank", "every", "betas", "eps", "weight_decay", "seed", "maximize")},
+        "sketch_rank": bad.whole(0), "threshold": bad.number(-0.1, 1.1), "decay": bad.number(-0.1, 1.1),
+        "protect": bad.flag, "foreach": bad.optional(bad.flag)}
+FINE = {**{key: GOOD[key] for key in ("lr", "rank", "every", "betas", "eps", "weight_decay", "seed", "maximize")},
+        "sketch_rank": 3, "threshold": 0.9, "decay": 0.9, "protect": True, "foreach": None}
+
+
+def coso():
+    return lowrank.CoSO([nn.Parameter(torch.ones(5, 4))], rank=2, sketch_rank=3)
+
+
+def joined():
+    group = {"params": [nn.Parameter(torch.ones(5, 4))], **FINE}
+    return lambda **options: coso().add_param_group(options), group
+
+
+def remembered():
+    opt = coso()
+    return opt.memory, {"parameter": opt.param_groups[0]["params"][0]}
+
+
+add("lowrank.CoSO", call(lowrank.CoSO, params=lambda: [nn.Parameter(torch.ones(5, 4))], **FINE), TORCHS, params=PARAMS,
+    **COSO)
+add("lowrank.CoSO.add_param_group",
+    method(coso, "add_param_group", param_group={"params": [nn.Parameter(torch.ones(5, 4))]}), ("CoSO",),
+    param_group=bad.those(list=[1]))
+add("lowrank.CoSO.add_param_group of options", joined, ("CoSO",), **COSO)
+add("lowrank.CoSO.step", method(coso, "step", closure=None), ("CoSO",), closure=bad.function, fine="closure: None")
+add("lowrank.CoSO.load_state_dict", method(coso, "load_state_dict", state_dict=lambda: coso().state_dict()), ("CoSO",),
+    state_dict=bad.those(list=[1], state={"state": {}}))
+add("lowrank.CoSO.memory", remembered, ("CoSO",), parameter=bad.those(another=nn.Parameter(torch.ones(5, 4))))

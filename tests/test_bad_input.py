@@ -41,6 +41,8 @@ NOT_ASKED = {  # what torch or we ourselves call
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",
     *(f"grassmann.KSubspaces.{name}" for name in (  # scikit-learn's own checks ask them
         "fit", "fit_predict", "fit_transform", "predict", "score", "set_output", "transform")),
+    *(f"lowrank.StreamingPCA.{name}" for name in (
+        "fit", "fit_transform", "inverse_transform", "partial_fit", "set_output", "transform")),
 }
 
 

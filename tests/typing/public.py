@@ -135,6 +135,11 @@ renamed: np.ndarray = metrics.match_clusters([0, 1], labels)
 width: float = metrics.effective_rank(x)
 angles: Tensor = metrics.principal_angles(x, labels, dim=2)
 ts.show_config()
+rows: Tensor = ts.lowrank.frequent_directions_(torch.zeros(4, 16), x, decay=0.9)
+stream = ts.lowrank.StreamingPCA(2, method="oja", n_aside=4, random_state=0).partial_fit(x.numpy()).transform(x.numpy())
+continual: torch.optim.Optimizer = ts.lowrank.CoSO(net.parameters(), lr=4e-4, rank=8, sketch_rank=16, threshold=0.95)
+ts.lowrank.CoSO([{"params": net.parameters(), "protect": False}], decay=0.9).consolidate()
+kept: Tensor = ts.lowrank.CoSO(net.parameters()).memory(next(net.parameters()))
 
 # ----------------------------------------------------------------------------------------------------- few dimensions
 few: ts.lowrank.RandomSubspace = ts.lowrank.RandomSubspace(nn.Linear(16, 4), 8, "sparse", seed=1)

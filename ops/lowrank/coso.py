@@ -1,0 +1,298 @@
+"""Continual learning in subspaces: what earlier tasks have used of a layer's inputs is left alone by later ones.
+
+    G'     = G - (G M) M'                     M (n, k) orthonormal: what earlier tasks used of the inputs of W (m, n)
+    P      = r1 leading right singular vectors of G'
+    W      <- W - lr adam(G' P) P'            moments (m, r1), turned with P: m <- m R, v <- v (R ∘ R), R = P_before' P
+    S      <- frequent directions of [decay S; G'], r2 rows
+    M      <- [M, leading directions of S]    at a task's end: those that hold `threshold` of its energy
+
+As P'M = 0, ΔW M = 0: what a layer answers to an input in the span of M is what it was when that task ended. CoSO, Cheng
+et al., NeurIPS 2025; their code projects on the outputs' side, and two SVDs are most of its step. tasks.py has what is
+done instead.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..common import UP_TO_1, check_betas, check_flag, check_number, check_rate, told, whole, wide_dtype
+from .frequent_directions import merged
+from .tasks import directions, matrix_of, remembered, resized
+
+OPTIONS = ("rank", "sketch_rank", "every", "threshold", "decay", "protect", "seed")
+OWN = ("basis", "sketch", "memory")
+
+
+class CoSO(torch.optim.AdamW):
+    """AdamW for tasks one after another, that keeps what was learned: gradients are projected off the directions of
+    the inputs that earlier tasks have used, and steps are taken in a few dimensions.
+
+    Call `consolidate` at each task's end. Until the first one it is AdamW in `rank` dimensions of every matrix, and
+    AdamW itself for what has fewer, and for vectors. From then on
+
+    * matrices move only where no earlier task's gradients were: ΔW M = 0, to rounding, weight decay included;
+    * other parameters that were trained before (biases, scales of norms) stay as they are: a bias answers to all inputs
+      alike, so that any step of it would change earlier tasks;
+    * a group with ``protect=False`` is AdamW throughout, as for heads that each belong to one task. Parameters that
+      join later, by `add_param_group`, are trained as in a first task.
+
+    A matrix's inputs are its last dimension: that of torch's linear layers (out, in), and (in/groups times the kernel)
+    of convolutions. A parameter of three dimensions whose last two are above `rank` is that many matrices.
+
+    Args:
+        params: parameters, named ones, or dicts, as for torch's optimisers; every option below may be a group's own.
+        lr: learning rate, a number or a 1-element tensor.
+        rank: dimensions of a step, r1.
+        sketch_rank: rows of the sketch of a task's gradients, r2, from which its memory is taken: at most so many
+            directions a task.
+        every: steps after which directions are found anew, and the sketch is fed.
+        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`, without weight decay by default.
+        threshold: share of the sketch's energy that is remembered of a task, in the fewest directions that hold it.
+        decay: what the sketch is multiplied by when it is fed: below 1, late gradients count more.
+        protect: whether `consolidate` protects the group's parameters.
+        seed: an int of at least 0: the range finder's start is a function of it and of the step.
+        foreach: torch's implementation for what takes AdamW's own step.
+
+    A matrix whose gradient is not finite is left as it is, its state too, with a RuntimeWarning the first time;
+    `skipped` counts them. State is float32 beside float32 and half types, float64 beside float64. `state_dict` has all
+    of it, memories included.
+
+    Raises:
+        ValueError, TypeError: a bad value, or one of a wrong kind, by name.
+        RuntimeError: a sparse or a sharded gradient.
+
+    Source: Cheng, Wan, Wu, Hou and Zhang, Continuous Subspace Optimization for Continual Learning, NeurIPS 2025, which
+    projects on the outputs' side of torch's weights and keeps one direction fewer a task.
+
+    Example:
+        >>> layer = torch.nn.Linear(64, 32)
+        >>> opt = ts.lowrank.CoSO(layer.parameters(), lr=1e-2, rank=4, sketch_rank=8)
+        >>> first = torch.randn(50, 3) @ torch.randn(3, 64)
+        >>> layer(first).square().mean().backward()
+        >>> opt.step()
+        >>> opt.consolidate()
+        >>> before = layer(first)
+        >>> layer(torch.randn(50, 64)).square().mean().backward()    # a second task
+        >>> opt.step()
+        >>> torch.allclose(layer(first), before, atol=1e-4)
+        True
+    """
+
+    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
+    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+    _warned = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 4e-4,
+        rank: int = 50,
+        sketch_rank: int = 120,
+        every: int = 1,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        *,
+        threshold: float = 0.98,
+        decay: float = 1.0,
+        protect: bool = True,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        self._own = {"rank": rank, "sketch_rank": sketch_rank, "every": every, "threshold": threshold, "decay": decay,
+                     "protect": protect, "seed": seed}
+        kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+                             "foreach": foreach}
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
+        self._own |= _checked(name, kinds)
+        self.skipped = 0
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with options of its own.
+
+        Args:
+            param_group: ``{"params": ..., option: value}``.
+        """
+        # torch's constructors build the defaults and add the groups in one go: ours join them here.
+        self.defaults.update(self.__dict__.pop("_own", {}))
+        name = type(self).__name__
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
+        super().add_param_group(param_group | _checked(name, param_group))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("skipped", 0)
+        for group in self.param_groups:
+            for key in OPTIONS:
+                group.setdefault(key, self.defaults[key])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that `state_dict` has returned, or that of `torch.optim.AdamW`.
+
+        Args:
+            state_dict: groups and state; the parameters in the order they have here.
+        """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
+        super().load_state_dict(state_dict)
+        # torch gives what it loads the parameter's dtype
+        own = (p for group in self.param_groups for p in group["params"])
+        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
+            for key, t in state_dict["state"].get(place, {}).items():
+                if isinstance(t, Tensor) and key != "step" and self.state[p][key].dtype != t.dtype:
+                    self.state[p][key] = t.to(device=p.device, copy=True)
+
+    def _init_group(self, group, *lists):
+        # torch's step asks this for the tensors of a group and does nothing when there are none.
+        own = [p for p in group["params"] if not self._is_projected(group, p) and "frozen" not in self.state.get(p, ())]
+        return super()._init_group(group | {"params": own}, *lists) if own else False
+
+    def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
+        shape = matrix_of(group, p)
+        return shape is not None and (shape[-1] > group["rank"] or "memory" in self.state.get(p, ()))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, with gradients on.
+
+        Returns:
+            The closure's value, or None.
+        """
+        loss, name = None, type(self).__name__
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                group.update(_checked(name, group))
+            work = [(group, p) for group in self.param_groups for p in group["params"]
+                    if p.grad is not None and matrix_of(group, p) is not None]
+            for _, p in work:
+                if p.grad.layout is not torch.strided or hasattr(p, "placements"):
+                    what = "sharded" if hasattr(p, "placements") else f"of {p.grad.layout}"
+                    raise RuntimeError(f"{name}: gradients must be dense and whole, got one {what} for a parameter of "
+                                       f"shape {tuple(p.shape)}")
+            projected = [self._is_projected(*pair) for pair in work]
+            self._adamw_step()
+            for (group, p), moves in zip(work, projected, strict=True):
+                self._matrix_step(group, p, moves)
+        return loss
+
+    def _matrix_step(self, group: dict[str, Any], p: Tensor, moves: bool) -> None:
+        """Feed the sketch, and where it `moves`, take the step; nothing where the gradient is not finite."""
+        state, shape = self.state[p], matrix_of(group, p)
+        grad = p.grad.reshape(shape).to(wide_dtype(p.dtype))
+        if not grad.isfinite().all():
+            self._skip(p)
+            return
+        held = {key: state[key].to(p.device) for key in OWN if key in state}
+        memory, basis, count = held.get("memory"), held.get("basis"), int(state.get("step", 0)) - (not moves)
+        turn = None
+        if count % group["every"] == 0 or (moves and basis is None):
+            free = grad if memory is None else grad - (grad @ memory) @ memory.mT
+            before, (basis, block) = basis, directions(free, memory, group, count)
+            sketch = held.get("sketch")
+            if sketch is None or sketch.shape[-2] != min(group["sketch_rank"], shape[-1]):
+                sketch = resized(sketch, block, min(group["sketch_rank"], shape[-1]))
+            state["sketch"] = merged(sketch, block, group["decay"]).to(grad.dtype)
+            turn = None if before is None else before.mT @ basis
+        if not moves:
+            return
+        low = grad @ basis
+        low = -low if group["maximize"] else low
+        mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
+        if mean is None or (turn is None and mean.shape != low.shape):
+            mean, square = torch.zeros_like(low), torch.zeros_like(low)
+        elif turn is not None:
+            mean, square = mean @ turn, square @ turn.square()
+        beta1, beta2 = map(float, group["betas"])
+        mean.lerp_(low, 1 - beta1)
+        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        count += 1
+        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
+        rate, wd = float(group["lr"]), float(group["weight_decay"])
+        change = (mean / root).mul_(-rate / (1 - beta1**count)) @ basis.mT
+        if wd:
+            weight = p.reshape(shape).to(change.dtype)
+            change -= rate * wd * (weight if memory is None else weight - (weight @ memory) @ memory.mT)
+        p.add_(change.reshape(p.shape).to(p.dtype))
+        state.update(step=torch.tensor(float(count)), exp_avg=mean, exp_avg_sq=square, basis=basis)
+
+    def _skip(self, p: Tensor) -> None:
+        self.skipped += 1
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{type(self).__name__}: a matrix of shape {tuple(p.shape)} had a non-finite gradient and "
+                          "stays as it is; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+
+    @torch.no_grad()
+    def consolidate(self) -> None:
+        """End a task: protect what it has learned, and begin the next one with fresh moments.
+
+        Of each matrix the fewest directions of its sketch that hold `threshold` of the energy join the memory; other
+        parameters that were stepped are kept from now on. Groups with ``protect=False`` are left alone.
+        """
+        for group in self.param_groups:
+            for p in group["params"] if group["protect"] else ():
+                state, shape = self.state.get(p, {}), matrix_of(group, p)
+                if shape is None and "step" in state:  # torch asks for a step in every state
+                    self.state[p] = {"step": torch.zeros(()), "frozen": True}
+                elif "sketch" in state:
+                    found = remembered(state["sketch"], group["threshold"], state.get("memory"))
+                    self.state[p] = {"step": torch.zeros(()), "memory": found}
+
+    def memory(self, parameter: Tensor) -> Tensor:
+        """The directions of a matrix's inputs that are protected, orthonormal columns (n, k); k is 0 before the first
+        `consolidate`. Of a stack of matrices (..., n, k), with columns of zeros where one has fewer.
+
+        Args:
+            parameter: one of the optimiser's, with two dimensions or more.
+        """
+        name = type(self).__name__
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        shape = None if group is None else matrix_of(group, parameter)
+        if shape is None:
+            raise ValueError(f"{name}: parameter must be a protected matrix of this optimiser, got {told(parameter)}")
+        found = self.state.get(parameter, {}).get("memory")
+        dtype = wide_dtype(parameter.dtype)
+        return parameter.new_zeros((*shape[:-2], shape[-1], 0), dtype=dtype) if found is None else found.clone()
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Of a group's options or an optimiser's arguments the ints, as such; raises in `name`'s voice."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in options:
+            check_rate(name, key, options[key])
+    if "betas" in options:
+        check_betas(name, options["betas"])
+    for key in options.keys() & {"maximize", "foreach", "protect"}:
+        if key != "foreach" or options[key] is not None:
+            check_flag(name, key, options[key])
+    for key in options.keys() & {"threshold", "decay"}:
+        check_number(name, key, options[key], UP_TO_1)
+    least = {"rank": 1, "sketch_rank": 1, "every": 1, "seed": 0}
+    return {key: whole(name, key, options[key], n) for key, n in least.items() if key in options}
