@@ -41,7 +41,7 @@ def memory_table():
         times = [f"{1e3 * row[part]:.0f} ms" for part in ("seconds", "optimiser")]
         lines.append(f"| {method} | {row['lr']:g} | {mean} ({range_}) | {over} | {' | '.join(sizes + times)} |")
     lines += ["", f"all-MiniLM-L6-v2 with a linear head, {setting['shots']} texts a class of eight, "
-              f"{setting['epochs']} epochs in batches of {setting['batch']}, {len(first)} seeds, one thread. Rates from "
-              "a grid, in validation. Over AdamW: points, paired by seed, with the half width of a 95 % interval. "
+              f"{setting['epochs']} epochs in batches of {setting['batch']}, {len(first)} seeds, one thread. Rates "
+              "from a grid, in validation. Over AdamW: points, paired by seed, with the half width of a 95 % interval. "
               "Numbers in [finetune_memory.json](../examples/finetune_memory.json)."]
     return "\n".join(lines)
