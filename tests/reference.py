@@ -290,7 +290,9 @@ def sigreg(z, directions, *, knots=17, t_max=3.0):
 
 
 def newton_schulz(x, triples, *, eps=1e-7):
-    """x over its length, then a X + b (X Xᵀ) X + c (X Xᵀ)² X for each triple."""
+    """x over its length, then a X + b (X Xᵀ) X + c (X Xᵀ)² X for each triple; of a tall one the transpose's."""
+    if x.shape[-2] > x.shape[-1]:
+        return newton_schulz(x.mT, triples, eps=eps).mT
     y = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for a, b, c in triples:
         gram = y @ y.mT

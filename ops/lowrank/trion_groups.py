@@ -53,5 +53,5 @@ def trion_groups(model: nn.Module, adamw: str | Iterable[str] = (), **options: A
     own = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in own if p not in kept and is_matrix(p.shape)]
     rest = [p for p in own if p in kept or not is_matrix(p.shape)]
-    return [{"params": params, "algorithm": algorithm, **options}
+    return [{**options, "params": params, "algorithm": algorithm}
             for params, algorithm in ((hidden, "trion"), (rest, "adamw")) if params]
