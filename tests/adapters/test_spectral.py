@@ -12,6 +12,7 @@ from parameter_cases import ALL, Batched, Experts, mixture
 from torch import nn
 
 import torch_subspace as ts
+from torch_subspace.adapters import forms
 from torch_subspace.adapters.spectral import SpectralFactors, counted, probe_vector, singular_pairs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -133,6 +134,41 @@ class TestFacts:
         moved = {n for n, t in model.state_dict().items() if not torch.equal(t, start[n])}
         assert moved == {n for n, p in model.named_parameters() if n.endswith("core") or n.startswith("head")}
         assert "stem       weight     8 x 3 x 3 x 3  4      default  4" in ts.adapter_summary(model)
+
+
+class TestForms:
+    """A change of high rank is composed with the weight where that takes fewer flops."""
+
+    @pytest.mark.parametrize("rows", [8, 2000])
+    @pytest.mark.parametrize("config", [ts.SpectralConfig(60), ts.TuckerConfig(60)])
+    def test_both_are_one_function(self, rows, config, monkeypatch):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(64, 80)).double(), normal(rows, 64).requires_grad_()
+        want = model(x)
+        ts.adapt(model, config)
+        assert torch.equal(model(x), want)
+        disturb(model)
+        (part,) = parts_of(model).values()
+        wanted = [x, *(p for p in part.parameters() if p.requires_grad)]
+        assert forms.is_composed(x, model[0]._parameters["weight"], *part(), 0.0) == (rows == 2000)
+        results = []
+        for form in (forms.is_composed, lambda *a: True, lambda *a: False):
+            monkeypatch.setattr("torch_subspace.adapters.adapted.is_composed", form)
+            y = model(x)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), wanted)])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
+
+    @pytest.mark.parametrize("change", [
+        lambda x, w, c, f: (x[:8], w, c, f, 0.0), lambda x, w, c, f: (x, w, c, f, 0.5),
+        lambda x, w, c, f: (x.bfloat16(), w.bfloat16(), c, f, 0.0),
+        lambda x, w, c, f: (x, w, c[:9, :9], [t[:, :9] for t in f], 0.0)])
+    def test_beside_where_composing_costs_more_or_loses_digits(self, change):
+        core = torch.zeros(60, 60, requires_grad=True)
+        given = torch.zeros(2000, 64), torch.zeros(80, 64), core, [torch.zeros(80, 60), torch.zeros(64, 60)]
+        assert forms.is_composed(*given, 0.0) and not forms.is_composed(*change(*given))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not forms.is_composed(*given, 0.0)
 
 
 class TestRanks:
