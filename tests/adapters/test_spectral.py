@@ -3,11 +3,12 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_cases import KINDS, assert_same_state, boxed, disturb, net, parts_of, relative, state_of
-from helpers import normal
+from helpers import normal, optional
 from parameter_cases import ALL, Batched, Experts, mixture
 from torch import nn
 
@@ -249,6 +250,26 @@ class TestPairs:
         assert found == [PROBES[i] for i in range(6)]
         assert abs(float(probe_vector(1 << 16, 1).mean())) < 0.01
         assert float(probe_vector(1 << 16, 0) @ probe_vector(1 << 16, 1)) / (1 << 16) < 0.01
+
+
+def test_transposed_digits_by_two_hundred_numbers(monkeypatch):
+    """Equal numbers of trained parameters: singular values of all layers, and LoRA of rank 1 in the best one."""
+    optional("sklearn")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
+    import singular_values as example
+
+    base, (_, x, y) = example.base(0), example.digits(0)
+    found = {}
+    for name, config, rate in (("spectral", ts.SpectralConfig(128), 0.3),
+                               ("lora", ts.TuckerConfig(1, init="lora", target_modules="0"), 0.1),
+                               ("core", ts.TuckerConfig(8, train="core"), 0.3)):
+        torch.manual_seed(0)
+        model, parameters = example.by(config)(copy.deepcopy(base))
+        assert 192 <= sum(p.numel() for p in parameters) <= 202
+        example.train(model, parameters, x, y, rate, 150, 0)
+        found[name] = example.accuracy(model, x, y, slice(1200, None))
+    assert example.accuracy(base, x, y, slice(1200, None)) < 0.2
+    assert found["spectral"] > 0.75 and found["spectral"] > found["lora"] + 0.1, found
 
 
 PROBES = [-0.2728395303711295, 0.6638808455318213, -0.8831179714761674, -0.6258433908224106, 0.2862123940140009,
