@@ -34,6 +34,7 @@ SCRIPTS = {  # what it writes, the other file beside it: the script and its argu
     "represent.png": ("represent.py", "--seeds 1"),
     "denoise.png": ("denoise.py", "--seeds 1"),
     "compatible.png": ("compatible.py", "--seeds 1 --steps 50"),
+    "singular_values.json": ("singular_values.py", "--seeds 2"),
     "lejepa.png": ("lejepa.py", "--seeds 1 --epochs 10"),
     "intrinsic_dimension.png": ("intrinsic_dimension.py", "--seeds 1 --epochs 2"),
 }

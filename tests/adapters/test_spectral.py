@@ -3,15 +3,17 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_cases import KINDS, assert_same_state, boxed, disturb, net, parts_of, relative, state_of
-from helpers import normal
+from helpers import normal, optional
 from parameter_cases import ALL, Batched, Experts, mixture
 from torch import nn
 
 import torch_subspace as ts
+from torch_subspace.adapters import forms
 from torch_subspace.adapters.spectral import SpectralFactors, counted, probe_vector, singular_pairs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -135,6 +137,41 @@ class TestFacts:
         assert "stem       weight     8 x 3 x 3 x 3  4      default  4" in ts.adapter_summary(model)
 
 
+class TestForms:
+    """A change of high rank is composed with the weight where that takes fewer flops."""
+
+    @pytest.mark.parametrize("rows", [8, 2000])
+    @pytest.mark.parametrize("config", [ts.SpectralConfig(60), ts.TuckerConfig(60)])
+    def test_both_are_one_function(self, rows, config, monkeypatch):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(64, 80)).double(), normal(rows, 64).requires_grad_()
+        want = model(x)
+        ts.adapt(model, config)
+        assert torch.equal(model(x), want)
+        disturb(model)
+        (part,) = parts_of(model).values()
+        wanted = [x, *(p for p in part.parameters() if p.requires_grad)]
+        assert forms.is_composed(x, model[0]._parameters["weight"], *part(), 0.0) == (rows == 2000)
+        results = []
+        for form in (forms.is_composed, lambda *a: True, lambda *a: False):
+            monkeypatch.setattr("torch_subspace.adapters.adapted.is_composed", form)
+            y = model(x)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), wanted)])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
+
+    @pytest.mark.parametrize("change", [
+        lambda x, w, c, f: (x[:8], w, c, f, 0.0), lambda x, w, c, f: (x, w, c, f, 0.5),
+        lambda x, w, c, f: (x.bfloat16(), w.bfloat16(), c, f, 0.0),
+        lambda x, w, c, f: (x, w, c[:9, :9], [t[:, :9] for t in f], 0.0)])
+    def test_beside_where_composing_costs_more_or_loses_digits(self, change):
+        core = torch.zeros(60, 60, requires_grad=True)
+        given = torch.zeros(2000, 64), torch.zeros(80, 64), core, [torch.zeros(80, 60), torch.zeros(64, 60)]
+        assert forms.is_composed(*given, 0.0) and not forms.is_composed(*change(*given))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not forms.is_composed(*given, 0.0)
+
+
 class TestRanks:
     def test_shares_clamps_and_patterns(self):
         model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 40), nn.Linear(40, 3))
@@ -213,6 +250,26 @@ class TestPairs:
         assert found == [PROBES[i] for i in range(6)]
         assert abs(float(probe_vector(1 << 16, 1).mean())) < 0.01
         assert float(probe_vector(1 << 16, 0) @ probe_vector(1 << 16, 1)) / (1 << 16) < 0.01
+
+
+def test_transposed_digits_by_two_hundred_numbers(monkeypatch):
+    """Equal numbers of trained parameters: singular values of all layers, and LoRA of rank 1 in the best one."""
+    optional("sklearn")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
+    import singular_values as example
+
+    base, (_, x, y) = example.base(0), example.digits(0)
+    found = {}
+    for name, config, rate in (("spectral", ts.SpectralConfig(128), 0.3),
+                               ("lora", ts.TuckerConfig(1, init="lora", target_modules="0"), 0.1),
+                               ("core", ts.TuckerConfig(8, train="core"), 0.3)):
+        torch.manual_seed(0)
+        model, parameters = example.by(config)(copy.deepcopy(base))
+        assert 192 <= sum(p.numel() for p in parameters) <= 202
+        example.train(model, parameters, x, y, rate, 150, 0)
+        found[name] = example.accuracy(model, x, y, slice(1200, None))
+    assert example.accuracy(base, x, y, slice(1200, None)) < 0.2
+    assert found["spectral"] > 0.75 and found["spectral"] > found["lora"] + 0.1, found
 
 
 PROBES = [-0.2728395303711295, 0.6638808455318213, -0.8831179714761674, -0.6258433908224106, 0.2862123940140009,

@@ -12,6 +12,7 @@ import lejepa_table
 import lowrank_tables
 import overview
 import projectors_table
+import spectral_table
 from example_tables import (
     cluster_table,
     demo_table,
@@ -54,6 +55,7 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "sinkhorn": [("n=1024 eta=0.1 float32", "ours",
                   ("five half steps", "five half steps, compiled", "twenty unrolled sweeps",
                    "eager implicit gradient"))],
+    "coso": [("768x768 r1=50 r2=120 float32", "ours", ("floor: matrix products alone", "the form with two SVDs"))],
     "sigreg": [("V=1 n=512 d=128 slices=256 float32", "ours",
                 ("floor: matrix products alone", "published formula", "torch.compile of it")),
                ("V=2 n=512 d=512 slices=1024 float32", "ours",
@@ -245,7 +247,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
-    "docs/adapters.md": {"finetune": lambda: finetune_table("finetune")},
+    "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"), "spectral": spectral_table.write},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
     "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
                          **evidence_tables.TABLES},
