@@ -5,9 +5,19 @@ from typing import TYPE_CHECKING
 from ..common import lazy
 
 if TYPE_CHECKING:
-    pass
+    from .fastfood import fastfood as fastfood
+    from .fastfood import fastfood_adjoint as fastfood_adjoint
+    from .hadamard import hadamard as hadamard
 
-_FILES: dict[str, str] = {}
-__all__: list[str] = []
+_FILES = {
+    "fastfood": "fastfood",
+    "fastfood_adjoint": "fastfood",
+    "hadamard": "hadamard",
+}
+__all__ = [
+    "fastfood",
+    "fastfood_adjoint",
+    "hadamard",
+]
 
 __getattr__, __dir__ = lazy(__name__, _FILES)

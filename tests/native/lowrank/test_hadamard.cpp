@@ -34,7 +34,7 @@ void run(Context &ctx, const subspace_hadamard_args &a)
 template <typename T> void run_all(int threads)
 {
     const bool model = !looks_at_values(); // slow
-    for (int bits = 0; bits <= (model ? 15 : 19); bits++)
+    for (int bits = 0; bits <= (model ? 15 : 18); bits++)
         for (int64_t v : {1, 2, 3, 7, 40}) {
             const int64_t n = int64_t(1) << bits;
             if (v * n > (model ? 1 << 15 : 1 << 20) && v > 1) continue;
