@@ -5,9 +5,10 @@
  *     f_i = u_i + u_(i+M) + ...       i < M: only the first m entries of H_L u are wanted
  *     out = H_M f / sqrt(m sum G^2)
  *
- * and the transpose of each in the other order for the adjoint, where t is gathered by pi's inverse. Two short transforms
- * and one pass over L normal numbers and places, made TILE at a time for all rows of a group (fastfood.h). Sums of u are
- * in double, in order of i; that of G^2 is exact. So all slots, levels and devices give the same bits.
+ * and the transpose of each in the other order for the adjoint, where u is gathered by pi's inverse. Two short
+ * transforms and one pass over L normal numbers and places, made TILE at a time for all rows of a group (fastfood.h).
+ * Entries of u are added up in the order in which H_L does it, and the sum of G^2 is exact: all slots, levels and
+ * devices give the bits of the formula with H_L itself.
  */
 #include "cpu.h"
 
@@ -18,10 +19,19 @@
 #include "widen.h"
 
 enum {
-    TILE = 256,         /* normal numbers, signs or places at a time: words for whole signs' words */
-    GROUP = 1 << 18,    /* entries of the rows that are worked on together, if one row has no more */
-    TILES_A_THREAD = 32 /* at least */
+    TILE = 256,          /* normal numbers, signs or places at a time: words for whole signs' words */
+    GROUP = 1 << 18,     /* entries of the rows that are worked on together, if one row has no more */
+    TILES_A_THREAD = 32, /* at least */
+    FOLDED = 3,          /* bits of a place that are summed over in one step */
 };
+
+typedef struct fold_step { /* from rows of `from` entries to rows of 1 / 2^bits as many */
+    const void *x;
+    void *y;
+    int64_t from;
+    int bits;
+    bool permuted;
+} fold_step;
 
 typedef struct fastfood_run {
     const subspace_ctx *ctx;
@@ -29,12 +39,14 @@ typedef struct fastfood_run {
     bool adjoint, folded;
     int64_t from, rows; /* the rows that are being worked on, of at most `group` */
     int64_t group, slots;
-    int64_t count, sharers; /* of what is done tile by tile: entries, and slots that get some */
+    int64_t count, sharers;    /* of what is done tile by tile: entries, and slots that get some */
     int64_t ins, outs;         /* entries of a row of what comes in and goes out: d and m, or m and d */
     int64_t in, out, length;   /* the powers of two: D, M (or M, D) and L */
     hadamard_rows first, last; /* transforms of the rows that come in, and go out */
     void *t, *u, *f;           /* [group, in], [group, L], [group, out] T; some share their memory, see plan() */
-    uint64_t *squares;         /* [slots] sums of squares of G's multiples of 2^-18 */
+    void *between;             /* [2, group, ...] T: what is between u and f */
+    fold_step step;
+    uint64_t *squares; /* [slots] sums of squares of G's multiples of 2^-18 */
     fastfood_order order;
     double scale;
     bool direct; /* the last transform goes to the result itself */
@@ -60,7 +72,9 @@ static void plan(fastfood_run *run, const subspace_ctx *ctx, const subspace_fast
     run->t = run->u = carve(base, bytes, run->group * run->in, item);
     if (!adjoint || run->in < run->length)
         run->u = run->direct && !run->folded ? NULL : carve(base, bytes, run->group * run->length, item);
-    run->f = !run->folded ? run->u : adjoint ? carve(base, bytes, run->group * run->out, item) : run->t;
+    run->f = run->folded ? carve(base, bytes, run->group * run->out, item) : run->u;
+    run->between =
+        run->length >> FOLDED > run->out ? carve(base, bytes, 2 * run->group * (run->length >> FOLDED), item) : NULL;
     run->squares = carve(base, bytes, run->slots, sizeof(uint64_t));
     run->first = plan_rows(ctx, run->group, run->in, item, base, bytes);
     run->last = plan_rows(ctx, run->group, run->out, item, base, bytes);
@@ -96,8 +110,7 @@ static void words_of(const fastfood_run *run, uint32_t stream, int64_t from, int
         word[0][i] = (uint32_t)from + (uint32_t)i, word[1][i] = 0, word[2][i] = stream, word[3][i] = 0;
     for (int round = 0; round < 10; round++, key0 += FASTFOOD_KEY0, key1 += FASTFOOD_KEY1)
 #pragma omp simd
-        for (int i = 0; i < count; i++)
-            fastfood_philox(key0, key1, &word[0][i], &word[1][i], &word[2][i], &word[3][i]);
+        for (int i = 0; i < count; i++) fastfood_philox(key0, key1, &word[0][i], &word[1][i], &word[2][i], &word[3][i]);
 }
 
 /* G of a tile, as multiples of 2^-18; returns the sum of the squares of those that there are. */
@@ -134,6 +147,21 @@ static void signs_of(const fastfood_run *run, int64_t from, uint32_t *sign)
     uint32_t word[4][TILE / 4];
     words_of(run, FASTFOOD_SIGNS, from / 128, TILE / 128, word);
     for (int i = 0; i < TILE; i++) sign[i] = word[i / 32 % 4][i / 128] << (31 - i % 32) & 0x80000000;
+}
+
+/* From u to f, by steps between two halves of a buffer */
+static void fold_all(fastfood_run *run, void (*fold)(int64_t, int64_t, void *))
+{
+    const size_t item = run->a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    char *half[2] = {run->between, (char *)run->between + (size_t)(run->group * (run->length >> FOLDED)) * item};
+    run->step = (fold_step){.x = run->u, .from = run->length, .permuted = run->adjoint};
+    for (int turn = 0, left = bits_of(run->length) - bits_of(run->out);; turn ^= 1) {
+        run->step.bits = MIN(left, FOLDED), left -= run->step.bits;
+        run->step.y = left > 0 ? half[turn] : run->f;
+        each_tile(run, run->step.from >> run->step.bits, fold);
+        if (left == 0) return;
+        run->step.x = run->step.y, run->step.from >>= run->step.bits, run->step.permuted = false;
+    }
 }
 
 #define THIS_FILE "lowrank/fastfood.c"
@@ -191,30 +219,34 @@ static void FN(mix)(int64_t begin, int64_t end, void *arg)
     }
 }
 
-/* f_i = sum of u_j over the places j, in order, that are i mod M, or whose pi is i mod D; ABREAST rows at a time */
+/* A step on the way from u to f: of each row's `from` entries the sums of those that differ in `bits` bits of their
+ * place, the highest ones, and in nothing else; highest first, as H_L would do. The adjoint takes u's by pi's inverse.
+ */
 static void FN(fold)(int64_t begin, int64_t end, void *arg)
 {
-    enum { ABREAST = 8 };
     const fastfood_run *run = arg;
+    const fold_step *step = &run->step;
+    const int64_t to = step->from >> step->bits;
     for (int64_t slot = begin; slot < end; slot++) {
-        int64_t from, to;
-        for (tiles_of(run, slot, &from, &to); from < to; from += TILE)
-            for (int64_t first = 0; first < run->rows; first += ABREAST) {
-                const int64_t count = MIN(TILE, to - from), rows = MIN(ABREAST, run->rows - first);
-                double sum[ABREAST][TILE] = {{0}};
-                for (int64_t part = 0; part < run->length; part += run->out) {
-                    uint32_t place[TILE];
-                    for (int i = 0; i < TILE; i++) place[i] = (uint32_t)(part + from + i);
-                    if (run->adjoint) permute(run, true, place);
-                    for (int64_t r = 0; r < rows; r++) {
-                        const T *u = (T *)run->u + (first + r) * run->length;
-                        for (int64_t i = 0; i < count; i++) sum[r][i] += (double)u[place[i]];
-                    }
-                }
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t i = 0; i < count; i++)
-                        ((T *)run->f)[(first + r) * run->out + from + i] = (T)sum[r][i];
+        int64_t first, last;
+        for (tiles_of(run, slot, &first, &last); first < last; first += TILE) {
+            const int64_t count = MIN(TILE, last - first), parts = (int64_t)1 << step->bits;
+            uint32_t place[1 << FOLDED][TILE];
+            for (int64_t k = 0; k < parts; k++) {
+                for (int i = 0; i < TILE; i++) place[k][i] = (uint32_t)(k * to + first + i);
+                if (step->permuted) permute(run, true, place[k]);
             }
+            for (int64_t r = 0; r < run->rows; r++) {
+                const T *x = (const T *)step->x + r * step->from;
+                T part[1 << FOLDED][TILE];
+                for (int64_t k = 0; k < parts; k++)
+                    for (int64_t i = 0; i < count; i++) part[k][i] = x[place[k][i]];
+                for (int64_t h = parts / 2; h > 0; h /= 2)
+                    for (int64_t k = 0; k < h; k++)
+                        for (int64_t i = 0; i < count; i++) part[k][i] += part[k + h][i];
+                memcpy((T *)step->y + r * to + first, part[0], (size_t)count * sizeof(T));
+            }
+        }
     }
 }
 
@@ -255,7 +287,7 @@ static void FN(transform_group)(fastfood_run *run)
     FN(transform_rows)(&run->first);
     each_tile(run, run->length, FN(mix));
     for (int64_t slot = 0; slot < run->sharers; slot++) squares += run->squares[slot];
-    if (run->folded) each_tile(run, run->out, FN(fold));
+    if (run->folded) fold_all(run, FN(fold));
     run->last.v = run->rows, run->last.x = run->f, run->last.y = run->direct ? result : run->f;
     run->last.scale = 1 / sqrt((double)run->a->m * ((double)squares * 0x1p-36));
     FN(transform_rows)(&run->last);
@@ -269,8 +301,8 @@ static subspace_status product(subspace_ctx *ctx, const subspace_fastfood_args *
     fastfood_run run;
     TRY(subspace_fastfood_check(ctx, a));
     const size_t need = LEVEL(subspace_fastfood_workspace)(ctx, a);
-    CHECK(ctx, need <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
-          "fastfood: workspace of %zu bytes, need %zu", ctx->workspace_bytes, need);
+    CHECK(ctx, need <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL, "fastfood: workspace of %zu bytes, need %zu",
+          ctx->workspace_bytes, need);
     plan(&run, ctx, a, adjoint, ctx->workspace, &(size_t){0});
     run.order = fastfood_order_of((uint64_t)a->seed, bits_of(run.length));
     for (run.from = 0; run.from < a->v; run.from += run.group) {

@@ -6,19 +6,22 @@
  *     out = H_M f / sqrt(m sum G^2)
  *
  * as on the CPU, to the bit: the normal numbers are drawn with no product joined to a sum, the sum of their squares is
- * one of whole numbers, other sums are in double, in order of i. A thread draws four normal numbers or a sign at a time,
- * for all rows of a group. Everything is bound by memory: four passes over L entries.
+ * one of whole numbers, entries of u are added up in the order in which H_L does it. A thread draws four normal numbers
+ * or a sign at a time, for all rows of a group. All is bound by memory, which is gone through some four times.
  */
 #include "fastfood.h"
 #include "hadamard.cuh"
 
-enum { GROUP = 1 << 24 }; /* entries of the rows that are worked on together, if one row has no more */
+enum {
+    GROUP = 1 << 24, /* entries of the rows that are worked on together, if one row has no more */
+    FOLDED = 3,      /* bits of a place that are summed over in one step */
+};
 
 typedef struct fastfood_plan {
-    int64_t ins, outs;       /* entries of a row of what comes in and goes out: d and m, or m and d */
-    int64_t in, out, length; /* the powers of two: D, M (or M, D) and L */
-    int64_t group, rows;     /* rows at a time, at most and now */
-    void *t, *u;             /* [group, L] each: rows of `in`, then of `out` entries; of L */
+    int64_t ins, outs;           /* entries of a row of what comes in and goes out: d and m, or m and d */
+    int64_t in, out, length;     /* the powers of two: D, M (or M, D) and L */
+    int64_t group, rows;         /* rows at a time, at most and now */
+    void *t, *u;                 /* [group, L] each: rows of `in`, then of `out` entries; of L */
     unsigned long long *squares; /* [1] the sum of squares of G's multiples of 2^-18 */
 } fastfood_plan;
 
@@ -59,8 +62,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 
 /* u_i = G_i t[pi(i) mod D], or G_i t[i mod M]: a thread four of them */
 template <typename A>
-__global__ void __launch_bounds__(ROW_THREADS)
-    mix(fastfood_plan s, uint64_t seed, fastfood_order order, bool adjoint, const A *t, A *u, unsigned long long *squares)
+__global__ void __launch_bounds__(ROW_THREADS) mix(fastfood_plan s, uint64_t seed, fastfood_order order, bool adjoint,
+                                                   const A *t, A *u, unsigned long long *squares)
 {
     __shared__ unsigned long long sums[ROW_THREADS];
     const int64_t block = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x, first = 4 * block;
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             if (k >= count) break;
-            const uint32_t i = (uint32_t)first + k, place = (adjoint ? i : fastfood_pi(&order, i)) & ((uint32_t)s.in - 1);
+            const uint32_t i = (uint32_t)first + k,
+                           place = (adjoint ? i : fastfood_pi(&order, i)) & ((uint32_t)s.in - 1);
             const A g = (A)normal[k] * (A)0x1p-18;
             sum += (unsigned long long)((int64_t)normal[k] * normal[k]);
             for (int64_t r = 0; r < s.rows; r++) u[r * s.length + i] = g * t[r * s.in + place];
@@ -89,18 +93,27 @@ __global__ void __launch_bounds__(ROW_THREADS)
     if (threadIdx.x == 0) atomicAdd(squares, sums[0]);
 }
 
-/* f_i = sum of u_j over the places j, in order, that are i mod M, or whose pi is i mod D: a thread an entry */
+/* A step on the way from u to f, fold's of the CPU: a thread an entry */
 template <typename A>
 __global__ void __launch_bounds__(ROW_THREADS)
-    fold(fastfood_plan s, fastfood_order order, bool adjoint, const A *u, A *f)
+    fold(int64_t rows, int64_t from, int bits, bool permuted, fastfood_order order, const A *x, A *y)
 {
-    const int64_t i = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x;
-    if (i >= s.rows * s.out) return;
-    const A *row = u + i / s.out * s.length;
-    double sum = 0;
-    for (int64_t j = i % s.out; j < s.length; j += s.out)
-        sum += (double)row[adjoint ? (int64_t)fastfood_pi_inverse(&order, (uint32_t)j) : j];
-    f[i] = (A)sum;
+    const int64_t i = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x, to = from >> bits;
+    if (i >= rows * to) return;
+    x += i / to * from;
+    A part[1 << FOLDED] = {};
+#pragma unroll
+    for (int k = 0; k < 1 << FOLDED; k++) {
+        if (k >= 1 << bits) break;
+        const int64_t j = k * to + i % to;
+        part[k] = x[permuted ? (int64_t)fastfood_pi_inverse(&order, (uint32_t)j) : j];
+    }
+#pragma unroll
+    for (int h = 1 << FOLDED >> 1; h > 0; h /= 2)
+#pragma unroll
+        for (int k = 0; k < h; k++)
+            if (h < 1 << bits) part[k] += part[k + h];
+    y[i] = part[0];
 }
 
 /* The rows that go out, scaled; of the adjoint with B's signs. A thread an entry. */
@@ -134,16 +147,22 @@ static subspace_status transform(subspace_ctx *ctx, const subspace_fastfood_args
     for (int64_t v = 0; v < a->v; v += s->group) {
         const T *x = (const T *)(adjoint ? a->dout : a->theta) + v * s->ins;
         T *result = (T *)(adjoint ? a->dtheta : a->out) + v * s->outs;
-        const bool folded = adjoint || s->length > s->out;
-        A *f = folded ? t : u;
+        A *f = u;
         s->rows = MIN(s->group, a->v - v);
         LAUNCH(ctx, enter<T>, blocks_of(s->in), ROW_THREADS, 0, *s, seed, adjoint, x, t);
         TRY(transform_rows<A>(ctx, s->rows, s->in, 1, t, t, t));
         CUDA(ctx, cudaMemsetAsync(s->squares, 0, sizeof *s->squares, (cudaStream_t)ctx->stream));
-        LAUNCH(ctx, mix<A>, blocks_of(CEIL_DIV(s->length, 4)), ROW_THREADS, 0, *s, seed, order, adjoint, (const A *)t, u,
-               s->squares);
-        if (folded)
-            LAUNCH(ctx, fold<A>, blocks_of(s->rows * s->out), ROW_THREADS, 0, *s, order, adjoint, (const A *)u, t);
+        LAUNCH(ctx, mix<A>, blocks_of(CEIL_DIV(s->length, 4)), ROW_THREADS, 0, *s, seed, order, adjoint, (const A *)t,
+               u, s->squares);
+        int left = bits_of(s->length) - bits_of(s->out);
+        for (bool permuted = adjoint; permuted || left > 0; permuted = false) {
+            const int now = MIN(left, (int)FOLDED);
+            const int64_t from = s->out << left;
+            A *next = f == u ? t : u;
+            LAUNCH(ctx, fold<A>, blocks_of(s->rows * (from >> now)), ROW_THREADS, 0, s->rows, from, now, permuted,
+                   order, (const A *)f, next);
+            f = next, left -= now;
+        }
         TRY(transform_rows<A>(ctx, s->rows, s->out, 1, f, f, f));
         LAUNCH(ctx, leave<T>, blocks_of(s->outs), ROW_THREADS, 0, *s, seed, adjoint, a->m, (const A *)f,
                (const unsigned long long *)s->squares, result);

@@ -3,7 +3,8 @@
  *     y[v,i] = scale sum_j (-1)^(number of ones in i & j) x[v,j]
  *
  * n log2(n) sums and differences a row, see hadamard.cuh: bound by memory, which is gone through once for rows that fit
- * a block's shared memory and twice or three times for longer ones. Long rows of half types are kept in float32 between.
+ * a block's shared memory and twice or three times for longer ones. Long rows of half types are kept in float32
+ * between.
  */
 #include "hadamard.cuh"
 

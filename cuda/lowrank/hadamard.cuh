@@ -4,9 +4,9 @@
  *
  * A row that fits a block's shared memory is read and written once. A longer one is first transformed along the bits
  * above, up to LINES lines at a time, a warp's width of neighbouring columns to a block: rows of up to 2^21 entries
- * (2^19 in double) go through memory twice, longer ones three times. In shared memory the bits are done three at a time,
- * in registers; the last five, between the lanes of a warp. Nothing is rounded but the sums and differences, so that the
- * bits are those of the CPU.
+ * (2^19 in double) go through memory twice, longer ones three times. In shared memory the bits are done three at a
+ * time, in registers; the last five, between the lanes of a warp. Nothing is rounded but the sums and differences, so
+ * that the bits are those of the CPU.
  */
 #ifndef SUBSPACE_HADAMARD_CUH
 #define SUBSPACE_HADAMARD_CUH
@@ -88,18 +88,17 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-/* `bits` bits of a place, from that of `inner` on: a block 2^bits lines that are `inner` apart, a warp's width of them */
+/* `bits` bits of a place, from that of `inner` on: a block 2^bits lines that are `inner` apart, a warp's width of them
+ */
 template <typename From>
-__global__ void __launch_bounds__(ROW_THREADS)
-    transform_columns(const From *x, acc_t<From> *y, int bits, int64_t inner)
+__global__ void __launch_bounds__(ROW_THREADS) transform_columns(const From *x, acc_t<From> *y, int bits, int64_t inner)
 {
     typedef acc_t<From> A;
     __shared__ A tile[TILE_BYTES / sizeof(A)];
     const int64_t outer = (int64_t)blockIdx.x / (inner / WARP), col = (int64_t)blockIdx.x % (inner / WARP) * WARP;
     const int64_t begin = (outer << bits) * inner + col;
     const unsigned count = WARP << bits;
-    for (unsigned i = threadIdx.x; i < count; i += ROW_THREADS)
-        tile[i] = (A)x[begin + i / WARP * inner + i % WARP];
+    for (unsigned i = threadIdx.x; i < count; i += ROW_THREADS) tile[i] = (A)x[begin + i / WARP * inner + i % WARP];
     __syncthreads();
     across_warps(tile, count, bits + WARP_BITS);
     for (unsigned i = threadIdx.x; i < count; i += ROW_THREADS) y[begin + i / WARP * inner + i % WARP] = tile[i];
@@ -119,12 +118,10 @@ static subspace_status transform_rows(subspace_ctx *ctx, int64_t v, int64_t n, d
         const int now = CEIL_DIV(high - fits, CEIL_DIV(high - fits, most));
         const unsigned tiles = (unsigned)(total >> now) / WARP;
         left = high - now;
-        if (high == bits)
-            LAUNCH(ctx, transform_columns<T>, tiles, ROW_THREADS, 0, x, wide, now, (int64_t)1 << left);
+        if (high == bits) LAUNCH(ctx, transform_columns<T>, tiles, ROW_THREADS, 0, x, wide, now, (int64_t)1 << left);
         else LAUNCH(ctx, transform_columns<A>, tiles, ROW_THREADS, 0, (const A *)wide, wide, now, (int64_t)1 << left);
     }
-    if (n == line)
-        LAUNCH(ctx, (transform_lines<T, T>), blocks, ROW_THREADS, 0, x, y, total, bits, chunk, (A)scale);
+    if (n == line) LAUNCH(ctx, (transform_lines<T, T>), blocks, ROW_THREADS, 0, x, y, total, bits, chunk, (A)scale);
     else LAUNCH(ctx, (transform_lines<A, T>), blocks, ROW_THREADS, 0, (const A *)wide, y, total, fits, chunk, (A)scale);
     return SUBSPACE_OK;
 }

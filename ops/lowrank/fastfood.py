@@ -158,7 +158,8 @@ def _power(n: int) -> int:
 
 
 def _scale(normal: Tensor, size: int) -> float:
-    return 1 / math.sqrt(size * float(normal.double().square().sum()))
+    multiples = (normal * 2.0**18).long()  # whole numbers: their sum is exact in any order
+    return 1 / math.sqrt(size * (int(multiples.square().sum()) * 2.0**-36))
 
 
 def draws(d: int, length: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

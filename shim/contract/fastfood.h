@@ -1,8 +1,8 @@
-/* fastfood.h - the signs, the permutation and the normal numbers of fastfood: functions of the seed and the place alone,
- * with the same bits on every device and in every version. Read by the C and the CUDA kernels.
+/* fastfood.h - the signs, the permutation and the normal numbers of fastfood: functions of the seed and the place
+ * alone, with the same bits on every device and in every version. Read by the C and the CUDA kernels.
  *
- * Philox4x32-10 (Salmon et al. 2011) as torch defines it: the key is the seed, the counter (place, stream). The compiler
- * must not join a product and a sum here: fastfood.c is compiled with -ffp-contract=off.
+ * Philox4x32-10 (Salmon et al. 2011) as torch defines it: the key is the seed, the counter (place, stream). The
+ * compiler must not join a product and a sum here: fastfood.c is compiled with -ffp-contract=off.
  */
 #ifndef SUBSPACE_FASTFOOD_H
 #define SUBSPACE_FASTFOOD_H
@@ -29,7 +29,7 @@
 #define FASTFOOD_KEY0 0x9E3779B9u
 #define FASTFOOD_KEY1 0xBB67AE85u
 enum { FASTFOOD_SIGNS, FASTFOOD_NORMALS, FASTFOOD_ORDER }; /* streams */
-enum { FASTFOOD_ROUNDS = 8, FASTFOOD_MOST_ROUNDS = 32 }; /* few bits mix slowly: below 8 all of them are made */
+enum { FASTFOOD_ROUNDS = 8, FASTFOOD_MOST_ROUNDS = 32 };   /* few bits mix slowly: below 8 all of them are made */
 
 typedef struct fastfood_order { /* of 2^bits places; times is odd */
     int bits, rounds;
@@ -55,8 +55,8 @@ FASTFOOD_FN void fastfood_words(uint64_t seed, uint32_t place, uint32_t stream, 
 
 /* B: bit j % 32 of word j / 32 % 4 of the signs' words at j / 128; 1 is a minus. */
 
-/* G: entries 4 i .. 4 i + 3 are of the words of the normals at i: (0, 1) make two of them, (2, 3) the others, by Box and
- * Muller's radius and angle. They are odd multiples of 2^-18 up to 6.6: none is 0, and 2^36 times the sum of their
+/* G: entries 4 i .. 4 i + 3 are of the words of the normals at i: (0, 1) make two of them, (2, 3) the others, by Box
+ * and Muller's radius and angle. They are odd multiples of 2^-18 up to 6.6: none is 0, and 2^36 times the sum of their
  * squares is a whole number below 2^64, whatever the order it is added up in. Returned are the multiples. */
 FASTFOOD_FN void fastfood_normals(uint32_t a, uint32_t b, int32_t *first, int32_t *second)
 {
@@ -83,7 +83,8 @@ FASTFOOD_FN void fastfood_normals(uint32_t a, uint32_t b, int32_t *first, int32_
     log = PLUS(PLUS(log, TIMES(xx, -0.5f)), x);
     log = PLUS(log, TIMES(power, 0.693359375f));
     const float radius = TIMES(ROOT(TIMES(log, -2.f)), 0x1p18f);
-    /* an angle of t eighths of a turn, 0 < t < 1: sine and cosine by Taylor's polynomials; three bits say which eighth */
+    /* an angle of t eighths of a turn, 0 < t < 1: sine and cosine by Taylor's polynomials; three bits say which eighth
+     */
     const float t = TIMES((float)(int32_t)((b & 0x7fffff) << 1 | 1), 0x1p-24f), tt = TIMES(t, t);
     float sine = 3.13361689037812e-7f, cosine = 3.59086044859151e-6f;
     sine = PLUS(TIMES(sine, tt), -3.65762041821772e-5f);
