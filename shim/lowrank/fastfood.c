@@ -13,7 +13,8 @@ OP(fastfood, "fastfood(Tensor theta, int size, int seed) -> Tensor")
 {
     call c = begin("fastfood");
     tensor theta = {0}, out = {0};
-    subspace_fastfood_args a = {.m = as_int(stack[1] /* size */), .seed = as_int(stack[2])};
+    const int64_t size = as_int(stack[1]);
+    subspace_fastfood_args a = {.m = size, .seed = as_int(stack[2])};
     DO(tensor_in(&c, stack[0], &theta));
     DO(fastfood_args(&c, &theta, &a));
     a.d = theta.size[1], a.theta = theta.data;
@@ -31,7 +32,8 @@ OP(fastfood_adjoint, "fastfood_adjoint(Tensor x, int size, int seed) -> Tensor")
 {
     call c = begin("fastfood_adjoint");
     tensor x = {0}, dtheta = {0};
-    subspace_fastfood_args a = {.d = as_int(stack[1] /* size */), .seed = as_int(stack[2])};
+    const int64_t size = as_int(stack[1]);
+    subspace_fastfood_args a = {.d = size, .seed = as_int(stack[2])};
     DO(tensor_in(&c, stack[0], &x));
     DO(fastfood_args(&c, &x, &a));
     a.m = x.size[1], a.dout = x.data;

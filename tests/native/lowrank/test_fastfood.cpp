@@ -197,6 +197,43 @@ TEST(Fastfood, OrdersArePermutations)
         }
 }
 
+// by chi-squared over seeds, to five standard deviations: where a place goes to, where a second one goes when the first is
+// known, and of four or eight places, which order it is
+TEST(Fastfood, OrdersAreUniform)
+{
+    constexpr int64_t seeds = 100000;
+    const auto even = [](const std::vector<int64_t> &count) {
+        const double kinds = double(count.size()), expected = double(seeds) / kinds;
+        double chi = 0;
+        for (int64_t c : count) chi += (double(c) - expected) * (double(c) - expected) / expected;
+        EXPECT_LT(std::fabs(chi - (kinds - 1)), 5 * std::sqrt(2 * kinds)) << kinds;
+    };
+    for (int bits : {1, 2, 3, 4, 6, 8}) {
+        SCOPED_TRACE(bits);
+        const uint32_t n = 1u << bits, pairs[][2] = {{0, 1}, {0, n / 2}, {n - 2, n - 1}};
+        std::vector<int64_t> to[3], apart[3], which(bits == 2 ? 24 : 40320);
+        for (int k = 0; k < 3; k++) to[k].resize(n), apart[k].resize(n - 1);
+        for (uint64_t seed = 0; seed < seeds; seed++) {
+            const fastfood_order order = fastfood_order_of(seed, bits);
+            for (int k = 0; k < 3; k++) {
+                const uint32_t first = fastfood_pi(&order, pairs[k][0]), second = fastfood_pi(&order, pairs[k][1]);
+                to[k][first]++, apart[k][(second - first - 1) % n]++;
+            }
+            if (bits != 2 && bits != 3) continue;
+            uint32_t place[8], number = 0; // of the order, among all of them
+            for (uint32_t i = 0; i < n; i++) {
+                uint32_t smaller = 0;
+                place[i] = fastfood_pi(&order, i);
+                for (uint32_t j = 0; j < i; j++) smaller += place[j] < place[i];
+                number = number * (i + 1) + smaller;
+            }
+            which[number]++;
+        }
+        for (int k = 0; k < 3; k++) even(to[k]), even(apart[k]);
+        if (bits == 2 || bits == 3) even(which);
+    }
+}
+
 TEST(Fastfood, NormalsAreOddMultiplesAndNeverZero)
 {
     for (uint32_t a : {0u, 1u, 2u, 0x7fffffffu, 0xfffffffeu, 0xffffffffu})
