@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from .cosine import cosine_basis as cosine_basis
     from .cosine import cosine_columns as cosine_columns
     from .coso import CoSO as CoSO
+    from .fastfood import fastfood as fastfood
+    from .fastfood import fastfood_adjoint as fastfood_adjoint
     from .frequent_directions import frequent_directions_ as frequent_directions_
+    from .hadamard import hadamard as hadamard
     from .intrinsic import IntrinsicDimension as IntrinsicDimension
     from .intrinsic import intrinsic_dimension as intrinsic_dimension
     from .low_rank_adamw import LowRankAdamW as LowRankAdamW
@@ -28,7 +31,10 @@ _FILES = {
     "Trion": "trion",
     "cosine_basis": "cosine",
     "cosine_columns": "cosine",
+    "fastfood": "fastfood",
+    "fastfood_adjoint": "fastfood",
     "frequent_directions_": "frequent_directions",
+    "hadamard": "hadamard",
     "intrinsic_dimension": "intrinsic",
     "newton_schulz": "newton_schulz",
     "range_finder": "range_finder",
@@ -43,7 +49,10 @@ __all__ = [
     "Trion",
     "cosine_basis",
     "cosine_columns",
+    "fastfood",
+    "fastfood_adjoint",
     "frequent_directions_",
+    "hadamard",
     "intrinsic_dimension",
     "newton_schulz",
     "range_finder",

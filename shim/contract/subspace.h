@@ -295,6 +295,35 @@ typedef struct subspace_newton_schulz_args {
 enum { SUBSPACE_STEPS = 100 };
 /* How many steps, from `from` on, are made on the Gram matrix alone before X takes part again. */
 int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *, int64_t from);
+/* ---------------------------------------------------------------- hadamard
+ * The Walsh-Hadamard transform of every row, in natural order, by n log2(n) sums and differences of two:
+ *     y[v,i] = scale sum_j (-1)^(number of ones in i & j) x[v,j]
+ * Always the bits of i from the highest to the lowest, so that every device and every blocking rounds alike.     */
+typedef struct subspace_hadamard_args {
+    subspace_dtype dtype;
+    int64_t v, n;  /* rows; entries of each, a power of two up to SUBSPACE_HADAMARD */
+    double scale;  /* rounded to what is computed in; 1 changes nothing */
+    const void *x; /* [v, n] in */
+    void *y;       /* [v, n] out; may be x itself */
+} subspace_hadamard_args;
+
+enum { SUBSPACE_HADAMARD = 1 << 26 };
+
+/* ---------------------------------------------------------------- fastfood
+ * A random matrix P [m, d] of which nothing is stored: with L the least power of two that is no less than m and d,
+ *     P = (first m rows of) H G Pi H B (first d columns) / sqrt(m sum_i G_i^2)
+ * H: [L, L] as above; B, Pi, G: signs, a permutation and normal numbers, functions of the seed and L alone
+ * (fastfood.h). A column's length is 1 for m = L, and its expected square is 1 for every other m.
+ *     fastfood    out[v] = P theta[v]              fastfood_adjoint    dtheta[v] = P' dout[v]                     */
+typedef struct subspace_fastfood_args {
+    subspace_dtype dtype;
+    int64_t v, d, m; /* rows; entries of theta and of out, 1 to SUBSPACE_HADAMARD each */
+    int64_t seed;
+    const void *theta; /* [v, d] fastfood in */
+    void *out;         /* [v, m] fastfood out */
+    const void *dout;  /* [v, m] fastfood_adjoint in */
+    void *dtheta;      /* [v, d] fastfood_adjoint out */
+} subspace_fastfood_args;
 
 /* --------------------------------------------------------------- functions
  * Every function of every op, once: declarations, tables and dispatchers are made from this list.
@@ -313,6 +342,8 @@ int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *, int64_t 
     OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
     OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)                                                          \
     OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)
+    OP(hadamard) FN(hadamard, hadamard)                                                                                \
+    OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)
 /* clang-format on */
 
 #define SUBSPACE_DECLARE_OP(op)                                                                                        \
