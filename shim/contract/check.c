@@ -201,6 +201,9 @@ subspace_status subspace_newton_schulz_check(subspace_ctx *ctx, const subspace_n
     for (int64_t i = 0; i < 3 * a->steps; i++)
         CHECK(ctx, a->coefficients[i] >= -1e300 && a->coefficients[i] <= 1e300, INVALID,
               "newton_schulz: coefficients must be finite, got %g in step %lld", a->coefficients[i], LL(i / 3));
+    return SUBSPACE_OK;
+}
+
 subspace_status subspace_hadamard_check(subspace_ctx *ctx, const subspace_hadamard_args *a)
 {
     CHECK(ctx, a->v >= 0, INVALID, "hadamard: negative number of rows: %lld", LL(a->v));

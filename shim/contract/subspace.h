@@ -295,6 +295,7 @@ typedef struct subspace_newton_schulz_args {
 enum { SUBSPACE_STEPS = 100 };
 /* How many steps, from `from` on, are made on the Gram matrix alone before X takes part again. */
 int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *, int64_t from);
+
 /* ---------------------------------------------------------------- hadamard
  * The Walsh-Hadamard transform of every row, in natural order, by n log2(n) sums and differences of two:
  *     y[v,i] = scale sum_j (-1)^(number of ones in i & j) x[v,j]
@@ -341,7 +342,7 @@ typedef struct subspace_fastfood_args {
     OP(coding_rate_soft) FN(coding_rate_soft, coding_rate_soft) FN(coding_rate_soft_backward, coding_rate_soft)        \
     OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
     OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)                                                          \
-    OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)
+    OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)                       \
     OP(hadamard) FN(hadamard, hadamard)                                                                                \
     OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)
 /* clang-format on */

@@ -99,7 +99,7 @@ def test_projections_stay_what_they_are():
     assert (sparse.rows[:5].flatten() * sparse.signs[:5].flatten()).tolist() == SPARSE
 
 
-DENSE = [2.5583282e-05, 0.16475508, 0.033027139, 0.16685016, 0.27993405, 0.034981866]
+DENSE = [-0.02963971, -0.0017134811, 0.15868847, 0.11929916, -0.12923642, -0.017878173]
 SPARSE = [-9, -7, 11, 10, 24, -27, -31, -39, -40, -40]
 
 
