@@ -7,8 +7,7 @@ from torch import nn
 from torch_subspace.lowrank import cosine_basis
 from torch_subspace.lowrank.projectors import PROJECTORS, columns
 
-__all__ = ["FEEDBACKS", "PROJECTORS", "Reference", "data", "digits", "fixed", "matrix", "net", "singular", "stepped",
-           "train"]
+__all__ = ["FEEDBACKS", "PROJECTORS", "Reference", "data", "fixed", "matrix", "net", "singular", "stepped", "train"]
 FEEDBACKS = (None, "int8", "dense")
 
 
@@ -88,30 +87,3 @@ def fixed(projector, rank):
 def singular(rank):
     """Leading right singular vectors, which a sign more or less does not change."""
     return lambda g: torch.linalg.svd(g, full_matrices=False).Vh[:rank].mT
-
-
-def digits(make, seed=0, steps=300, widths=(64, 256, 256, 256, 10)):
-    """scikit-learn's digits, 1200 of them in batches of 128: the loss of those afterwards, and the accuracy of others.
-
-    `make` gets two groups: the inner layers' weights, and the rest with a rank that none of them is above.
-    """
-    from sklearn.datasets import load_digits
-
-    x, y = (torch.tensor(t) for t in load_digits(return_X_y=True))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    x, y = (x[order] / 16).float(), y[order]
-    torch.manual_seed(seed)
-    layers = [nn.Linear(m, n) for m, n in zip(widths, widths[1:])]
-    model = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))[:-1]
-    inner = [layer.weight for layer in layers[1:-1]]
-    rest = [p for p in model.parameters() if all(p is not q for q in inner)]
-    optimizer = make([{"params": inner}, {"params": rest, "rank": max(widths)}])
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = torch.randint(1200, (128,), generator=generator)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        loss = nn.functional.cross_entropy(model(x[:1200]), y[:1200]).item()
-        return loss, (model(x[1200:]).argmax(1) == y[1200:]).float().mean().item()
