@@ -60,8 +60,9 @@ class LowRankAdamW(torch.optim.AdamW):
     tensor where parameters are not on a CPU); on a CPU the first gives a RuntimeWarning. Others are not disturbed.
     Parameters that are not projected do as in torch, where such entries become NaN.
 
-    Parameters of FSDP2 (DTensors) that are sharded along their first dimension are projected along the others, by sums
-    over the processes of n r numbers; the result is that of one process with side="columns", up to rounding.
+    Parameters of FSDP2 (DTensors), sharded along their first dimension, train as one process does, up to rounding: by
+    sums of n r numbers over the processes where columns are projected, and where rows are by gathering the gradient,
+    whose moments each process then has.
 
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.

@@ -75,7 +75,8 @@ def newton_schulz(x: Tensor, *, steps: int = 5, coefficients: str | Sequence[Any
     where a processor multiplies bfloat16 itself.
 
     Differentiable any number of times, by the derivative of the steps themselves (not by that of the U Vᵀ they go
-    towards); the backward keeps x alone. Second derivatives, forward mode and torch.func go by the plain formula.
+    towards). The backward keeps x alone; while it runs it takes memory for as many matrices like x as there are steps
+    if x is nearly square, else for a few. Second derivatives, forward mode and torch.func go by the plain formula.
 
     Raises:
         TypeError: x is no dense floating tensor, or another argument is of a wrong kind.
