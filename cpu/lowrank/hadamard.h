@@ -31,7 +31,7 @@ typedef struct hadamard_rows {
     double scale;
     const void *x;
     void *y;
-    char *strips; /* [slots, LINES, STRIP] bytes */
+    void *strips; /* [slots, LINES, STRIP] bytes */
 } hadamard_rows;
 
 static int64_t lines_of(int64_t n, size_t item)
@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) FN(vec) FN(within)(FN(vec) v, const
 {
 #define BIT(h)                                                                                                         \
     if (n > (h) && FN(LANES) > (h)) {                                                                                  \
-        FN(vec) sign;                                                                                                  \
+        FN(vec) sign = {0};                                                                                            \
         for (int i = 0; i < FN(LANES); i++) sign[i] = i & (h) ? -1 : 1;                                                \
         v = __builtin_shufflevector(v, v, PLACES((h) & (FN(LANES) - 1))) + sign * v;                                   \
     }
@@ -216,7 +216,7 @@ static void FN(rows)(const T *x, T *y, int64_t count, int64_t n, T *strip, T sca
 
 static T *FN(strip_of)(const hadamard_rows *p, int64_t slot)
 {
-    return (T *)(p->strips + slot * LINES * STRIP);
+    return (T *)p->strips + slot * LINES * (STRIP / (int64_t)sizeof(T));
 }
 
 /* Each slot some whole rows, */

@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform: ours, one bit of a place at a time in torch, chunks and concatenations, a product.
+"""The Walsh-Hadamard transform: ours, chunks and concatenations, a product with the matrix.
 
 The floor is a copy of the array, which any transform makes as well. `fast-hadamard-transform` is for CUDA alone.
 """
@@ -21,18 +21,8 @@ def inputs(v, n, device):
     return torch.randn(v, n, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def chunks(x):
-    """As public code for intrinsic dimensions has it."""
-    width = 1
-    while width < x.shape[-1]:
-        parts = x.split(width, -1)
-        pairs = [t for a, b in zip(parts[::2], parts[1::2]) for t in (a + b, a - b)]
-        x, width = torch.cat(pairs, -1), 2 * width
-    return x
-
-
 def chunk(x):
-    """The same without a list: two halves and a concatenation for a bit of a place."""
+    """As public code for intrinsic dimensions has it: two halves and a concatenation for each bit of a place."""
     n, width = x.shape[-1], 1
     while width < n:
         a, b = x.view(-1, n // (2 * width), 2, width).chunk(2, 2)
@@ -88,5 +78,6 @@ def cases(device):
     """One long row, and arrays that no cache holds, of rows of an activation's size up to 8192."""
     copies = [Target(OURS, (FLOOR,), "<=", 1.5, 1.2)]
     return [case(1, 1 << 20, device, [Target(OURS, (FLOOR,), "<=", 4, 3), Target(OURS, (CHUNKS,), ">=", 10, 16)]),
-            case(1 << 16, 256, device, copies, with_product=True), case(1 << 14, 1024, device, copies, with_product=True),
+            case(1 << 16, 256, device, copies, with_product=True),
+            case(1 << 14, 1024, device, copies, with_product=True),
             case(1 << 11, 8192, device, copies)]

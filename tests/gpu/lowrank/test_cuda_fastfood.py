@@ -9,8 +9,8 @@ from torch_subspace.lowrank import fastfood, fastfood_adjoint
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1, 1), (3, 1, 2), (2, 3, 2), (5, 7, 300), (5, 300, 7), (1, 1000, 1 << 20), (1, 1 << 20, 1000), (40, 4096, 4096),
-          (1, 1 << 22, 1), (2, 17, 1 << 21)]
+SHAPES = [(1, 1, 1), (3, 1, 2), (2, 3, 2), (5, 7, 300), (5, 300, 7), (1, 1000, 1 << 20), (1, 1 << 20, 1000),
+          (40, 4096, 4096), (1, 1 << 22, 1), (2, 17, 1 << 21)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

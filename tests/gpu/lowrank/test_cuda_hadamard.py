@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform on a GPU against the CPU's, to the bit: all numbers of passes, halves. Never run so far."""
+"""The Walsh-Hadamard transform on a GPU against the CPU's, to the bit: all numbers of passes, halves. Never run yet."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from torch_subspace.lowrank import hadamard
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (1000, 2), (77, 16), (33, 32), (5, 64), (300, 2048), (9, 4096), (70, 8192), (3, 1 << 14), (2, 1 << 17),
-          (1, 1 << 20), (1, 1 << 22), (1, 1 << 24)]
+SHAPES = [(1, 1), (1000, 2), (77, 16), (33, 32), (5, 64), (300, 2048), (9, 4096), (70, 8192), (3, 1 << 14),
+          (2, 1 << 17), (1, 1 << 20), (1, 1 << 22), (1, 1 << 24)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
