@@ -103,23 +103,24 @@ static inline
                                                         int64_t width, const int bits, const bool last, T scale)
 {
     enum { MOST = 1 << NEAR };
+    const int count = 1 << bits;
     for (int64_t row = 0; row < step; row++)
         for (int64_t i = 0; i < width; i += FN(LANES)) {
             const T *from = x + row * xs + i;
             T *to = y + row * ys + i;
             FN(vec) v[MOST];
 #pragma GCC unroll 16
-            for (int k = 0; k < 1 << bits; k++) v[k] = *(const FN(vecu) *)(from + k * step * xs);
+            for (int k = 0; k < count; k++) v[k] = *(const FN(vecu) *)(from + k * step * xs);
 #pragma GCC unroll 4
             for (int bit = bits - 1; bit >= 0; bit--)
 #pragma GCC unroll 8
-                for (int pair = 0; pair < 1 << bits >> 1; pair++) {
+                for (int pair = 0; pair < count / 2; pair++) {
                     const int low = pair >> bit << (bit + 1) | (pair & ((1 << bit) - 1)), high = low | 1 << bit;
                     const FN(vec) a = v[low], b = v[high];
                     v[low] = a + b, v[high] = a - b;
                 }
 #pragma GCC unroll 16
-            for (int k = 0; k < 1 << bits; k++)
+            for (int k = 0; k < count; k++)
                 *(FN(vecu) *)(to + k * step * ys) = last ? FN(within)(v[k], FN(LANES)) * scale : v[k];
         }
 }
