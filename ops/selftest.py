@@ -31,6 +31,7 @@ from . import (
     tucker_conv,
     tucker_linear,
 )
+from .lowrank.fastfood import plain as fastfood_formula
 
 _op = torch.ops.torch_subspace
 
@@ -182,6 +183,26 @@ def _plain_newton_schulz(x: Tensor) -> Tensor:
         gram = y @ y.mT
         y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
     return y
+def _rows_of(v: int, n: int) -> list[Tensor]:
+    return _draw((v, n))
+
+
+def _plain_hadamard(x: Tensor) -> Tensor:
+    """A product with the matrix of signs."""
+    place = torch.arange(x.shape[1], device=x.device)
+    both, odd = place & place[:, None], torch.zeros((), dtype=torch.int64, device=x.device)
+    for bit in range(x.shape[1].bit_length() - 1):
+        odd = odd ^ (both >> bit & 1)
+    return x @ (1 - 2 * odd).to(x.dtype)
+
+
+def _fastfood(theta: Tensor) -> Tensor:
+    return lowrank.fastfood(theta, 4 * theta.shape[1], seed=0)
+
+
+def _plain_fastfood(theta: Tensor) -> Tensor:
+    """The formula with whole transforms, by what torch's integers draw."""
+    return fastfood_formula(theta, 4 * theta.shape[1], 0)
 
 
 def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
@@ -215,6 +236,8 @@ ROWS = (
         (60, 12, 20), (512, 128, 256), 2e-5),
     Row("newton_schulz", lambda m, n: _draw((m, n)), lowrank.newton_schulz, _plain_newton_schulz, 1, (20, 60),
         (256, 1024), 2e-4),
+    Row("hadamard", _rows_of, lowrank.hadamard, _plain_hadamard, 1, (5, 64), (256, 4096)),
+    Row("fastfood", _rows_of, _fastfood, _plain_fastfood, 1, (3, 20), (1, 1 << 16)),
 )
 
 

@@ -7,8 +7,13 @@ import bad_input as table
 import bad_values as bad
 import torch
 from bad_input import Call, call, method
+
+
+from bad_input import Call, call
 from helpers import normal
 from torch import nn
+
+from torch_subspace import lowrank
 
 from torch_subspace import lowrank
 
@@ -165,3 +170,12 @@ add("lowrank.CoSO.step", method(coso, "step", closure=None), ("CoSO",), closure=
 add("lowrank.CoSO.load_state_dict", method(coso, "load_state_dict", state_dict=lambda: coso().state_dict()), ("CoSO",),
     state_dict=bad.those(list=[1], state={"state": {}}))
 add("lowrank.CoSO.memory", remembered, ("CoSO",), parameter=bad.those(another=nn.Parameter(torch.ones(5, 4))))
+
+
+DRAWN = {"size": bad.whole(0, 2**26 + 1), "seed": bad.whole(-1, 2**63)}
+add("lowrank.hadamard", call(lowrank.hadamard, x=x(3, 8), normalize=True), x=bad.tensor, normalize=bad.flag,
+    fine="x: another float, dimensions more, no rows, a dimension less, meta")
+add("lowrank.fastfood", call(lowrank.fastfood, theta=x(3, 5), size=20, seed=0), theta=bad.tensor, **DRAWN,
+    fine="theta: another float, dimensions more, no rows, a dimension less, meta")
+add("lowrank.fastfood_adjoint", call(lowrank.fastfood_adjoint, x=x(3, 5), size=20, seed=0), x=bad.tensor, **DRAWN,
+    fine="x: another float, dimensions more, no rows, a dimension less, meta")

@@ -179,14 +179,14 @@ static void FN(enter)(int64_t begin, int64_t end, void *arg)
         int64_t from, to;
         for (tiles_of(run, slot, &from, &to); from < to; from += TILE) {
             const int64_t count = MIN(TILE, to - from), given = MAX(0, MIN(count, run->ins - from));
-            uint32_t sign[TILE];
+            uint32_t sign[TILE] = {0};
             if (!run->adjoint) signs_of(run, from, sign);
             for (int64_t r = 0; r < run->rows; r++) {
                 T *t = (T *)run->t + r * run->in + from;
                 FN(widen)(run->a->dtype, run->adjoint ? run->a->dout : run->a->theta, (run->from + r) * run->ins + from,
                           given, t);
                 memset(t + given, 0, (size_t)(count - given) * sizeof(T));
-                for (int64_t i = 0; !run->adjoint && i < given; i++) t[i] = sign[i] ? -t[i] : t[i];
+                for (int64_t i = 0; i < given; i++) t[i] = sign[i] ? -t[i] : t[i];
             }
         }
     }
@@ -211,7 +211,7 @@ static void FN(mix)(int64_t begin, int64_t end, void *arg)
             for (int64_t r = 0; r < run->rows; r++) {
                 const T *t = (T *)run->t + r * run->in;
                 T *u = (T *)run->u + r * run->length + from;
-                T tile[TILE]; /* u may be t */
+                T tile[TILE] = {0}; /* u may be t */
                 for (int64_t i = 0; i < count; i++) tile[i] = g[i] * t[place[i] & mask];
                 memcpy(u, tile, (size_t)count * sizeof(T));
             }

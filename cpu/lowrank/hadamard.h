@@ -31,7 +31,7 @@ typedef struct hadamard_rows {
     double scale;
     const void *x;
     void *y;
-    char *strips; /* [slots, LINES, STRIP] bytes */
+    void *strips; /* [slots, LINES, STRIP] bytes */
 } hadamard_rows;
 
 static int64_t lines_of(int64_t n, size_t item)
@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) FN(vec) FN(within)(FN(vec) v, const
 {
 #define BIT(h)                                                                                                         \
     if (n > (h) && FN(LANES) > (h)) {                                                                                  \
-        FN(vec) sign;                                                                                                  \
+        FN(vec) sign = {0};                                                                                            \
         for (int i = 0; i < FN(LANES); i++) sign[i] = i & (h) ? -1 : 1;                                                \
         v = __builtin_shufflevector(v, v, PLACES((h) & (FN(LANES) - 1))) + sign * v;                                   \
     }
@@ -103,23 +103,24 @@ static inline
                                                         int64_t width, const int bits, const bool last, T scale)
 {
     enum { MOST = 1 << NEAR };
+    const int count = 1 << bits;
     for (int64_t row = 0; row < step; row++)
         for (int64_t i = 0; i < width; i += FN(LANES)) {
             const T *from = x + row * xs + i;
             T *to = y + row * ys + i;
             FN(vec) v[MOST];
 #pragma GCC unroll 16
-            for (int k = 0; k < 1 << bits; k++) v[k] = *(const FN(vecu) *)(from + k * step * xs);
+            for (int k = 0; k < count; k++) v[k] = *(const FN(vecu) *)(from + k * step * xs);
 #pragma GCC unroll 4
             for (int bit = bits - 1; bit >= 0; bit--)
 #pragma GCC unroll 8
-                for (int pair = 0; pair < 1 << bits >> 1; pair++) {
+                for (int pair = 0; pair < count / 2; pair++) {
                     const int low = pair >> bit << (bit + 1) | (pair & ((1 << bit) - 1)), high = low | 1 << bit;
                     const FN(vec) a = v[low], b = v[high];
                     v[low] = a + b, v[high] = a - b;
                 }
 #pragma GCC unroll 16
-            for (int k = 0; k < 1 << bits; k++)
+            for (int k = 0; k < count; k++)
                 *(FN(vecu) *)(to + k * step * ys) = last ? FN(within)(v[k], FN(LANES)) * scale : v[k];
         }
 }
@@ -216,7 +217,7 @@ static void FN(rows)(const T *x, T *y, int64_t count, int64_t n, T *strip, T sca
 
 static T *FN(strip_of)(const hadamard_rows *p, int64_t slot)
 {
-    return (T *)(p->strips + slot * LINES * STRIP);
+    return (T *)p->strips + slot * LINES * (STRIP / (int64_t)sizeof(T));
 }
 
 /* Each slot some whole rows, */

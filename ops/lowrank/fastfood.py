@@ -2,9 +2,9 @@
 
     P     = (first m rows of) H_L G Π H_L B (first d columns) / sqrt(m Σ G²)        L the least 2^k >= max(m, d)
 
-H is the Walsh-Hadamard transform, B signs, Π a permutation and G normal numbers: functions of the seed and a place alone,
-drawn again wherever they are needed. Le, Sarlós & Smola 2013; with this scale, Li et al. 2018 (intrinsic dimension): a
-column of H G Π H B has the squared length L Σ G², of which m of L entries are a part m / L on average.
+H is the Walsh-Hadamard transform, B signs, Π a permutation and G normal numbers: functions of the seed and a place
+alone, drawn again wherever they are needed. Le, Sarlós & Smola 2013; with this scale, Li et al. 2018 (intrinsic
+dimension): a column of H G Π H B has the squared length L Σ G², of which m of L entries are a part m / L on average.
 
 P is linear, and its transpose is as cheap: each is the other's backward. See cpu/lowrank/fastfood.c.
 """

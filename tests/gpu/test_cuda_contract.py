@@ -256,6 +256,8 @@ EMPTY = [
     ("newton_schulz, no matrices", lambda d: ts.lowrank.newton_schulz(torch.ones(0, 5, 3, device=d))),
     ("newton_schulz, no rows", lambda d: ts.lowrank.newton_schulz(torch.ones(2, 0, 3, device=d))),
     ("sigreg, no points", lambda d: OP.sigreg(torch.ones(2, 0, 3, device=d), torch.ones(3, 4, device=d), 5, 0.5)),
+    ("hadamard, no rows", lambda d: ts.lowrank.hadamard(torch.ones(0, 8, device=d))),
+    ("fastfood, no rows", lambda d: ts.lowrank.fastfood(torch.ones(0, 8, device=d), 20, seed=0)),
 ]
 
 
@@ -294,6 +296,8 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
                                                1.0, 0.0),
     "sigreg": lambda: OP.sigreg(ones(1, 6, 4), ones(3, 2), 5, 0.5),
     "newton_schulz": lambda: OP.newton_schulz(ones(1, 6, 4), [1.0, 2.0], 1e-7),
+    "hadamard": lambda: OP.hadamard(ones(2, 12), 1.0),
+    "fastfood": lambda: OP.fastfood(ones(2, 12), 0, 3),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
 }
 

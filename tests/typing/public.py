@@ -126,6 +126,8 @@ trion = ts.lowrank.Trion(ts.lowrank.trion_groups(net, adamw=["0"], lr=0.02), ran
 trion_bytes: int = trion.state_bytes()
 trion_skipped: int | Tensor = trion.skipped
 trion.step()
+turned_over: Tensor = ts.lowrank.hadamard(x, normalize=True)
+many: Tensor = ts.lowrank.fastfood(x, 100, seed=0) + ts.lowrank.fastfood_adjoint(x, 100, seed=0)
 clusterer = ts.ManifoldClustering(n_clusters=4, random_state=0)
 clusterer = ts.ManifoldClustering(n_clusters=None, random_state=0)
 clusters = clusterer.fit(x.numpy()).predict(x.numpy())

@@ -197,8 +197,8 @@ TEST(Fastfood, OrdersArePermutations)
         }
 }
 
-// by chi-squared over seeds, to five standard deviations: where a place goes to, where a second one goes when the first is
-// known, and of four or eight places, which order it is
+// by chi-squared over seeds, to five standard deviations: where a place goes to, where a second one goes when the first
+// is known, and of four or eight places, which order it is
 TEST(Fastfood, OrdersAreUniform)
 {
     constexpr int64_t seeds = 100000;
