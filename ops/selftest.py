@@ -23,6 +23,7 @@ from . import (
     grassmann_step_,
     isotropy,
     library,
+    lowrank,
     sinkhorn,
     subspace_cross_entropy,
     subspace_logits,
@@ -30,6 +31,7 @@ from . import (
     tucker_conv,
     tucker_linear,
 )
+from .lowrank.fastfood import plain as fastfood_formula
 
 _op = torch.ops.torch_subspace
 
@@ -174,6 +176,28 @@ def _plain_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     return z.shape[0] * torch.trapezoid(2 * normal * error, t).mean()
 
 
+def _rows_of(v: int, n: int) -> list[Tensor]:
+    return _draw((v, n))
+
+
+def _plain_hadamard(x: Tensor) -> Tensor:
+    """A product with the matrix of signs."""
+    place = torch.arange(x.shape[1], device=x.device)
+    both, odd = place & place[:, None], torch.zeros((), dtype=torch.int64, device=x.device)
+    for bit in range(x.shape[1].bit_length() - 1):
+        odd = odd ^ (both >> bit & 1)
+    return x @ (1 - 2 * odd).to(x.dtype)
+
+
+def _fastfood(theta: Tensor) -> Tensor:
+    return lowrank.fastfood(theta, 4 * theta.shape[1], seed=0)
+
+
+def _plain_fastfood(theta: Tensor) -> Tensor:
+    """The formula with whole transforms, by what torch's integers draw."""
+    return fastfood_formula(theta, 4 * theta.shape[1], 0)
+
+
 def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
     return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -203,6 +227,8 @@ ROWS = (
     Row("sinkhorn", _scores, _plan, _plain_plan, 1, (30,), (256,), 2e-5),
     Row("sigreg", _sketch, lambda z, directions: isotropy.sigreg(z, directions=directions), _plain_sigreg, 1,
         (60, 12, 20), (512, 128, 256), 2e-5),
+    Row("hadamard", _rows_of, lowrank.hadamard, _plain_hadamard, 1, (5, 64), (256, 4096)),
+    Row("fastfood", _rows_of, _fastfood, _plain_fastfood, 1, (3, 20), (1, 1 << 16)),
 )
 
 

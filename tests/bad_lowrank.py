@@ -65,3 +65,11 @@ add("lowrank.LowRankAdamW.step", method(low_rank, "step", closure=None), ("LowRa
 add("lowrank.LowRankAdamW.load_state_dict",
     method(low_rank, "load_state_dict", state_dict=lambda: low_rank().state_dict()), ("LowRankAdamW",),
     state_dict=bad.those(list=[1], state={"state": {}}))
+
+DRAWN = {"size": bad.whole(0, 2**26 + 1), "seed": bad.whole(-1, 2**63)}
+add("lowrank.hadamard", call(lowrank.hadamard, x=x(3, 8), normalize=True), x=bad.tensor, normalize=bad.flag,
+    fine="x: another float, dimensions more, no rows, a dimension less, meta")
+add("lowrank.fastfood", call(lowrank.fastfood, theta=x(3, 5), size=20, seed=0), theta=bad.tensor, **DRAWN,
+    fine="theta: another float, dimensions more, no rows, a dimension less, meta")
+add("lowrank.fastfood_adjoint", call(lowrank.fastfood_adjoint, x=x(3, 5), size=20, seed=0), x=bad.tensor, **DRAWN,
+    fine="x: another float, dimensions more, no rows, a dimension less, meta")

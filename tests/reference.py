@@ -268,6 +268,27 @@ def sinkhorn_half_steps(scores, *, eta=0.1, half_steps=5):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# hadamard, fastfood: rows x (..., n), n a power of two
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hadamard(x, *, normalize=False):
+    """A product with the matrix of Sylvester's construction."""
+    n, matrix = x.shape[-1], torch.ones(1, 1, dtype=x.dtype)
+    for _ in range(n.bit_length() - 1):
+        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=x.dtype), matrix)
+    return x @ matrix / (n**0.5 if normalize else 1)
+
+
+def fastfood(signs, order, normal, size):
+    """P (size, d) of B (d,), Π as the places that entries are taken from (n,), and G (n,)."""
+    identity = torch.eye(len(normal), dtype=torch.float64)
+    columns = hadamard(identity)[:, : len(signs)] * signs.double()  # H B
+    columns = hadamard((normal.double()[:, None] * columns[order]).mT).mT  # H G Π of it
+    return columns[:size] / (size * normal.double().square().sum()).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # sigreg: points z (..., n, d), directions (d, slices)
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cosine import basis_columns, columns_of
+from .hadamard import hadamard
 from .range_finder import range_basis, scaled
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
@@ -74,8 +75,8 @@ def _powers(size: int) -> list[int]:
 
 
 def _walsh_spectrum(g: Tensor) -> Tensor:
-    parts = g.split(_powers(g.shape[-1]), -1)
-    return torch.cat([_hadamard(part) * part.shape[-1] ** -0.5 for part in parts], -1)
+    parts = [hadamard(part, normalize=True) for part in g.split(_powers(g.shape[-1]), -1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,14 +95,6 @@ def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _in_order(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return index, torch.zeros_like(index, dtype=torch.bool)
-
-
-def _hadamard(x: Tensor) -> Tensor:
-    """Along the last dimension, a power of two: H of 2^(a + b) is that of 2^a for rows and of 2^b for columns."""
-    half = x.shape[-1].bit_length() // 2
-    rows, columns = (_walsh_columns(n, torch.arange(n, device=x.device), x.dtype) * n**0.5
-                     for n in (1 << half, x.shape[-1] >> half))
-    return (rows @ x.unflatten(-1, (1 << half, -1)) @ columns).flatten(-2)
 
 
 def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, now: tuple[str, Tensor],

@@ -171,3 +171,19 @@ subspace_status subspace_sigreg_check(subspace_ctx *ctx, const subspace_sigreg_a
     CHECK(ctx, a->step > 0 && a->step <= 1e300, INVALID, "sigreg: step must be positive and finite, got %g", a->step);
     return SUBSPACE_OK;
 }
+
+subspace_status subspace_hadamard_check(subspace_ctx *ctx, const subspace_hadamard_args *a)
+{
+    CHECK(ctx, a->v >= 0, INVALID, "hadamard: negative number of rows: %lld", LL(a->v));
+    CHECK(ctx, a->n > 0 && a->n <= SUBSPACE_HADAMARD && (a->n & (a->n - 1)) == 0, INVALID,
+          "hadamard: the length must be a power of two, at most 2^26, got %lld", LL(a->n));
+    return SUBSPACE_OK;
+}
+
+subspace_status subspace_fastfood_check(subspace_ctx *ctx, const subspace_fastfood_args *a)
+{
+    CHECK(ctx, a->v >= 0, INVALID, "fastfood: negative number of rows: %lld", LL(a->v));
+    CHECK(ctx, a->d > 0 && a->d <= SUBSPACE_HADAMARD && a->m > 0 && a->m <= SUBSPACE_HADAMARD, INVALID,
+          "fastfood: both sizes must be 1 to 2^26, got %lld to %lld", LL(a->d), LL(a->m));
+    return SUBSPACE_OK;
+}

@@ -278,6 +278,36 @@ typedef struct subspace_sigreg_args {
 
 enum { SUBSPACE_KNOTS = 1 << 12 };
 
+/* ---------------------------------------------------------------- hadamard
+ * The Walsh-Hadamard transform of every row, in natural order, by n log2(n) sums and differences of two:
+ *     y[v,i] = scale sum_j (-1)^(number of ones in i & j) x[v,j]
+ * Always the bits of i from the highest to the lowest, so that every device and every blocking rounds alike.     */
+typedef struct subspace_hadamard_args {
+    subspace_dtype dtype;
+    int64_t v, n;  /* rows; entries of each, a power of two up to SUBSPACE_HADAMARD */
+    double scale;  /* rounded to what is computed in; 1 changes nothing */
+    const void *x; /* [v, n] in */
+    void *y;       /* [v, n] out; may be x itself */
+} subspace_hadamard_args;
+
+enum { SUBSPACE_HADAMARD = 1 << 26 };
+
+/* ---------------------------------------------------------------- fastfood
+ * A random matrix P [m, d] of which nothing is stored: with L the least power of two that is no less than m and d,
+ *     P = (first m rows of) H G Pi H B (first d columns) / sqrt(m sum_i G_i^2)
+ * H: [L, L] as above; B, Pi, G: signs, a permutation and normal numbers, functions of the seed and L alone
+ * (fastfood.h). A column's length is 1 for m = L, and its expected square is 1 for every other m.
+ *     fastfood    out[v] = P theta[v]              fastfood_adjoint    dtheta[v] = P' dout[v]                     */
+typedef struct subspace_fastfood_args {
+    subspace_dtype dtype;
+    int64_t v, d, m; /* rows; entries of theta and of out, 1 to SUBSPACE_HADAMARD each */
+    int64_t seed;
+    const void *theta; /* [v, d] fastfood in */
+    void *out;         /* [v, m] fastfood out */
+    const void *dout;  /* [v, m] fastfood_adjoint in */
+    void *dtheta;      /* [v, d] fastfood_adjoint out */
+} subspace_fastfood_args;
+
 /* --------------------------------------------------------------- functions
  * Every function of every op, once: declarations, tables and dispatchers are made from this list.
  * OP(op) stands for what each op has once, FN(fn, op) for a function that takes subspace_<op>_args.   */
@@ -293,7 +323,9 @@ enum { SUBSPACE_KNOTS = 1 << 12 };
     OP(coding_rate) FN(coding_rate, coding_rate) FN(coding_rate_backward, coding_rate)                                 \
     OP(coding_rate_soft) FN(coding_rate_soft, coding_rate_soft) FN(coding_rate_soft_backward, coding_rate_soft)        \
     OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
-    OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)
+    OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)                                                          \
+    OP(hadamard) FN(hadamard, hadamard)                                                                                \
+    OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)
 /* clang-format on */
 
 #define SUBSPACE_DECLARE_OP(op)                                                                                        \

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 import torch_subspace as ts
 from torch_subspace.isotropy import sigreg
+from torch_subspace.lowrank import fastfood, fastfood_adjoint, hadamard
 from torch_subspace.rates.coding_rate_soft import soft_rate
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
@@ -161,6 +162,11 @@ CASES = [
     Case("sigreg", sketch, lambda z, a: sigreg(z, directions=a), 1, narrow=1, tf32=True),
     Case("sigreg many knots", lambda: sketch(1, 9, 5, 3), lambda z, a: sigreg(z, directions=a, knots=40), 1, narrow=1,
          tf32=True),
+    Case("hadamard", lambda: draw((3, 64)), hadamard, 1),
+    Case("hadamard short rows", lambda: draw((50, 4)), lambda x: hadamard(x, normalize=True), 1),
+    Case("fastfood", lambda: draw((2, 5)), lambda t: fastfood(t, 300, seed=3), 1),
+    Case("fastfood to fewer", lambda: draw((2, 300)), lambda t: fastfood(t, 7, seed=3), 1),
+    Case("fastfood adjoint", lambda: draw((2, 90)), lambda x: fastfood_adjoint(x, 20, seed=3), 1),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # what the adapters' dropout does can't be compared with the CPU by value: the seed is another
@@ -186,6 +192,8 @@ LARGER = [
     Case("sinkhorn symmetric 300", lambda: scores(300, symmetric=True),
          lambda s: ts.sinkhorn(s, max_iter=6, symmetric=True), 1),
     Case("sigreg, slices of points", lambda: sketch(2, 700, 40, 70), lambda z, a: sigreg(z, directions=a), 1),
+    Case("hadamard, three passes", lambda: draw((1, 1 << 14)), hadamard, 1),
+    Case("fastfood, blocks", lambda: draw((3, 700)), lambda t: fastfood(t, 5000, seed=3), 1),
     Case("tucker_linear, rows", lambda: linear(200, 300, 130, 16), ts.tucker_linear, 6),
 ]
 

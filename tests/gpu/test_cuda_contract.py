@@ -254,6 +254,8 @@ EMPTY = [
     ("sinkhorn, no views", lambda d: ts.sinkhorn(torch.ones(0, 4, 4, device=d))),
     ("sigreg, no views", lambda d: ts.isotropy.sigreg(torch.ones(0, 5, 3, device=d), seed=0)),
     ("sigreg, no points", lambda d: OP.sigreg(torch.ones(2, 0, 3, device=d), torch.ones(3, 4, device=d), 5, 0.5)),
+    ("hadamard, no rows", lambda d: ts.lowrank.hadamard(torch.ones(0, 8, device=d))),
+    ("fastfood, no rows", lambda d: ts.lowrank.fastfood(torch.ones(0, 8, device=d), 20, seed=0)),
 ]
 
 
@@ -291,6 +293,8 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "tucker_linear": lambda: OP.tucker_linear_(ones(3, 4), ones(3, 5), ones(2, 2), ones(4, 3), ones(2, 5), integers(0),
                                                1.0, 0.0),
     "sigreg": lambda: OP.sigreg(ones(1, 6, 4), ones(3, 2), 5, 0.5),
+    "hadamard": lambda: OP.hadamard(ones(2, 12), 1.0),
+    "fastfood": lambda: OP.fastfood(ones(2, 12), 0, 3),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
 }
 
