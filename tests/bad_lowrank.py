@@ -15,8 +15,6 @@ from torch import nn
 
 from torch_subspace import lowrank
 
-from torch_subspace import lowrank
-
 INF = math.inf
 
 CALLS: dict[str, Call] = {}

@@ -5,9 +5,8 @@
     m, v     = AdamW's moments of g, turned with Q: m <- m R, v <- v (R ∘ R), R = Q_beforeᵀ Q
     W        <- (1 - lr wd) W - lr scale (m / (sqrt v + eps)) Qᵀ
 
-Found by the range finder, Q is turned towards singular vectors, which measured takes half of its distance from their
-loss. Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix
-is r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
+Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix is
+r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
 
 GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, and LDAdam, arXiv 2410.16103.
 """

@@ -126,7 +126,7 @@ class Matrix:
 
     def _finite(self, low):
         """Of each matrix: what is not finite in a gradient is not in its projection either."""
-        finite = low.isfinite().all(-1).all(-1)
+        finite = low.sum((-2, -1)).isfinite()
         if self.processes is not None:
             finite = finite.float()
             dist.all_reduce(finite, dist.ReduceOp.MIN, self.processes)

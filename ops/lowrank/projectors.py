@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cosine import basis_columns, columns_of
-from .range_finder import orthonormal, range_basis, scaled
+from .hadamard import hadamard
+from .range_finder import range_basis, scaled
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
@@ -33,40 +34,19 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
         own = (_walsh_spectrum, _in_order) if projector == "hadamard" else ()
         low, index = columns_of(g, rank, group, *own)
         return index, low
-    if projector == "svd":
-        basis = _singular(g, rank, group).to(g.dtype)
-        return basis, along(g, basis, group)
-    basis = range_basis(g, start, 1, group)
-    low = g @ basis
-    turn = _towards_singular(low, group)
-    return basis @ turn, _without_rounding(low @ turn, group)
+    basis = _singular(g, rank, group).to(g.dtype) if projector == "svd" else range_basis(g, start, 1, group)
+    return basis, along(g, basis, group)
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """G Q of a basis that is no fixed one."""
-    return _without_rounding(g @ basis, group)
-
-
-def _towards_singular(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """An orthogonal (r, r) that turns g's columns towards its singular vectors, by one step of orthogonal iteration:
-    coordinates that are less correlated, for AdamW's squares."""
-    gram = low.mT @ low
+    """G Q of a basis that is no fixed one. Columns that are nothing but rounding become 0: a gradient of lower rank has
+    none there, and AdamW would make steps of full length of them."""
+    low = g @ basis
+    squares = scaled(low, group).square().sum(-2, keepdim=True)
     if group is not None:
-        dist.all_reduce(gram, group=group)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return orthonormal(scaled(gram) + torch.finfo(gram.dtype).eps * eye)
-
-
-def _without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Columns that are nothing but rounding become 0: a gradient of lower rank has none there, and AdamW would make
-    steps of full length of them."""
-    norms = torch.linalg.vector_norm(low, dim=-2, keepdim=True, dtype=torch.float64)
-    if group is not None:
-        squares = norms.square()
         dist.all_reduce(squares, group=group)
-        norms = squares.sqrt()
-    least = 16 * torch.finfo(low.dtype).eps * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
-    return low.masked_fill_(norms <= least, 0)
+    least = (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
+    return low.masked_fill_(squares <= least, 0)
 
 
 def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -95,8 +75,8 @@ def _powers(size: int) -> list[int]:
 
 
 def _walsh_spectrum(g: Tensor) -> Tensor:
-    parts = g.split(_powers(g.shape[-1]), -1)
-    return torch.cat([_hadamard(part) * part.shape[-1] ** -0.5 for part in parts], -1)
+    parts = [hadamard(part, normalize=True) for part in g.split(_powers(g.shape[-1]), -1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,14 +95,6 @@ def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _in_order(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return index, torch.zeros_like(index, dtype=torch.bool)
-
-
-def _hadamard(x: Tensor) -> Tensor:
-    """Along the last dimension, a power of two: H of 2^(a + b) is that of 2^a for rows and of 2^b for columns."""
-    half = x.shape[-1].bit_length() // 2
-    rows, columns = (_walsh_columns(n, torch.arange(n, device=x.device), x.dtype) * n**0.5
-                     for n in (1 << half, x.shape[-1] >> half))
-    return (rows @ x.unflatten(-1, (1 << half, -1)) @ columns).flatten(-2)
 
 
 def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, now: tuple[str, Tensor],
