@@ -115,7 +115,6 @@ class CoSO(torch.optim.AdamW):
         if not isinstance(params, Iterable):
             raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
         self._own |= _checked(name, kinds)
-        self.skipped = 0
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,7 +134,6 @@ class CoSO(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped", 0)
         for group in self.param_groups:
             for key in OPTIONS:
                 group.setdefault(key, self.defaults[key])
@@ -207,7 +205,7 @@ class CoSO(torch.optim.AdamW):
         state, shape = self.state[p], matrix_of(group, p)
         grad = p.grad.reshape(shape).to(wide_dtype(p.dtype))
         if not grad.isfinite().all():
-            self._skip(p)
+            self._skip(group, p)
             return
         held = {key: state[key].to(p.device) for key in OWN if key in state}
         memory, basis, count = held.get("memory"), held.get("basis"), int(state.get("step", 0)) - (not moves)
@@ -242,8 +240,13 @@ class CoSO(torch.optim.AdamW):
         p.add_(change.reshape(p.shape).to(p.dtype))
         state.update(step=torch.tensor(float(count)), exp_avg=mean, exp_avg_sq=square, basis=basis)
 
-    def _skip(self, p: Tensor) -> None:
-        self.skipped += 1
+    @property
+    def skipped(self) -> int:
+        """Matrices left as they were for a gradient that is not finite so far."""
+        return sum(group.get("skipped", 0) for group in self.param_groups)
+
+    def _skip(self, group: dict[str, Any], p: Tensor) -> None:
+        group["skipped"] = group.get("skipped", 0) + 1
         if not self._warned:
             self._warned = True
             warnings.warn(f"{type(self).__name__}: a matrix of shape {tuple(p.shape)} had a non-finite gradient and "
