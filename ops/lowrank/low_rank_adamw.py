@@ -5,8 +5,9 @@
     m, v     = AdamW's moments of g, turned with Q: m <- m R, v <- v (R ∘ R), R = Q_beforeᵀ Q
     W        <- (1 - lr wd) W - lr scale (m / (sqrt v + eps)) Qᵀ
 
-Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix is
-r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
+Found by the range finder, Q is turned towards singular vectors, which measured takes half of its distance from their
+loss. Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix
+is r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
 
 GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, and LDAdam, arXiv 2410.16103.
 """
@@ -59,8 +60,9 @@ class LowRankAdamW(torch.optim.AdamW):
     tensor where parameters are not on a CPU); on a CPU the first gives a RuntimeWarning. Others are not disturbed.
     Parameters that are not projected do as in torch, where such entries become NaN.
 
-    Parameters of FSDP2 (DTensors) that are sharded along their first dimension are projected along the others, by sums
-    over the processes of n r numbers; the result is that of one process with side="columns", up to rounding.
+    Parameters of FSDP2 (DTensors), sharded along their first dimension, train as one process does, up to rounding: by
+    sums of n r numbers over the processes where columns are projected, and where rows are by gathering the gradient,
+    whose moments each process then has.
 
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.
@@ -143,10 +145,10 @@ class LowRankAdamW(torch.optim.AdamW):
         # torch gives moments the parameter's dtype, indices too
         own = (p for group in self.param_groups for p in group["params"])
         for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
-            for key, t in state_dict["state"].get(place, {}).items():
-                held = self.state[p][key]
-                if isinstance(t, Tensor) and key != "step" and held.dtype != t.dtype:
-                    self.state[p][key] = t.to(device=held.device, copy=True)
+            loaded = state_dict["state"].get(place, {})
+            for key in loaded.keys() - {"step"} if any(kind in loaded for kind in KINDS) else ():
+                if self.state[p][key].dtype != loaded[key].dtype:
+                    self.state[p][key] = loaded[key].to(device=p.device, copy=True)
 
     def _init_group(self, group, *lists):
         # torch's step asks this for the tensors of a group and does nothing when there are none.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import fed, left_out
-from .projectors import KINDS, STORED, carried, columns, project
+from .projectors import KINDS, STORED, along, carried, columns, project
 
 SIDES = ("shorter", "rows", "columns")
 
@@ -33,6 +33,11 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "placements") else t
 
 
+def on_host(t: Tensor) -> bool:
+    """Where a look at a number need not wait for a device."""
+    return t.device.type == "cpu"
+
+
 class Matrix:
     """A parameter with a gradient, for one step. Raises in an optimiser's voice where it can't be stepped."""
 
@@ -41,50 +46,58 @@ class Matrix:
             raise RuntimeError(f"{name}: gradients must be dense, got one of {p.grad.layout} for a parameter of shape "
                                f"{tuple(p.shape)}: torch.optim.SparseAdam takes such")
         shape = matrix_shape(p.shape, group["rank"])
-        self.weight, self.group, self.processes, side = p, group, None, group["side"]
-        if hasattr(p, "placements"):
-            self.processes, side = _processes(name, p, len(shape)), "columns"
-        self.turned = side == "rows" or side == "shorter" and shape[-2] < shape[-1]
-        self.own, grad = local(p), local(p.grad)
+        self.weight, self.group, self.own = p, group, local(p)
+        self.turned = group["side"] == "rows" or group["side"] == "shorter" and shape[-2] < shape[-1]
+        self.processes, self.rows = _sharing(name, p, len(shape)) if hasattr(p, "placements") else (None, None)
+        if self.turned and self.processes is not None:
+            self.processes = None  # of the shorter side all is known everywhere
+        else:
+            self.rows = None
         self.shape = (self.own.shape[0], *shape[1:])
-        self.grad = self._turn(grad.reshape(self.shape))
+        self.grad = local(p.grad).reshape(self.shape)
 
     def _turn(self, t: Tensor) -> Tensor:
-        """To or from the orientation in which the last side is the one that is projected."""
+        """In the orientation in which the last side is the one that is projected; all of that side."""
+        if self.rows is not None:
+            t = self._placed(t).full_tensor()
         return t.mT if self.turned else t
 
     def _factors(self, low: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b with a b = low Qᵀ, in the parameter's orientation."""
+        """a and b with a b = low Qᵀ, of the rows that are here."""
+        if self.rows is not None:
+            basis = basis[self.rows]
         return (basis, low.mT) if self.turned else (low, basis.mT)
 
     def step(self, state: dict[str, Any], starts: dict[Any, Tensor]) -> int | Tensor:
         """The step; how many matrices were left alone. `starts`: what the range finder starts from, for others too."""
         group, dtype = self.group, wide_dtype(self.own.dtype)
-        count, size = int(state.get("step", 0)), self.grad.shape[-1]
+        count = int(state.get("step", 0))
         held = {key: local(t).to(self.own.device) for key, t in state.items() if key != "step"}
         kind, before = STORED[group["projector"]], next(((key, held[key]) for key in KINDS if key in held), None)
 
-        grad = self.grad.to(dtype)
+        own = self.grad.to(dtype)
         if group["error_feedback"] and "error" in held:
-            grad = self._turn(fed(self._turn(grad), held))
+            own = fed(own, held)
+        grad = self._turn(own)
+        size = grad.shape[-1]
         stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
         if stays and count % group["every"]:
             now, basis = before, columns(*before, size, dtype)
-            low = grad @ basis
+            low = along(grad, basis, self.processes) if kind == "basis" else grad @ basis
         else:
             start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
             stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
             now, stays, basis = (kind, stored), False, columns(kind, stored, size, dtype)
         finite = self._finite(low)
-        sure = finite.device.type == "cpu" and bool(finite.all())
-        if not sure and finite.device.type == "cpu" and finite.dim() == 0:
+        sure = on_host(finite) and bool(finite.all())
+        if not sure and on_host(finite) and finite.dim() == 0:
             return 1
 
         new = {now[0]: now[1]}
         if group["error_feedback"]:
-            new |= left_out(self._turn(grad), *self._factors(low, basis), group["error_feedback"])
+            new |= left_out(own, *self._factors(low, basis), group["error_feedback"])
         low = -low if group["maximize"] else low
-        new["exp_avg"], new["exp_avg_sq"] = mean, square = self._moments(held, low, before, now, stays and sure)
+        new["exp_avg"], new["exp_avg_sq"] = mean, square = self._moments(held, low, before, now, size, stays and sure)
         beta1, beta2 = map(float, group["betas"])
         mean.lerp_(low, 1 - beta1)
         square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
@@ -99,7 +112,7 @@ class Matrix:
         self._move(update, basis, 1 - rate * float(group["weight_decay"]), None if sure else finite)
         self._keep(state, count, new)
         skipped = (~finite).sum()
-        return int(skipped) if skipped.device.type == "cpu" else skipped
+        return int(skipped) if on_host(skipped) else skipped
 
     def _start(self, starts, count, size, dtype):
         """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""
@@ -119,7 +132,7 @@ class Matrix:
             dist.all_reduce(finite, dist.ReduceOp.MIN, self.processes)
         return finite > 0
 
-    def _moments(self, held, low, before, now, in_place):
+    def _moments(self, held, low, before, now, size, in_place):
         if "exp_avg" not in held:
             return torch.zeros_like(low), torch.zeros_like(low)
         moments = held["exp_avg"], held["exp_avg_sq"]
@@ -127,7 +140,7 @@ class Matrix:
             moments = tuple(self._turn(t.reshape(self.shape)).to(low.dtype) for t in moments)
         if before is now:
             return moments if in_place else tuple(t.clone() for t in moments)
-        return carried(moments, before, now, self.grad.shape[-1])
+        return carried(moments, before, now, size)
 
     def _move(self, update, basis, decay, finite):
         """W <- decay W + update Qᵀ, in one pass where all of them are finite."""
@@ -152,7 +165,8 @@ class Matrix:
             state[key] = self._placed(t) if self._is_split(key) else t
 
     def _is_split(self, key):
-        return hasattr(self.weight, "placements") and (len(self.shape) == 3 or key not in KINDS)
+        here = key.startswith("error") if self.rows is not None else key not in KINDS
+        return hasattr(self.weight, "placements") and (len(self.shape) == 3 or here)
 
     def _placed(self, t):
         from torch.distributed.tensor import DTensor
@@ -174,12 +188,15 @@ def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
     return torch.where(finite.reshape(finite.shape + (1,) * (new.dim() - finite.dim())), new, old)
 
 
-def _processes(name: str, p: Tensor, dims: int) -> dist.ProcessGroup | None:
-    """Those that have rows of the matrix; None where each has whole ones."""
+def _sharing(name: str, p: Tensor, dims: int) -> tuple[dist.ProcessGroup | None, slice | None]:
+    """The processes that have rows of a matrix, and which rows this one has; None where each has whole ones."""
     split = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
     if len(split) > 1 or any(not p.placements[i].is_shard(0) for i in split) or p.grad.placements != p.placements:
         raise RuntimeError(
-            f"{name}: a DTensor must be sharded along dimension 0, over one dimension of its mesh, as "
-            f"fully_shard does, its gradient likewise, got {p.placements} and {p.grad.placements} for one of shape "
-            f"{tuple(p.shape)}")
-    return p.device_mesh.get_group(split[0]) if split and dims == 2 else None
+            f"{name}: a DTensor must be sharded along dimension 0, over one dimension of its mesh, as fully_shard "
+            f"does, its gradient likewise, got {p.placements} and {p.grad.placements} for shape {tuple(p.shape)}")
+    if not split or dims == 3:
+        return None, None
+    mesh, rows = p.device_mesh, p.shape[0]
+    begin = min(-(-rows // mesh.size(split[0])) * mesh.get_local_rank(split[0]), rows)  # as torch.chunk cuts
+    return mesh.get_group(split[0]), slice(begin, begin + p.to_local().shape[0])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cosine import basis_columns, columns_of
-from .range_finder import range_basis
+from .range_finder import orthonormal, range_basis, scaled
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
@@ -33,8 +33,40 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
         own = (_walsh_spectrum, _in_order) if projector == "hadamard" else ()
         low, index = columns_of(g, rank, group, *own)
         return index, low
-    basis = _singular(g, rank, group).to(g.dtype) if projector == "svd" else range_basis(g, start, 1, group)
-    return basis, g @ basis
+    if projector == "svd":
+        basis = _singular(g, rank, group).to(g.dtype)
+        return basis, along(g, basis, group)
+    basis = range_basis(g, start, 1, group)
+    low = g @ basis
+    turn = _towards_singular(low, group)
+    return basis @ turn, _without_rounding(low @ turn, group)
+
+
+def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """G Q of a basis that is no fixed one."""
+    return _without_rounding(g @ basis, group)
+
+
+def _towards_singular(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """An orthogonal (r, r) that turns g's columns towards its singular vectors, by one step of orthogonal iteration:
+    coordinates that are less correlated, for AdamW's squares."""
+    gram = low.mT @ low
+    if group is not None:
+        dist.all_reduce(gram, group=group)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return orthonormal(scaled(gram) + torch.finfo(gram.dtype).eps * eye)
+
+
+def _without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Columns that are nothing but rounding become 0: a gradient of lower rank has none there, and AdamW would make
+    steps of full length of them."""
+    norms = torch.linalg.vector_norm(low, dim=-2, keepdim=True, dtype=torch.float64)
+    if group is not None:
+        squares = norms.square()
+        dist.all_reduce(squares, group=group)
+        norms = squares.sqrt()
+    least = 16 * torch.finfo(low.dtype).eps * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    return low.masked_fill_(norms <= least, 0)
 
 
 def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -84,14 +84,14 @@ def range_basis(g: Tensor, basis: Tensor, power: int, group: dist.ProcessGroup |
     that has no gradient."""
     with full_precision(g):
         for _ in range(power):
-            y = g.mT @ _scaled(g @ basis, group)
+            y = g.mT @ scaled(g @ basis, group)
             if group is not None:
                 dist.all_reduce(y, group=group)
-            basis = orthonormal(_scaled(y) + torch.finfo(g.dtype).eps * _scaled(basis))
+            basis = orthonormal(scaled(y) + torch.finfo(g.dtype).eps * scaled(basis))
     return basis
 
 
-def _scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """A matrix with entries up to 1: gradients may be so small that their squares are none. Q knows no scale."""
     size = y.detach().abs()
     largest = size.amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))

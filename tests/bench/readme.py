@@ -10,6 +10,7 @@ import evidence_tables
 import gpu_table
 import lejepa_table
 import overview
+import projectors_table
 import spectral_table
 from example_tables import (
     cluster_table,
@@ -244,6 +245,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
                          **evidence_tables.TABLES},
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
+    "docs/lowrank.md": {"projectors": projectors_table.write},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }

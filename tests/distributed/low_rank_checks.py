@@ -22,9 +22,10 @@ STEPS = 4
 
 
 def net():
-    """Rows of an odd number, a convolution, more columns than rows, and a layer of two rows that AdamW takes itself."""
+    """Odd numbers of rows: a convolution and a layer of more columns than rows, one of more rows, and AdamW's own."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 7, 3), nn.Flatten(), nn.Linear(7 * 16, 9), nn.Tanh(), nn.Linear(9, 2)).double()
+    return nn.Sequential(nn.Conv2d(1, 7, 3), nn.Flatten(), nn.Linear(7 * 16, 9), nn.Tanh(), nn.Linear(9, 31), nn.Tanh(),
+                         nn.Linear(31, 2)).double()
 
 
 def batch(step):
@@ -62,15 +63,17 @@ def replicas(share):
 def shards(share, mesh, folder):
     for projector in PROJECTORS:
         for feedback in (None, "int8"):
-            make = functools.partial(LowRankAdamW, rank=3, projector=projector, side="columns", error_feedback=feedback,
-                                     every=2, lr=1e-2)
+            make = functools.partial(LowRankAdamW, lr=1e-2, rank=3, projector=projector, every=2,
+                                     error_feedback=feedback)
             expected, model = net(), net()
             expected = trained(expected, make(expected.parameters()), (0, 1))
             fully_shard(model, mesh=mesh)
             optimizer = make(model.parameters())
             close(trained(model, optimizer, share), expected, 1e-6)
-    state = optimizer.state[model[2].weight]
-    assert state["exp_avg"].placements == (Shard(0),) and state["exp_avg"].shape == (9, 3)
+    rows, columns = (optimizer.state[model[i].weight] for i in (2, 4))  # 9 x 112, 31 x 9
+    assert rows["exp_avg"].shape == (112, 3) and not hasattr(rows["exp_avg"], "placements")
+    assert columns["exp_avg"].shape == (31, 3) and columns["exp_avg"].placements == (Shard(0),)
+    assert all(s["error"].placements == (Shard(0),) for s in (rows, columns))
     assert optimizer.state_bytes() < 8 * sum(p.numel() for p in model.parameters())
     gone_on_from(share, mesh, model, optimizer, make, folder)
 

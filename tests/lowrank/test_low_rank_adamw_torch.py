@@ -1,6 +1,7 @@
 """LowRankAdamW among torch's habits: states, groups, schedulers, closures, scalers, and gradients that are no use."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import close, normal, same
 from low_rank_cases import FEEDBACKS, PROJECTORS, matrix, net, stepped, train
 from torch import nn
 
-from torch_subspace.lowrank import LowRankAdamW
+from torch_subspace.lowrank import LowRankAdamW, matrices
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
@@ -151,6 +152,38 @@ def test_a_gradient_that_is_not_finite_disturbs_nobody(projector, value):
         assert same(before[1].values(), optimizer.state[wrong].values())
     assert torch.equal(fine, alone) and wrong.isfinite().all() and not torch.equal(wrong, fine)
     assert optimizer.state[wrong]["step"] == 2
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 5, 2, 3)])
+def test_where_nobody_waits_for_the_device(monkeypatch, shape):
+    """As on a GPU: what to do with a gradient is decided there, and comes to the same."""
+    results = []
+    for on_host in (True, False):
+        monkeypatch.setattr(matrices, "on_host", lambda t, here=on_host: here)
+        p = nn.Parameter(matrix(*shape).detach().to(memory_format=torch.channels_last if len(shape) == 4 else
+                                                    torch.contiguous_format))
+        optimizer = LowRankAdamW([p], rank=3, weight_decay=0.1, error_feedback="int8", every=2)
+        for i in range(5):
+            p.grad = normal(*shape, seed=i, dtype=torch.float32)
+            if i == 4:
+                p.grad[0, 1] = float("nan")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+        results.append([p.detach(), *(optimizer.state[p][key] for key in ("basis", "exp_avg", "exp_avg_sq", "error"))])
+        assert int(optimizer.skipped) == 1
+    close(*([t.float() for t in found] for found in results), 1e-6)
+    first = nn.Parameter(torch.ones(20, 12))
+    first.grad = torch.full((20, 12), float("nan"))
+    optimizer = LowRankAdamW([first], rank=3)
+    for _ in range(2):
+        optimizer.step()
+        assert torch.equal(first, torch.ones(20, 12))
+        first.grad = torch.zeros(20, 12)
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+    first.grad = torch.ones(20, 12)
+    optimizer.step()
+    assert first.isfinite().all() and (first < 1).all() and optimizer.skipped == 1
 
 
 def test_of_experts_the_others_go_on():
