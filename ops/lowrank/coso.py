@@ -61,8 +61,8 @@ class CoSO(torch.optim.AdamW):
         foreach: torch's implementation for what takes AdamW's own step.
 
     A matrix whose gradient is not finite is left as it is, its state too, with a RuntimeWarning the first time;
-    `skipped` counts them. State is float32 beside float32 and half types, float64 beside float64. `state_dict` has all
-    of it, memories included.
+    `skipped` counts them. What takes AdamW's own step does as in torch, where such entries become NaN. State is float32
+    beside float32 and half types, float64 beside float64. `state_dict` has all of it, memories included.
 
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.

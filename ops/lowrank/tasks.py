@@ -83,15 +83,14 @@ def remembered(sketch: Tensor, threshold: float, memory: Tensor | None) -> Tenso
     wanted = (energy.cumsum(-1) < threshold * total).sum(-1) + 1
     wanted = torch.where(total[..., 0] > 0, wanted, 0).clamp(max=sketch.shape[-2])
     count = int(wanted.max())
-    real = (torch.arange(count, device=sketch.device) < wanted[..., None]) & (energy[..., :count] > 0)
+    least = (sketch.shape[-2] * torch.finfo(sketch.dtype).eps) ** 2 * energy[..., :1]  # below is rounding
+    real = (torch.arange(count, device=sketch.device) < wanted[..., None]) & (energy[..., :count] > least)
     rows = sketch[..., :count, :].double() * torch.where(real, energy[..., :count], math.inf).rsqrt()[..., None]
     v = rows.mT
-    if memory is None:
-        return v.to(sketch.dtype)
-    m = memory.double()
+    m = v[..., :0] if memory is None else memory.double()
     for _ in range(2):
         v = v - m @ (m.mT @ v)
     lengths = v.norm(dim=-2, keepdim=True)
     v = torch.where(lengths > 0.5, v / lengths.clamp(min=1e-300), 0)  # what is in M already
-    v = v[..., (v.abs().amax(-2) > 0).reshape(-1, v.shape[-1]).any(0)]
-    return torch.cat([m, v], -1).to(sketch.dtype)
+    some = (v != 0).movedim(-1, 0).flatten(1).any(1)
+    return torch.cat([m, v[..., some]], -1).to(sketch.dtype)
