@@ -112,11 +112,14 @@ class TestFacts:
         sigma = 0.5 ** torch.arange(k).double()
         g = (u[:, :k] * sigma @ v[:, :k].mT).to(dtype)
         group = {"rank": 4, "sketch_rank": 12, "seed": 0}
-        p, block = directions(g, None, group, 0)
+        p, low, block = directions(g, None, group, 0)
+        close(low, (g.double() @ p.double()), 1e-5)
         close(p @ p.mT, v[:, :4] @ v[:, :4].mT, 1e-4)
         close(block.mT @ block, g.mT @ g, 1e-5)
         memory = v[:, 1:3].to(dtype)
-        p, _ = directions(g - g @ memory @ memory.mT, memory, group, 0)
+        p, low, block = directions(g, memory, group, 0)
+        close(low, (g.double() @ p.double()), 1e-5)
+        close(block @ memory, torch.zeros(len(block), 2), 1e-5, floor=1.0)
         want = v[:, [0, 3, 4, 5][: min(4, n - 2)]]
         close(p @ p.mT, want @ want.mT, 1e-4)
         assert (memory.mT @ p).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
