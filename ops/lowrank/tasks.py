@@ -63,8 +63,7 @@ def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count
     if memory is None and q is not None:
         return p, small @ (vectors[..., :r] * real).to(grad.dtype), block
     if memory is not None and r:
-        for _ in range(2):  # once leaves a trace of M where little else remains
-            p = torch.linalg.qr(off(p, memory))[0] * real
+        p = torch.linalg.qr(off(p, memory))[0] * real  # columns of small energy have a trace of M
     return p, grad @ p, block
 
 
