@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common import FLOATS
-from .range_finder import orthonormal, scaled
+from .range_finder import scaled
 
 
 def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
@@ -78,7 +78,7 @@ def _range(grad: Tensor, memory: Tensor | None, start: Tensor) -> Tensor:
     """`range_finder`'s basis of G (1 - M M'), which is not made: what is projected are a few columns."""
     start = off(start, memory)
     y = off(grad.mT @ scaled(grad @ start), memory)
-    return off(orthonormal(scaled(y) + torch.finfo(y.dtype).eps * scaled(start)), memory)
+    return off(torch.linalg.qr(scaled(y) + torch.finfo(y.dtype).eps * scaled(start))[0], memory)
 
 
 def resized(sketch: Tensor | None, block: Tensor, rows: int) -> Tensor:
