@@ -50,7 +50,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     """Write an adapter and its saved modules to a safetensors file, with all it takes to load it on a plain model.
 
     The file appears whole or not at all: it is written beside `path` and then moved there. Under fully_shard all
-    processes call this, and the first of them writes.
+    processes call this, and the first of them writes. A `SpectralConfig`'s file has no singular vectors that the base
+    weights give again, unless that asks for them.
 
     Raises:
         ValueError: there is no such adapter, or a tensor of it is on the meta device.
@@ -114,8 +115,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or not ours, or a layer is missing, has another shape or can't be adapted. The
-            model is then as it was.
+        ValueError: the file is truncated or not ours, or a layer is missing, has another shape or can't be adapted; or
+            the file leaves out singular vectors, and the weights here have others. The model is then as it was.
 
     Example:
         >>> import copy, os, tempfile

@@ -16,7 +16,8 @@ def is_composed(x: Tensor, weight: Tensor, core: Tensor, factors: Sequence[Tenso
 
     With t rows and a rank of r the change beside the layer takes t r (m + n) flops forward and t r (2n + m) backward,
     and the factors' gradients t r (m + n); composed it takes m n r, for the gradient of W + dW t m n, and then m n r
-    for each tensor that is trained. A flop of these is taken to cost as much as HEAVY of those.
+    for each tensor that is trained. A flop of these is taken to cost as much as HEAVY of those. Kept for the backward
+    are x, and here W + dW.
     """
     m, n = weight.shape
     r = min(core.shape)

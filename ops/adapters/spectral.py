@@ -27,7 +27,7 @@ from .factors import WideFactors, restart
 from .placed import is_sharded
 
 SMALL = 1e-4  # sigma_r / sigma_1 from which on the Gram matrix gives U to single precision
-GAP = 1e-8  # between singular values, of the largest: a recomputed pair is then right to 1e-7
+GAP = 1e-8  # between singular values, or their squares where these are found, as a part of the largest
 PROBED = 1e-4  # by how much probes of equal pairs may differ
 
 
@@ -128,7 +128,7 @@ def singular_pairs(weight: Tensor, rank: int | float, exact: bool = False) -> tu
     if not (sigma[..., -1] > SMALL * sigma[..., 0]).all():
         return _by_svd(w, count)
     other = (w @ known if tall else w.mT @ known) / sigma[..., None, :]
-    return *((other, known) if tall else (known, other)), determined(values, count)
+    return *((other, known) if tall else (known, other)), determined(values.square(), count)  # what eigh tells apart
 
 
 def _by_svd(w: Tensor, rank: int | float) -> tuple[Tensor, Tensor, bool]:
@@ -146,13 +146,14 @@ def counted(values: Tensor, rank: int | float) -> int:
 
 
 def determined(values: Tensor, count: int) -> bool:
+    """Is each of the first ones of descending numbers apart from the next, and from zero?"""
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     return bool((values - following > GAP * values[..., :1])[..., :count].all())
 
 
-def probe_vector(n: int, stream: int) -> Tensor:
+def probe_vector(n: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
     """Numbers in [-1, 1) that are the same everywhere, (n,) of float64."""
-    j = torch.arange(1, n + 1) + (stream << 24)
+    j = torch.arange(1, n + 1, device=device) + (stream << 24)
     h = (j * 2654435761) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 2246822519) & 0xFFFFFFFF
     return (h ^ (h >> 13)).double() / 2.0**31 - 1
@@ -218,7 +219,7 @@ class SpectralFactors(WideFactors):
     def probe(self) -> Tensor:
         """(a'u_i)(v_i'b) with fixed a and b, (..., r): what tells one set of pairs from another, whatever their
         signs."""
-        sides = [probe_vector(f.shape[-2], i).to(f.device) @ f.detach().double()
+        sides = [probe_vector(f.shape[-2], i, f.device) @ f.detach().double()
                  for i, f in enumerate((self.factor0, self.factor1))]
         return (sides[0] * sides[1]).float()
 

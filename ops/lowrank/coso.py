@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..common import UP_TO_1, check_betas, check_flag, check_number, check_rate, told, whole, wide_dtype
 from .frequent_directions import merged
-from .tasks import directions, matrix_of, remembered, resized
+from .tasks import directions, matrix_of, off, remembered, resized
 
 OPTIONS = ("rank", "sketch_rank", "every", "threshold", "decay", "protect", "seed")
 OWN = ("basis", "sketch", "memory")
@@ -61,8 +61,8 @@ class CoSO(torch.optim.AdamW):
         foreach: torch's implementation for what takes AdamW's own step.
 
     A matrix whose gradient is not finite is left as it is, its state too, with a RuntimeWarning the first time;
-    `skipped` counts them. State is float32 beside float32 and half types, float64 beside float64. `state_dict` has all
-    of it, memories included.
+    `skipped` counts them. What takes AdamW's own step does as in torch, where such entries become NaN. State is float32
+    beside float32 and half types, float64 beside float64. `state_dict` has all of it, memories included.
 
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.
@@ -115,7 +115,6 @@ class CoSO(torch.optim.AdamW):
         if not isinstance(params, Iterable):
             raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
         self._own |= _checked(name, kinds)
-        self.skipped = 0
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,7 +134,6 @@ class CoSO(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped", 0)
         for group in self.param_groups:
             for key in OPTIONS:
                 group.setdefault(key, self.defaults[key])
@@ -206,15 +204,14 @@ class CoSO(torch.optim.AdamW):
         """Feed the sketch, and where it `moves`, take the step; nothing where the gradient is not finite."""
         state, shape = self.state[p], matrix_of(group, p)
         grad = p.grad.reshape(shape).to(wide_dtype(p.dtype))
-        if not grad.isfinite().all():
-            self._skip(p)
+        if not grad.sum().isfinite() and not grad.isfinite().all():
+            self._skip(group, p)
             return
         held = {key: state[key].to(p.device) for key in OWN if key in state}
         memory, basis, count = held.get("memory"), held.get("basis"), int(state.get("step", 0)) - (not moves)
-        turn = None
+        turn = low = None
         if count % group["every"] == 0 or (moves and basis is None):
-            free = grad if memory is None else grad - (grad @ memory) @ memory.mT
-            before, (basis, block) = basis, directions(free, memory, group, count)
+            before, (basis, low, block) = basis, directions(grad, memory, group, count)
             sketch = held.get("sketch")
             if sketch is None or sketch.shape[-2] != min(group["sketch_rank"], shape[-1]):
                 sketch = resized(sketch, block, min(group["sketch_rank"], shape[-1]))
@@ -222,7 +219,7 @@ class CoSO(torch.optim.AdamW):
             turn = None if before is None else before.mT @ basis
         if not moves:
             return
-        low = grad @ basis
+        low = grad @ basis if low is None else low
         low = -low if group["maximize"] else low
         mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
         if mean is None or (turn is None and mean.shape != low.shape):
@@ -234,16 +231,25 @@ class CoSO(torch.optim.AdamW):
         square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
         count += 1
         root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        rate, wd = float(group["lr"]), float(group["weight_decay"])
-        change = (mean / root).mul_(-rate / (1 - beta1**count)) @ basis.mT
-        if wd:
-            weight = p.reshape(shape).to(change.dtype)
-            change -= rate * wd * (weight if memory is None else weight - (weight @ memory) @ memory.mT)
-        p.add_(change.reshape(p.shape).to(p.dtype))
+        rate, decay = float(group["lr"]), float(group["lr"]) * float(group["weight_decay"])
+        update = (mean / root).mul_(-rate / (1 - beta1**count))
+        if decay:
+            weight = p.reshape(shape).to(grad.dtype).mT
+            p.sub_((decay * off(weight, memory).mT).reshape(p.shape).to(p.dtype))
+        if p.is_contiguous() and p.dtype == grad.dtype:
+            weight = p.view(shape)
+            (weight.baddbmm_ if len(shape) == 3 else weight.addmm_)(update, basis.mT)
+        else:
+            p.add_((update @ basis.mT).reshape(p.shape).to(p.dtype))
         state.update(step=torch.tensor(float(count)), exp_avg=mean, exp_avg_sq=square, basis=basis)
 
-    def _skip(self, p: Tensor) -> None:
-        self.skipped += 1
+    @property
+    def skipped(self) -> int:
+        """Matrices left as they were for a gradient that is not finite so far."""
+        return sum(group.get("skipped", 0) for group in self.param_groups)
+
+    def _skip(self, group: dict[str, Any], p: Tensor) -> None:
+        group["skipped"] = group.get("skipped", 0) + 1
         if not self._warned:
             self._warned = True
             warnings.warn(f"{type(self).__name__}: a matrix of shape {tuple(p.shape)} had a non-finite gradient and "

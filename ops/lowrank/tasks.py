@@ -3,8 +3,8 @@
     Q = range finder of G' (m, n) at c = max(r1, r2),    (G'Q)'(G'Q) = W diag(sigma^2) W',    V = Q W
 
 V's leading columns are what singular vectors of G' would be, sigma V' stands for G' in the sketch: three products of
-m n c, n c^2 for V, and an eigenproblem of size c in double. At 768 x 768 and c = 120 that and the sketch's merge take a
-tenth of the SVDs' time. M is a matrix of orthonormal columns, which those of later tasks are orthogonal to.
+m n c, n c^2 for V, and an eigenproblem of size c in double. M is a matrix of orthonormal columns, which those of later
+tasks are orthogonal to.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common import FLOATS
-from .range_finder import range_basis
+from .range_finder import scaled
 
 
 def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
@@ -27,44 +27,58 @@ def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
     return p.shape[0], p[0].numel()
 
 
-def directions(free: Tensor, memory: Tensor | None, group: dict[str, Any], count: int) -> tuple[Tensor, Tensor]:
-    """P (..., n, r1) and what is fed to the sketch, sigma_i v_i' as rows, of a gradient without its part in M.
+def off(x: Tensor, memory: Tensor | None) -> Tensor:
+    """The columns of x (..., n, c) without their part in the memory."""
+    return x if memory is None else x - memory @ (memory.mT @ x)
+
+
+def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (..., n, r1) of a gradient without its part in M, G P, and what is fed to the sketch, sigma_i v_i' as rows.
 
     Columns of P are orthonormal, and zero where the gradient has fewer directions: Adam would make large steps of their
     rounding.
     """
-    m, n = free.shape[-2:]
-    taken = 0 if memory is None else memory.shape[-1]
-    most = min(m, n)
-    width = min(max(group["rank"], group["sketch_rank"]), most)
-    if width < most:
-        seed = (group["seed"] * 0x9E3779B97F4A7C15 + count * 0xBF58476D1CE4E5B9) % (1 << 64)
-        generator = torch.Generator().manual_seed((seed >> 32) ^ (seed & 0xFFFFFFFF))
-        start = torch.randn((n, width), generator=generator).to(free)
-        q = range_basis(free, start, 1)
-        small = free @ q
+    m, n = grad.shape[-2:]
+    width = min(max(group["rank"], group["sketch_rank"]), m, n)
+    if width < min(m, n):
+        q = _range(grad, memory, _start(grad, width, group["seed"], count))
+        small = grad @ q
     else:  # all of them
-        q, small = None, free
-    gram = (small.mT @ small if q is not None or n <= m else small @ small.mT).double()
-    energy, vectors = torch.linalg.eigh(gram)
+        q = None
+        small = grad if memory is None else off(grad.mT, memory).mT
+    wide = small.double()  # or rounding would be as large as the square of what is small
+    energy, vectors = torch.linalg.eigh(wide.mT @ wide if q is not None or n <= m else wide @ wide.mT)
     energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
-    noise = (10 * width * torch.finfo(free.dtype).eps) ** 2 * energy[..., :1]
-    real = energy > noise
+    real = energy > (10 * width * torch.finfo(grad.dtype).eps) ** 2 * energy[..., :1]
     if q is not None:
         v = q @ vectors.to(q.dtype)
     elif n <= m:
-        v = vectors.to(free.dtype)
+        v = vectors.to(grad.dtype)
     else:
-        v = (free.double().mT @ (vectors * torch.where(real, energy, math.inf)[..., None, :].rsqrt())).to(free.dtype)
+        v = (wide.mT @ (vectors * torch.where(real, energy, math.inf)[..., None, :].rsqrt())).to(grad.dtype)
     v = v * real[..., None, :]
-    block = (v * energy[..., None, :].sqrt().to(free.dtype)).mT
-    r = min(group["rank"], width, n - taken)
+    block = (v * energy[..., None, :].sqrt().to(grad.dtype)).mT
+    r = min(group["rank"], width, n - (0 if memory is None else memory.shape[-1]))
     p, real = v[..., :r], real[..., None, :r]
+    if memory is None and q is not None:
+        return p, small @ (vectors[..., :r] * real).to(grad.dtype), block
     if memory is not None and r:
-        for _ in range(2):  # once leaves a trace of M where little else remains
-            p = p - memory @ (memory.mT @ p)
-            p = torch.linalg.qr(p)[0] * real
-    return p, block
+        p = torch.linalg.qr(off(p, memory))[0] * real  # columns of small energy have a trace of M
+    return p, grad @ p, block
+
+
+def _start(grad: Tensor, width: int, seed: int, count: int) -> Tensor:
+    """Normal numbers (n, width), a function of the seed and the step alone."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + count * 0xBF58476D1CE4E5B9) % (1 << 64)  # the generator takes 32 bits
+    generator = torch.Generator().manual_seed((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
+    return torch.randn((grad.shape[-1], width), generator=generator, device="cpu").to(grad)
+
+
+def _range(grad: Tensor, memory: Tensor | None, start: Tensor) -> Tensor:
+    """`range_finder`'s basis of G (1 - M M'), which is not made: what is projected are a few columns."""
+    start = off(start, memory)
+    y = off(grad.mT @ scaled(grad @ start), memory)
+    return off(torch.linalg.qr(scaled(y) + torch.finfo(y.dtype).eps * scaled(start))[0], memory)
 
 
 def resized(sketch: Tensor | None, block: Tensor, rows: int) -> Tensor:
@@ -83,15 +97,14 @@ def remembered(sketch: Tensor, threshold: float, memory: Tensor | None) -> Tenso
     wanted = (energy.cumsum(-1) < threshold * total).sum(-1) + 1
     wanted = torch.where(total[..., 0] > 0, wanted, 0).clamp(max=sketch.shape[-2])
     count = int(wanted.max())
-    real = (torch.arange(count, device=sketch.device) < wanted[..., None]) & (energy[..., :count] > 0)
+    least = (sketch.shape[-2] * torch.finfo(sketch.dtype).eps) ** 2 * energy[..., :1]  # below is rounding
+    real = (torch.arange(count, device=sketch.device) < wanted[..., None]) & (energy[..., :count] > least)
     rows = sketch[..., :count, :].double() * torch.where(real, energy[..., :count], math.inf).rsqrt()[..., None]
     v = rows.mT
-    if memory is None:
-        return v.to(sketch.dtype)
-    m = memory.double()
+    m = v[..., :0] if memory is None else memory.double()
     for _ in range(2):
         v = v - m @ (m.mT @ v)
     lengths = v.norm(dim=-2, keepdim=True)
     v = torch.where(lengths > 0.5, v / lengths.clamp(min=1e-300), 0)  # what is in M already
-    v = v[..., (v.abs().amax(-2) > 0).reshape(-1, v.shape[-1]).any(0)]
-    return torch.cat([m, v], -1).to(sketch.dtype)
+    some = (v != 0).movedim(-1, 0).flatten(1).any(1)
+    return torch.cat([m, v[..., some]], -1).to(sketch.dtype)

@@ -134,6 +134,25 @@ def test_a_further_file_for_the_same_base_decomposes_nothing(tmp_path, monkeypat
     assert torch.equal(model(x), models[0](x))
 
 
+@pytest.mark.parametrize("first", ["adapt", "offload"])
+def test_offloaded_weights(first, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    path, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    plain, x = written(path, save_modules=())
+    model = net()[0]
+    if first == "adapt":
+        ts.load_adapter(model, path)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if first == "offload":
+        ts.load_adapter(model, path)  # by what the offloader has of the weights
+    with torch.no_grad():
+        plain.head.bias -= 1
+    assert relative(model(x), plain(x)) < 1e-6
+    ts.save_adapter(model, again)
+    assert leaves(again) == {"core", "factor0", "factor1"}
+    assert relative(ts.load_adapter(net()[0], again)(x), plain(x)) < 1e-6
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_quantised_layers(kind, tmp_path):
     torch.manual_seed(0)

