@@ -7,9 +7,6 @@ import bad_input as table
 import bad_values as bad
 import torch
 from bad_input import Call, call, method
-
-
-from bad_input import Call, call
 from helpers import normal
 from torch import nn
 

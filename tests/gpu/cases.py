@@ -13,8 +13,7 @@ from torch.nn.functional import normalize
 
 import torch_subspace as ts
 from torch_subspace.isotropy import sigreg
-from torch_subspace.lowrank import newton_schulz
-from torch_subspace.lowrank import fastfood, fastfood_adjoint, hadamard
+from torch_subspace.lowrank import fastfood, fastfood_adjoint, hadamard, newton_schulz
 from torch_subspace.rates.coding_rate_soft import soft_rate
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
