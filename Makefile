@@ -194,8 +194,9 @@ peers    := einops geoopt lycoris-lora peft pot toml
 minutes  := timeout --foreground -s INT -k 15
 
 gpu-bundle: $(VENV)/.ready ## collect what a GPU machine without a network lacks, at most 60 MiB
-	rm -rf $(BUNDLE)
-	$(py) -m pip download $(fetch) -d $(BUNDLE) $(build_requires) wheel $(peers)
+	rm -rf $(BUNDLE) && mkdir -p build
+	$(py) tests/gpu/bundle.py --locked $(build_requires) $(peers) >build/bundle.txt
+	$(py) -m pip download $(fetch) --require-hashes -r build/bundle.txt -d $(BUNDLE)
 	$(py) tests/gpu/bundle.py $(BUNDLE) 60
 
 gpu-quick:      ## all that GPU_SECONDS=520 allow, into GPU_OUT; AGAIN=last or =results.tar.gz: what failed or is missing
@@ -205,7 +206,7 @@ gpu-quick:      ## all that GPU_SECONDS=520 allow, into GPU_OUT; AGAIN=last or =
 gpu: gpu-build gpu-native gpu-test gpu-sanitize gpu-bench ## the following five; with -k, those after one that failed too
 
 gpu-build:      ## build for this GPU, with python3's own torch
-	$(PYTHON) -m pip install -q $(offline) --no-deps --upgrade --target $(packages) $(build_requires) wheel
+	$(PYTHON) -m pip install -q $(offline) --no-deps --upgrade --target $(packages) $(build_requires)
 	$(PYTHON) tests/gpu/bundle.py --missing $(peers) | xargs -r -n 1 $(PYTHON) -m pip install -q $(offline) --no-deps \
 	    --upgrade --target $(packages) || echo 'a peer could not be installed: the benchmarks go without it'
 	TORCH_SUBSPACE_CUDA=ON CUDAARCHS=$(or $(CUDAARCHS),$(if $(gpu),native,90)) timeout 590 $(gpu_py) -m pip install \

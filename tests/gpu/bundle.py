@@ -1,6 +1,7 @@
 """What a GPU machine without a network needs beside the wheels of `make gpu-bundle`, and which of them it lacks.
 
     python tests/gpu/bundle.py gpu-bundle 60            # add GoogleTest's sources and the commit; fails above 60 MiB
+    python tests/gpu/bundle.py --locked peft geoopt     # prints their lines of locks/newest.txt, hashes included
     python tests/gpu/bundle.py --missing peft geoopt    # prints those that this python can't import
 """
 
@@ -78,6 +79,15 @@ def name_commit():
         os.environ.setdefault("SUBSPACE_COMMIT", commit if digest == sources() else f"{commit} with changes")
 
 
+def locked(names):
+    """What locks/newest.txt says of packages, as pip reads it: version and hashes."""
+    lines = re.findall(r"^(\S+)(==.*(?:\n    .*)+)", (ROOT / "locks/newest.txt").read_text(), re.M)
+    lines = {plain(name): name + rest for name, rest in lines}
+    if unknown := [name for name in names if plain(name) not in lines]:
+        sys.exit(f"locks/newest.txt has no {', '.join(unknown)}")
+    return [lines[plain(name)] for name in names]
+
+
 def collect(folder, most):
     """Complete the folder, list it, and refuse it when it is too large to travel."""
     googletest(folder)
@@ -98,5 +108,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--missing":
         have = {plain(d.name) for d in distributions()}
         print(*(name for name in sys.argv[2:] if plain(name) not in have), sep="\n")
+    elif sys.argv[1] == "--locked":
+        print(*locked([re.split("[<>=]", name)[0] for name in sys.argv[2:]]), sep="\n")
     else:
         collect(Path(sys.argv[1]), float(sys.argv[2]))
