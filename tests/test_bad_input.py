@@ -27,7 +27,7 @@ def public():
 
 def parameters(name, function):
     kinds = inspect.signature(function).parameters.values()
-    return {p.name for p in kinds} - {"self"}
+    return {p.name for p in kinds if p.kind is not p.VAR_KEYWORD} - {"self"}  # what another is to check
 
 
 NOT_ASKED = {  # what torch or we ourselves call
