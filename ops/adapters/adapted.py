@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common import FLOATS
-from ..tucker.tucker import tucker_compose
 from ..tucker.tucker_conv import tucker_conv
 from ..tucker.tucker_linear import tucker_linear
 from .factors import TuckerFactors, combined
-from .forms import is_composed
+from .forms import composed_linear, is_composed
 from .placed import is_sharded, read_by_a_mover, still_unchecked
 from .weight import EffectiveWeight, check_assigned, effective_weight
 
@@ -46,7 +45,7 @@ def own(layer, name: str) -> Tensor | None:
 def _linear(layer, scale, core, factors, dropout, input):
     (u, v), weight = factors, own(layer, "weight")
     if is_composed(input, weight, core, factors, dropout and layer.training):
-        return F.linear(input, tucker_compose(core, factors, scale=scale, base=weight), layer.bias)
+        return composed_linear(input, weight, layer.bias, core, factors, scale)
     return tucker_linear(input, weight, layer.bias, core, u, v.t(), scale=scale, dropout=dropout,
                          training=layer.training)
 

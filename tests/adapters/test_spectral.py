@@ -155,9 +155,23 @@ class TestForms:
         for form in (forms.is_composed, lambda *a: True, lambda *a: False):
             monkeypatch.setattr("torch_subspace.adapters.adapted.is_composed", form)
             y = model(x)
-            results.append([y, *torch.autograd.grad(y.sin().sum(), wanted)])
+            first = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+            results.append([y, *first, *second, *torch.autograd.grad(model(x).sin().sum(), wanted)])
         for result in results[1:]:
             torch.testing.assert_close(result, results[0])
+
+    def test_the_sum_is_not_kept(self):
+        model, x = nn.Sequential(nn.Linear(64, 80)), normal(2000, 64, dtype=torch.float32)
+        disturb(ts.adapt(model, ts.SpectralConfig(60)))
+        (part,) = parts_of(model).values()
+        known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+            y = model(x)
+        assert {tuple(t.shape) for t in found if t.untyped_storage().data_ptr() not in known} <= {(60, 60)}
+        y.sum().backward()
+        assert part.core.grad.isfinite().all()
 
     @pytest.mark.parametrize("change", [
         lambda x, w, c, f: (x[:8], w, c, f, 0.0), lambda x, w, c, f: (x, w, c, f, 0.5),
