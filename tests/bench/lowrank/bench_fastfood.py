@@ -81,7 +81,7 @@ def case(d, size, device, targets=(), with_dense=True):
     """All contenders at one size."""
     makers = {FLOOR: transforms, OURS: ours, STORED: stored} | ({DENSE: dense} if with_dense else {})
     contenders = [contender(name, make, d, size, device) for name, make in makers.items()]
-    return Case(f"{d} to {size} float32", contenders, list(targets), seconds=6)
+    return Case(f"{d} to {size} float32", contenders, list(targets), seconds=4)
 
 
 def cases(device):
