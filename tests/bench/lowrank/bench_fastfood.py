@@ -81,10 +81,10 @@ def case(d, size, device, targets=(), with_dense=True):
     """All contenders at one size."""
     makers = {FLOOR: transforms, OURS: ours, STORED: stored} | ({DENSE: dense} if with_dense else {})
     contenders = [contender(name, make, d, size, device) for name, make in makers.items()]
-    return Case(f"{d} to {size} float32", contenders, list(targets))
+    return Case(f"{d} to {size} float32", contenders, list(targets), seconds=4)
 
 
 def cases(device):
     """A million weights from a thousand numbers, the digits' network, and a sketch."""
     return [case(1000, 1 << 20, device, [Target(OURS, (STORED,), ">=", 8, 12)], with_dense=False),
-            case(200, 17610, device), case(1 << 16, 256, device)]
+            case(200, 17610, device), case(1 << 16, 256, device, with_dense=False)]

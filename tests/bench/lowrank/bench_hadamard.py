@@ -59,25 +59,26 @@ def contender(name, function, v, n, device, missing=""):
     return Contender(name, build, None if name == FLOOR else check, peak=True, kept=4 * v * n, missing=missing)
 
 
-def case(v, n, device, targets=(), with_product=False):
+def case(v, n, device, targets=(), with_product=False, with_chunks=False):
     """All contenders at one size."""
     theirs, missing = (None, "for CUDA alone") if device == "cpu" else peer()
     if theirs and n > 1 << 15:
         theirs, missing = None, "rows up to 2^15"
     contenders = [contender(FLOOR, torch.clone, v, n, device), contender(OURS, hadamard, v, n, device),
-                  contender(CHUNKS, chunk, v, n, device),
-                  contender("torch.compile of it", compiled(chunk), v, n, device),
                   contender(PEER, theirs, v, n, device, missing)]
+    if with_chunks:  # seconds where there are many rows
+        contenders += [contender(CHUNKS, chunk, v, n, device),
+                       contender("torch.compile of it", compiled(chunk), v, n, device)]
     if with_product:
         matrix = reference.hadamard(torch.eye(n)).to(device)
         contenders.append(contender("a product", functools.partial(product, matrix), v, n, device))
-    return Case(f"{v} rows of {n} float32", contenders, list(targets), bytes=8 * v * n)
+    return Case(f"{v} rows of {n} float32", contenders, list(targets), bytes=8 * v * n, seconds=4)
 
 
 def cases(device):
     """One long row, and arrays that no cache holds, of rows of an activation's size up to 8192."""
     copies = [Target(OURS, (FLOOR,), "<=", 1.5, 1.2)]
-    return [case(1, 1 << 20, device, [Target(OURS, (FLOOR,), "<=", 4, 3), Target(OURS, (CHUNKS,), ">=", 10, 16)]),
-            case(1 << 16, 256, device, copies, with_product=True),
-            case(1 << 14, 1024, device, copies, with_product=True),
+    return [case(1, 1 << 20, device, [Target(OURS, (FLOOR,), "<=", 4, 3), Target(OURS, (CHUNKS,), ">=", 10, 16)],
+                 with_chunks=True),
+            case(1 << 16, 256, device, copies, with_product=True), case(1 << 14, 1024, device, copies),
             case(1 << 11, 8192, device, copies)]
