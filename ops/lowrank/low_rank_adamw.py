@@ -39,7 +39,7 @@ class LowRankAdamW(torch.optim.AdamW):
         params: parameters, named ones, or dicts, as for torch's optimisers; every option below may be a group's own.
         lr: learning rate, a number or a 1-element tensor.
         rank: dimensions kept of each matrix, at least 1. It may change between steps, below shorter sides.
-        projector: "range" finds the gradient's dominant directions by `range_finder`, "svd" by singular vectors, much
+        projector: "range" finds the gradient's dominant directions by `range_finder`, "svd" as singular vectors, much
             slower; "cosine" (`cosine_columns`) and "hadamard" choose among the columns of a fixed basis, and store the
             choice alone. docs/lowrank.md has what they were measured to do.
         every: steps after which directions are found, or chosen, anew; 1 for each.

@@ -9,6 +9,9 @@ correlated, v (R ∘ R): never negative, and the same sum where Q spans what it 
 less loss than DCT-AdamW's |v R| at rank 16. Of a fixed basis R has an entry of 1 for each column that stays, and all is
 a matter of looking up. Before there is a Q it is the identity.
 
+What the range finder finds is turned to the singular vectors of G Q (Rayleigh and Ritz): AdamW is not invariant under
+rotations, and in coordinates that are not correlated it leaves on digits what it leaves with singular vectors.
+
 Hadamard's basis is H / sqrt n for n a power of two, and else block-diagonal, of the powers of two that make n up.
 """
 from __future__ import annotations
@@ -34,14 +37,23 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
         own = (_walsh_spectrum, _in_order) if projector == "hadamard" else ()
         low, index = columns_of(g, rank, group, *own)
         return index, low
-    basis = _singular(g, rank, group).to(g.dtype) if projector == "svd" else range_basis(g, start, 1, group)
-    return basis, along(g, basis, group)
+    if projector == "svd":
+        basis = _singular(g, rank, group)
+        return basis, along(g, basis, group)
+    basis = range_basis(g, start, 1, group)
+    low = g @ basis
+    turn = _singular(low, rank, group)
+    return basis @ turn, _without_rounding(low @ turn, group)
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """G Q of a basis that is no fixed one. Columns that are nothing but rounding become 0: a gradient of lower rank has
-    none there, and AdamW would make steps of full length of them."""
-    low = g @ basis
+    """G Q of a basis that is no fixed one."""
+    return _without_rounding(g @ basis, group)
+
+
+def _without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Columns that are nothing but rounding become 0: a gradient of lower rank has none there, and AdamW would make
+    steps of full length of them."""
     squares = scaled(low, group).square().sum(-2, keepdim=True)
     if group is not None:
         dist.all_reduce(squares, group=group)
@@ -51,13 +63,13 @@ def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:
     """Leading right singular vectors, as eigenvectors of GᵀG in float64; NaN where G is not finite."""
-    g = g.double()
-    gram = g.mT @ g
+    wide = scaled(g, group).double()
+    gram = wide.mT @ wide
     if group is not None:
         dist.all_reduce(gram, group=group)
     finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     vectors = torch.linalg.eigh(torch.where(finite, gram, 0)).eigenvectors.flip(-1)[..., :rank]
-    return torch.where(finite, vectors, torch.nan)
+    return torch.where(finite, vectors, torch.nan).to(g.dtype)
 
 
 def columns(kind: str, stored: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -1,16 +1,15 @@
 """The directions that rows of a matrix lie along most: a randomised range finder.
 
-    Q R = (GᵀG + δ)^p Ω         Ω (n, r) normal numbers, δ the rounding of GᵀG, p = 1 by default
-    Q <- Q qr(R Rᵀ)             the same space, columns nearer to singular vectors: a step of orthogonal iteration
+    Q = orth((GᵀG + δ)^p Ω)     Ω (n, r) normal numbers, δ the rounding of GᵀG, p = 1 by default
 
 Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, for the row space: two products with G for each power and n r²
 for Q, where singular vectors cost min(m, n) m n. δ moves no singular vector: of directions that G does not have, r of
 a matrix of zeros, it leaves those of Ω, so that Q has r columns whatever the rank is.
 
-R's diagonal is positive, which makes the factorisation unique. On a CPU it is by reflections: measured, in float32,
-that takes a quarter of the products' time at 1024² and r = 128 and a twentieth at 4096², half of Cholesky-QR's in
-float64. On a GPU it is by Cholesky-QR in float64, products and small factors alone, where reflections would go column
-by column; shifted once and repeated twice (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020): no host ever looks.
+orth is Q of a QR factorisation with R's diagonal positive, which is unique. On a CPU by reflections: measured, in
+float32, that takes a quarter of the products' time at 1024² and r = 128 and a twentieth at 4096², half of Cholesky-QR's
+in float64. On a GPU by Cholesky-QR in float64, products and small factors alone, where reflections would go column by
+column; shifted once and repeated twice (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020), so that no host ever looks.
 """
 from __future__ import annotations
 
@@ -37,10 +36,10 @@ def range_finder(g: Tensor, rank: int, *, power: int = 1, seed: int | torch.Gene
             have the same start.
 
     Returns:
-        Q, (..., n, rank), with orthonormal columns, about in the order of singular vectors; of g's dtype, float32 for
-        half types, which are widened first (also under autocast). ``g @ Q`` is g in rank dimensions, ``g @ Q @ Q.mT``
-        its nearest matrix with rows in their span. Where g has fewer than rank directions, even none, random ones
-        complete it. NaN for a matrix with NaN or infinity, which does not disturb the others.
+        Q, (..., n, rank), with orthonormal columns; of g's dtype, float32 for half types, which are widened first (also
+        under autocast). ``g @ Q`` is g in rank dimensions, ``g @ Q @ Q.mT`` its nearest matrix with rows in their span.
+        Where g has fewer than rank directions, even none, random ones complete it. NaN for a matrix with NaN or
+        infinity, which does not disturb the others.
 
     Differentiable in ``g``, any number of times. Q itself turns with the start, its span ``Q @ Q.mT`` hardly does.
 
@@ -81,16 +80,14 @@ def start(g: Tensor, rank: int, seed: int | torch.Generator | None) -> Tensor:
 
 
 def range_basis(g: Tensor, basis: Tensor, power: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Q of (GᵀG + δ)^power Ω, of wide matrices, from the start on; the processes of a group have rows of each, and
+    """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on; the processes of a group have rows of each, and
     that has no gradient."""
     with full_precision(g):
         for _ in range(power):
             y = g.mT @ scaled(g @ basis, group)
             if group is not None:
                 dist.all_reduce(y, group=group)
-            q, r = qr(scaled(y) + torch.finfo(g.dtype).eps * scaled(basis))
-            eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-            basis = q @ qr(scaled(r @ r.mT) + torch.finfo(g.dtype).eps * eye)[0]
+            basis = orthonormal(scaled(y) + torch.finfo(g.dtype).eps * scaled(basis))
     return basis
 
 
@@ -103,18 +100,16 @@ def scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return y / torch.where(largest == 0, 1, largest)
 
 
-def qr(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and R of (..., n, r) of full rank, R with a positive diagonal."""
+def orthonormal(y: Tensor) -> Tensor:
+    """Q of y = Q R, (..., n, r) of full rank, R with a positive diagonal."""
     if y.device.type != "cpu" and y.dtype == torch.float32:
-        q = cholesky_qr(y)
-        return q, q.mT @ y
+        return cholesky_qr(y)
     q, r = torch.linalg.qr(y)
-    sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(q)
-    return q * sign[..., None, :], r * sign[..., None]
+    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(q)[..., None, :]
 
 
 def cholesky_qr(y: Tensor) -> Tensor:
-    """The same Q, in float64 whatever y is, for condition numbers up to 1e12."""
+    """The same, in float64 whatever y is, for condition numbers up to 1e12."""
     q = y.double()
     n, r = q.shape[-2:]
     for rounding in (11 * (n + r + 1) * r * torch.finfo(q.dtype).eps, 0, 0):
