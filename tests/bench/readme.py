@@ -63,6 +63,10 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "newton_schulz": [(f"{size} float32", "ours",
                        ("torch.optim.Muon's, float32", "torch.compile of it", "torch.optim.Muon's, bfloat16"))
                       for size in ("384x384", "384x1536", "1024x1024", "4096x1024")],
+    "low_rank_adamw": [(f"{what} rank=128 float32, directions {which}", "ours",
+                        ("floor: matrix products alone", "ours: Hadamard's basis", "apollo-torch", "galore-torch",
+                         "torch AdamW(fused=True), all dimensions"))
+                       for what in ("4096x4096", "MiniLM") for which in ("found", "kept")],
     "trion": [(f"{size} rank 128 float32", "ours",
                ("floor: transform, products, Newton-Schulz", "torch.optim.Muon, bfloat16",
                 "ours: LowRankAdamW, cosines", "torch.optim.AdamW")) for size in ("1024x1024", "4096x1024")],
