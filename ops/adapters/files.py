@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ..common import check_module
 from ..files import check_path, write_whole
-from ..fingerprint import differs
 from .adapt import attach, delete_adapter, set_adapter
 from .adapted import Adapted
-from .fingerprint import fingerprint, weight_at_hand
+from .fingerprint import differs, fingerprint, weight_at_hand
 from .kinds import FORMATS, check_description, filled, format_of, shapes_of
 from .merge import others
 from .names import canonical, places

@@ -10,9 +10,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..common import HALF, check_flag, told
-from ..fingerprint import differs
 from .config import WORDS, close_names
-from .fingerprint import fingerprint
+from .fingerprint import differs, fingerprint
 from .merge import LOST, others
 from .parameters import out_of_reach
 from .peft_layer import TuckerEmbedding, TuckerLayer, TuckerLinear

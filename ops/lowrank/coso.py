@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..common import UP_TO_1, check_betas, check_flag, check_number, check_rate, told, whole, wide_dtype
+from ..common import (
+    UP_TO_1,
+    check_betas,
+    check_flag,
+    check_number,
+    check_rate,
+    full_precision,
+    told,
+    whole,
+    wide_dtype,
+)
 from .frequent_directions import merged
 from .tasks import directions, matrix_of, off, remembered, resized
 
@@ -161,7 +171,16 @@ class CoSO(torch.optim.AdamW):
 
     def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
         shape = matrix_of(group, p)
-        return shape is not None and (shape[-1] > group["rank"] or "memory" in self.state.get(p, ()))
+        state = self.state.get(p, {})
+        if shape is not None and (shape[-1] > group["rank"] or "memory" in state):
+            return True
+        if "memory" in state:
+            raise ValueError(f"{type(self).__name__}: protect must stay True for what has been protected, got "
+                             f"{group['protect']} for a parameter of shape {tuple(p.shape)}")
+        if "basis" in state and shape is not None:
+            raise ValueError(f"{type(self).__name__}: rank must stay below the inputs of what has been projected, got "
+                             f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
+        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -197,7 +216,8 @@ class CoSO(torch.optim.AdamW):
             projected = [self._is_projected(*pair) for pair in work]
             self._adamw_step()
             for (group, p), moves in zip(work, projected, strict=True):
-                self._matrix_step(group, p, moves)
+                with full_precision(p):
+                    self._matrix_step(group, p, moves)
         return loss
 
     def _matrix_step(self, group: dict[str, Any], p: Tensor, moves: bool) -> None:
@@ -222,8 +242,10 @@ class CoSO(torch.optim.AdamW):
         low = grad @ basis if low is None else low
         low = -low if group["maximize"] else low
         mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
+        if mean is not None and turn is None and mean.shape == p.shape and p.shape != low.shape:  # AdamW's
+            mean, square = mean.reshape(shape).to(low) @ basis, square.reshape(shape).to(low) @ basis.square()
         if mean is None or (turn is None and mean.shape != low.shape):
-            mean, square = torch.zeros_like(low), torch.zeros_like(low)
+            mean, square, count = torch.zeros_like(low), torch.zeros_like(low), 0
         elif turn is not None:
             mean, square = mean @ turn, square @ turn.square()
         beta1, beta2 = map(float, group["betas"])

@@ -3,6 +3,7 @@ whole module's score, found by doubling, then by bisection of its logarithm."""
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from ..common import POSITIVE, check_flag, check_module, check_number, check_word, told, whole
 from ..progress import progress
 from .projections import KINDS
-from .random_subspace import RandomSubspace
+from .random_subspace import RandomSubspace, check_parameter
 
 NAME = "intrinsic_dimension"
 SHARE = (math.ulp(0.0), 1.0, "above 0 and at most 1")
@@ -161,6 +162,7 @@ class _Search:
         self.make, self.fit, self.kind, self.seeds, self.bar = make, fit, kind, seeds, bar
         self.scores: dict[int, list[float]] = {}
         self.size, self.target = 0, math.nan
+        self.last: weakref.ref[nn.Module] | None = None
 
     def score(self, dim: int | None) -> float:
         """The mean over seeds, of the whole module for None."""
@@ -172,16 +174,29 @@ class _Search:
                 torch.manual_seed(seed)
                 module = self.make()
                 check_module(NAME, module, "what make returns")
-                self.size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+                self._check(module)
                 score = self.fit(module if dim is None else RandomSubspace(module, dim, self.kind, seed=seed))
             try:
-                found.append(float(score))
+                found.append(float(score if not isinstance(score, str) else None))
             except (TypeError, ValueError):
                 raise TypeError(f"{NAME}: fit must return a number, got {told(score)}") from None
             self.bar.update()
         if dim is not None:
             self.scores[dim] = found
         return sum(found) / len(found)
+
+    def _check(self, module: nn.Module) -> None:
+        """Raises unless it is a new one with something to train."""
+        if self.last is not None and self.last() is module:
+            raise ValueError(f"{NAME}: make must return a new module each time, got the last {type(module).__name__}")
+        self.last = weakref.ref(module)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            check_parameter(NAME, name, p)
+        self.size = sum(p.numel() for p in trained.values())
+        if not self.size:
+            raise ValueError(f"{NAME}: make must return a module with parameters that require a gradient, got "
+                             f"{type(module).__name__}")
 
     def reaches(self, dim: int) -> bool:
         return self.score(dim) >= self.target

@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..common import FLOATS, POSITIVE, check_betas, check_flag, check_number, check_rate, check_word, told, whole
+from ..common import (
+    FLOATS,
+    POSITIVE,
+    check_betas,
+    check_flag,
+    check_number,
+    check_rate,
+    check_word,
+    full_precision,
+    told,
+    whole,
+)
 from .feedback import FEEDBACKS
 from .matrices import SIDES, Matrix, local, matrix_shape
 from .projectors import KINDS, PROJECTORS
@@ -191,7 +202,8 @@ class LowRankAdamW(torch.optim.AdamW):
             starts: dict[Any, Tensor] = {}
             self._adamw_step()
             for i, matrix in work:
-                self._count(i, matrix.step(self.state[matrix.weight], starts))
+                with full_precision(matrix.weight):
+                    self._count(i, matrix.step(self.state[matrix.weight], starts))
         return loss
 
     @property

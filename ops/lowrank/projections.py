@@ -24,7 +24,8 @@ class Fastfood:
     """
 
     def __init__(self, size: int, dim: int, seed: int, longest: int = LONGEST) -> None:
-        self.seed, count = seed, max(1, -(-size // longest))
+        count = max(1, -(-size // longest))
+        self.seeds = [seed, *(_other(seed, i) for i in range(1, count))]
         self.sizes = [size * (i + 1) // count - size * i // count for i in range(count)]
 
     def made(self) -> dict[str, Tensor]:
@@ -32,10 +33,16 @@ class Fastfood:
 
     def apply(self, theta: Tensor, kept: dict[str, Tensor]) -> Tensor:
         if len(self.sizes) == 1:
-            return fastfood(theta, self.sizes[0], seed=self.seed)
+            return fastfood(theta, self.sizes[0], seed=self.seeds[0])
         total = sum(self.sizes)
-        return torch.cat([fastfood(theta, size, seed=(self.seed + i) % (1 << 63)) * math.sqrt(size / total)
-                          for i, size in enumerate(self.sizes)])
+        return torch.cat([fastfood(theta, size, seed=seed) * math.sqrt(size / total)
+                          for size, seed in zip(self.sizes, self.seeds)])
+
+
+def _other(seed: int, i: int) -> int:
+    """Part i's seed: 63 bits of the counter i."""
+    low, high = words(seed, 3, 4 * i, 4 * i + 2).tolist()
+    return low | (high & 0x7FFFFFFF) << 32
 
 
 class Dense:

@@ -30,6 +30,7 @@ from ..common import (
     check_number,
     check_rate,
     check_word,
+    full_precision,
     told,
     whole,
 )
@@ -149,6 +150,12 @@ class Trion(torch.optim.AdamW):
         """
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
+        own = (p for group in self.param_groups for p in group["params"])
+        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own):
+            buffer = state_dict["state"].get(place, {}).get("momentum_buffer")
+            if buffer is not None and buffer.shape != p.shape:
+                raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
+                                 f"{tuple(buffer.shape)} for {tuple(p.shape)}")
         super().load_state_dict(state_dict)
         # torch gives a state the parameter's dtype
         own = (p for group in self.param_groups for p in group["params"])
@@ -197,7 +204,8 @@ class Trion(torch.optim.AdamW):
             finally:
                 self.param_groups = groups
             for i, p in work:
-                self._count(i, step(p, groups[i], self.state[p]))
+                with full_precision(p):
+                    self._count(i, step(p, groups[i], self.state[p]))
         return loss
 
     @property

@@ -74,6 +74,11 @@ def test_what_make_and_fit_return_is_checked():
     for score in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(RuntimeError, match=f"the whole module's score must be positive and finite, got {score}"):
             ts.lowrank.intrinsic_dimension(lambda: nn.Linear(2, 2), lambda model: score)  # noqa: B023
+    module = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="intrinsic_dimension: make must return a new module each time, got"):
+        ts.lowrank.intrinsic_dimension(lambda: module, lambda model: 1.0)
+    with pytest.raises(ValueError, match="make must return a module with parameters that require a gradient, got ReLU"):
+        ts.lowrank.intrinsic_dimension(nn.ReLU, lambda model: 1.0)
     with pytest.raises(TypeError, match="intrinsic_dimension: seeds must be a sequence of ints"):
         ts.lowrank.intrinsic_dimension(lambda: nn.Linear(2, 2), lambda model: 1.0, seeds=[])
 

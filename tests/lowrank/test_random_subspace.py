@@ -1,46 +1,18 @@
 """RandomSubspace: a module at theta_0 + P theta_d is what its formula says, wherever modules are used."""
 
 import copy
-import io
+import threading
+import warnings
 
 import pytest
 import torch
 from helpers import in_two_processes, normal
+from subspace_cases import KINDS, X, columns, each_kind, moved, network, wrapped
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import torch_subspace as ts
-
-KINDS = ("fastfood", "dense", "sparse")
-each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def network(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4)).to(dtype)
-
-
-def wrapped(kind="fastfood", dim=7, seed=3, dtype=torch.float32):
-    return ts.lowrank.RandomSubspace(network(dtype), dim, kind, seed=seed)
-
-
-def moved(model):
-    """Away from theta_0."""
-    with torch.no_grad():
-        model.theta.copy_(normal(len(model.theta), seed=5))
-    return model
-
-
-def columns(model):
-    """P, of all parameters one after another."""
-    def flat(theta):
-        return torch.cat([p.flatten() for p in model.parameters_at(theta).values()])
-
-    return torch.autograd.functional.jacobian(flat, torch.zeros_like(model.theta))
-
-
-X = normal(5, 6, dtype=torch.float32)
 
 
 @each_kind
@@ -110,65 +82,13 @@ def test_long_vectors_are_cut_into_parts(monkeypatch):
     init = projections.Fastfood.__init__
     monkeypatch.setattr(projections.Fastfood, "__init__", lambda *args: init(*args, longest=300))
     model = ts.lowrank.RandomSubspace(nn.Linear(1000, 1, bias=False), 20, seed=1)
-    assert model._projection.sizes == [250] * 4
+    assert model._projection.sizes == [250] * 4 and len(set(model._projection.seeds)) == 4
     p = columns(model)
     assert abs(p.square().sum(0).mean() - 1) < 0.2
     assert (p.mT @ p - torch.eye(20)).abs().max() < 0.2
 
 
 # ---------------------------------------------------------------------------------------------------- as any module
-
-
-@each_kind
-def test_state_is_theta_seed_and_buffers(kind):
-    model = moved(wrapped(kind))
-    model(X)
-    state = model.state_dict()
-    assert sorted(state) == ["_extra_state", *(f"module.1.{n}" for n in (
-        "num_batches_tracked", "running_mean", "running_var")), "theta"]
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    other = wrapped(kind, seed=8)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.seed == 3
-    assert torch.equal(other.eval()(X), model.eval()(X))
-    outer = nn.ModuleDict({"a": wrapped(kind, seed=9)})
-    outer.load_state_dict({f"a.{k}": v for k, v in state.items()})
-    assert torch.equal(outer.eval()["a"](X), model(X))
-
-
-def test_safetensors_holds_the_state(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    model, other = moved(wrapped()), wrapped(seed=1)
-    safetensors.save_file(model.state_dict(), tmp_path / "theta.safetensors")
-    other.load_state_dict(safetensors.load_file(tmp_path / "theta.safetensors"))
-    assert torch.equal(other(X), model(X))
-
-
-def test_wrong_states_are_refused_before_anything_changes():
-    model, state = wrapped(), moved(wrapped()).state_dict()
-    elsewhere = ts.lowrank.RandomSubspace(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4)),
-                                          7, seed=3)
-    with pytest.raises(ValueError, match="RandomSubspace: the state is of a module with other parameters theta_0"):
-        elsewhere.load_state_dict(state)
-    with pytest.raises(ValueError, match="RandomSubspace: the state is of kind 'dense' over 121 parameters, this is"):
-        model.load_state_dict(wrapped("dense").state_dict())
-    with pytest.raises(ValueError, match="of kind 'fastfood' over 8 parameters, this is kind 'fastfood' over 121"):
-        model.load_state_dict(ts.lowrank.RandomSubspace(nn.Linear(7, 1), 7).state_dict())
-    with pytest.raises(TypeError, match="RandomSubspace: _extra_state must be what state_dict has of it, got int 3"):
-        model.load_state_dict(state | {"_extra_state": 3})
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({"theta": state["theta"]})
-    assert elsewhere.theta.abs().max() == 0
-
-
-def test_half_of_the_module_is_half_of_its_state():
-    """A base in half precision is known again by what is left of it."""
-    model = ts.lowrank.RandomSubspace(network().half(), 7)
-    assert model.theta.dtype == torch.float32
-    model.load_state_dict(ts.lowrank.RandomSubspace(network(), 7).state_dict())
-    assert {p.dtype for p in model.parameters_at().values()} == {torch.float16}
 
 
 @each_kind
@@ -182,7 +102,10 @@ def test_copies_and_merged_modules(kind):
     plain = model.merge_and_unload()
     assert type(plain) is nn.Sequential and all(p.requires_grad for p in plain.parameters())
     assert torch.equal(plain(X), expected)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert type(plain[0]) is nn.Linear and sorted(plain.state_dict()) == sorted(network().state_dict())
+    for call in (lambda: model(X), model.merge_and_unload, model.parameters_at):
+        with pytest.raises(RuntimeError, match="RandomSubspace.*: the module has been merged"):
+            call()
 
 
 def test_frozen_parameters_stay_and_ties_hold():
@@ -195,36 +118,100 @@ def test_frozen_parameters_stay_and_ties_hold():
     module.forward = lambda x: module["b"](module["a"](x))
     at = model.parameters_at()
     torch.testing.assert_close(model(X), (X @ at["a.weight"].mT + module["a"].bias) @ at["a.weight"].mT + at["b.bias"])
-    assert not {"module.b.weight", "module.a.bias"} & set(model.state_dict())
+    assert not [name for name in model.state_dict() if name.startswith("module")]
 
 
+class Checkpointed(nn.Module):
+    """A part between two layers, run again in the backward, or not."""
+
+    def __init__(self, kind, how):
+        super().__init__()
+        self.kind, self.how = kind, how
+        self.first, self.part, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        if kind == "attention and lstm":
+            self.mix, self.run = nn.MultiheadAttention(6, 2), nn.LSTM(6, 6)
+        if kind == "weight norm":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(self.part)
+        if kind == "weight norm parametrized":
+            nn.utils.parametrizations.weight_norm(self.part)
+        if kind == "subspace within":
+            self.part = ts.lowrank.RandomSubspace(self.part, 40, seed=7)
+            with torch.no_grad():
+                self.part.theta.normal_()
+
+    def middle(self, x):
+        if self.kind == "weights alone":
+            return nn.functional.linear(x, self.part.weight, self.part.bias)
+        if self.kind == "attention and lstm":
+            return self.run(self.mix(*[self.part(x)] * 3)[0])[0]
+        return self.part(x)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        x = self.middle(x) if self.how is None else checkpoint(self.middle, x, use_reentrant=self.how)
+        return self.last(x.tanh())
+
+
+@pytest.mark.parametrize("part", ["layer", "weights alone", "attention and lstm", "weight norm",
+                                  "weight norm parametrized", "subspace within"])
 @each_kind
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_inside_run_again_at_theta(kind, reentrant):
-    """Also where a parent reads its part's weight (attention's projection), or keeps a list of its own (LSTM)."""
-
-    class Network(nn.Module):
-        def __init__(self, again):
-            super().__init__()
-            self.again, self.first = again, nn.Linear(3, 4)
-            self.mix, self.run = nn.MultiheadAttention(4, 2, batch_first=True), nn.LSTM(4, 4, batch_first=True)
-
-        def part(self, x):
-            return self.run(self.mix(*[self.first(x).tanh()] * 3)[0])[0]
-
-        def forward(self, x):
-            return checkpoint(self.part, x, use_reentrant=reentrant) if self.again else self.part(x)
-
+def test_checkpoints_inside_run_again_at_theta(kind, part):
+    """Whatever reads a weight: parents, functions, hooks of others, lists of an LSTM's own."""
     grads = []
-    for again in (False, True):
+    for how in (None, False, True):
         torch.manual_seed(0)
-        model = moved(ts.lowrank.RandomSubspace(Network(again), 9, kind))
-        x = normal(2, 5, 3, dtype=torch.float32).requires_grad_()
+        model = moved(ts.lowrank.RandomSubspace(Checkpointed(part, how), 9, kind))
         for _ in range(2):
-            model(x).square().sum().backward()
+            model(X.clone().requires_grad_()).square().sum().backward()
         grads.append(model.theta.grad)
-        assert all(p.is_leaf for p in model.parameters())
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(grads[1:], grads[:1] * 2)
+
+
+def test_the_module_and_its_parts_are_at_theta_by_themselves():
+    model = moved(wrapped()).eval()
+    assert torch.equal(model.module(X), model(X))
+    assert torch.equal(model.module[0].weight, model.parameters_at()["0.weight"])
+    model.module(X).square().sum().backward()
+    assert model.theta.grad.abs().min() > 0
+
+
+def test_threads_and_interrupts_leave_the_base_alone():
+    model = moved(ts.lowrank.RandomSubspace(nn.Sequential(*[nn.Linear(6, 6), nn.Tanh()] * 5), 9)).eval()
+    expected, wrong = model(X).detach(), []
+
+    def call():
+        with torch.no_grad():
+            wrong.extend(not torch.equal(model(X), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(wrong)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.module[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    assert torch.equal(model(X), expected)
+
+
+def test_second_derivatives():
+    model, x = moved(wrapped("sparse", dtype=torch.float64)).eval(), X.double()
+
+    def value(theta):
+        return torch.func.functional_call(network(torch.float64).eval(), model.parameters_at(theta), (x,)).exp().sum()
+
+    hessian = torch.autograd.functional.hessian(value, model.theta.detach())
+    (first,) = torch.autograd.grad(model(x).exp().sum(), model.theta, create_graph=True)
+    rows = [torch.autograd.grad(g, model.theta, retain_graph=True)[0] for g in first]
+    torch.testing.assert_close(torch.stack(rows), hessian)
 
 
 @each_kind
@@ -291,6 +278,9 @@ def test_what_cannot_be_wrapped():
         make(nn.Linear(3, 3, device="meta"), 1)
     with pytest.raises(TypeError, match="RandomSubspace: weight has no shape yet"):
         make(nn.LazyLinear(3), 1)
+    with pytest.raises(TypeError, match="RandomSubspace: module must not be scripted, got"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(torch.jit.script(nn.Linear(3, 3)), 1)
     with pytest.raises(TypeError, match="weight must be dense and float32, .* got a tensor of torch.complex64"):
         make(nn.Linear(3, 3, dtype=torch.complex64), 1)
     model = wrapped()
