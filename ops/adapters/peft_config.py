@@ -127,9 +127,9 @@ class SpectralConfig(peft.PeftConfig):
     Args:
         r: singular values of every weight to train, the largest; or a share below 1 of the squared ones, as in
             `torch_subspace.SpectralConfig`.
-        target_modules, target_parameters, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
-            modules_to_save, trainable_token_indices: as in `TuckerConfig`; every matrix of a stack has singular values
-            of its own.
+        target_modules, target_parameters, exclude_modules: as in `TuckerConfig`; every matrix of a stack has singular
+            values of its own.
+        layers_to_transform, layers_pattern, rank_pattern, modules_to_save, trainable_token_indices: as there.
         bias: "none", "all" or "spectral_only", as there.
 
     Raises:
