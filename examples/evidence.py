@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 SCRIPTS = {  # what it writes, the other file beside it: the script and its arguments; those that make it quick
     "finetune_text.json": ("finetune_text.py", "--quick"),
+    "finetune_memory.json": ("finetune_memory.py", "--quick"),
     "gamma.json": ("gamma.py", "--quick"),
     "many_classes.json": ("many_classes.py", "--quick"),
     "clustering_sets.json": ("clustering_sets.py", "--quick"),

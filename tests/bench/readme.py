@@ -262,7 +262,8 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
                          **evidence_tables.TABLES},
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
-    "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table, "projectors": projectors_table.write},
+    "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table, "projectors": projectors_table.write,
+                        "memory": lowrank_tables.memory_table},
     "docs/performance.md": {"bench": bench_table},
     "docs/gpu.md": {"gpu": gpu},
 }
