@@ -31,12 +31,12 @@ SHOTS, EPOCHS, BATCH, HEAD_FACTOR = 128, 3, 32, 10
 FULL, ADAPTED = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2)
 METHODS = {  # and their grids of rates
     "AdamW": FULL,
-    **{f"LowRankAdamW, rank {rank}": FULL + (1e-3,) for rank in RANKS},
-    "Trion, rank 32": (1e-3, 3e-3, 1e-2),
-    "Muon": (1e-3, 3e-3, 1e-2),
-    "LoRA (peft), rank 8": ADAPTED,
+    **{f"LowRankAdamW, rank {rank}": FULL + (1e-3,) + (3e-3,) * (rank == 32) for rank in RANKS},
+    "Trion, rank 32": (1e-3, 3e-3, 1e-2, 3e-2),
+    "Muon": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA (peft), rank 8": (1e-3, *ADAPTED),
     "Tucker adapter, rank 8": ADAPTED,
-    "spectral adapter, rank 256": (3e-3, 1e-2, 3e-2, 1e-1),
+    "spectral adapter, rank 256": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 COLORS = {"AdamW": "#4b5563", "LowRankAdamW": "#c2410c", "Trion": "#1f6fb2", "Muon": "#7a5195",
           "LoRA (peft)": "#8a8f98", "Tucker adapter": "#2f855a", "spectral adapter": "#b7791f"}
