@@ -12,11 +12,8 @@ done instead.
 """
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +21,21 @@ from torch.optim.optimizer import ParamsT
 
 from ..common import (
     UP_TO_1,
-    check_betas,
     check_flag,
     check_number,
-    check_rate,
     full_precision,
     told,
     whole,
     wide_dtype,
 )
 from .frequent_directions import merged
+from .optimiser import MatrixOptimizer, check_torchs
 from .tasks import directions, matrix_of, off, remembered, resized
 
-OPTIONS = ("rank", "sketch_rank", "every", "threshold", "decay", "protect", "seed")
 OWN = ("basis", "sketch", "memory")
 
 
-class CoSO(torch.optim.AdamW):
+class CoSO(MatrixOptimizer):
     """AdamW for tasks one after another, that keeps what was learned: gradients are projected off the directions of
     the inputs that earlier tasks have used, and steps are taken in a few dimensions.
 
@@ -95,10 +90,6 @@ class CoSO(torch.optim.AdamW):
         True
     """
 
-    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
-    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
-    _warned = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -117,57 +108,16 @@ class CoSO(torch.optim.AdamW):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        self._own = {"rank": rank, "sketch_rank": sketch_rank, "every": every, "threshold": threshold, "decay": decay,
-                     "protect": protect, "seed": seed}
-        kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-                             "foreach": foreach}
-        name = type(self).__name__
-        if not isinstance(params, Iterable):
-            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
-        self._own |= _checked(name, kinds)
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+        own = {"rank": rank, "sketch_rank": sketch_rank, "every": every, "threshold": threshold, "decay": decay,
+               "protect": protect, "seed": seed}
+        super().__init__(params, own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                         foreach=foreach)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with options of its own.
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        return _checked(type(self).__name__, options)
 
-        Args:
-            param_group: ``{"params": ..., option: value}``.
-        """
-        # torch's constructors build the defaults and add the groups in one go: ours join them here.
-        self.defaults.update(self.__dict__.pop("_own", {}))
-        name = type(self).__name__
-        if not isinstance(param_group, dict):
-            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
-        if "params" not in param_group:
-            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
-        super().add_param_group(param_group | _checked(name, param_group))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in OPTIONS:
-                group.setdefault(key, self.defaults[key])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that `state_dict` has returned, or that of `torch.optim.AdamW`.
-
-        Args:
-            state_dict: groups and state; the parameters in the order they have here.
-        """
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
-        super().load_state_dict(state_dict)
-        # torch gives what it loads the parameter's dtype
-        own = (p for group in self.param_groups for p in group["params"])
-        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
-            for key, t in state_dict["state"].get(place, {}).items():
-                if isinstance(t, Tensor) and key != "step" and self.state[p][key].dtype != t.dtype:
-                    self.state[p][key] = t.to(device=p.device, copy=True)
-
-    def _init_group(self, group, *lists):
-        # torch's step asks this for the tensors of a group and does nothing when there are none.
-        own = [p for p in group["params"] if not self._is_projected(group, p) and "frozen" not in self.state.get(p, ())]
-        return super()._init_group(group | {"params": own}, *lists) if own else False
+    def _steps(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self._is_projected(group, p) and "frozen" not in self.state.get(p, ())
 
     def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
         shape = matrix_of(group, p)
@@ -182,51 +132,26 @@ class CoSO(torch.optim.AdamW):
                              f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
         return False
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _matrix_steps(self) -> None:
+        work = [(i, group, p) for i, group in enumerate(self.param_groups) for p in group["params"]
+                if p.grad is not None and matrix_of(group, p) is not None]
+        for _, _, p in work:
+            if p.grad.layout is not torch.strided or hasattr(p, "placements"):
+                what = "sharded" if hasattr(p, "placements") else f"of {p.grad.layout}"
+                raise RuntimeError(f"{type(self).__name__}: gradients must be dense and whole, got one {what} for a "
+                                   f"parameter of shape {tuple(p.shape)}")
+        projected = [self._is_projected(group, p) for _, group, p in work]
+        self._adamw_step()
+        for (i, group, p), moves in zip(work, projected, strict=True):
+            with full_precision(p):
+                self._count(i, self._matrix_step(group, p, moves), f"a matrix of shape {tuple(p.shape)}")
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, with gradients on.
-
-        Returns:
-            The closure's value, or None.
-        """
-        loss, name = None, type(self).__name__
-        if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                group.update(_checked(name, group))
-            work = [(group, p) for group in self.param_groups for p in group["params"]
-                    if p.grad is not None and matrix_of(group, p) is not None]
-            for _, p in work:
-                if p.grad.layout is not torch.strided or hasattr(p, "placements"):
-                    what = "sharded" if hasattr(p, "placements") else f"of {p.grad.layout}"
-                    raise RuntimeError(f"{name}: gradients must be dense and whole, got one {what} for a parameter of "
-                                       f"shape {tuple(p.shape)}")
-            projected = [self._is_projected(*pair) for pair in work]
-            self._adamw_step()
-            for (group, p), moves in zip(work, projected, strict=True):
-                with full_precision(p):
-                    self._matrix_step(group, p, moves)
-        return loss
-
-    def _matrix_step(self, group: dict[str, Any], p: Tensor, moves: bool) -> None:
-        """Feed the sketch, and where it `moves`, take the step; nothing where the gradient is not finite."""
+    def _matrix_step(self, group: dict[str, Any], p: Tensor, moves: bool) -> int:
+        """Feed the sketch, and where it `moves`, take the step; nothing, and 1, where the gradient is not finite."""
         state, shape = self.state[p], matrix_of(group, p)
         grad = p.grad.reshape(shape).to(wide_dtype(p.dtype))
         if not grad.sum().isfinite() and not grad.isfinite().all():
-            self._skip(group, p)
-            return
+            return 1
         held = {key: state[key].to(p.device) for key in OWN if key in state}
         memory, basis, count = held.get("memory"), held.get("basis"), int(state.get("step", 0)) - (not moves)
         turn = low = None
@@ -238,7 +163,7 @@ class CoSO(torch.optim.AdamW):
             state["sketch"] = merged(sketch, block, group["decay"]).to(grad.dtype)
             turn = None if before is None else before.mT @ basis
         if not moves:
-            return
+            return 0
         low = grad @ basis if low is None else low
         low = -low if group["maximize"] else low
         mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
@@ -264,18 +189,7 @@ class CoSO(torch.optim.AdamW):
         else:
             p.add_((update @ basis.mT).reshape(p.shape).to(p.dtype))
         state.update(step=torch.tensor(float(count)), exp_avg=mean, exp_avg_sq=square, basis=basis)
-
-    @property
-    def skipped(self) -> int:
-        """Matrices left as they were for a gradient that is not finite so far."""
-        return sum(group.get("skipped", 0) for group in self.param_groups)
-
-    def _skip(self, group: dict[str, Any], p: Tensor) -> None:
-        group["skipped"] = group.get("skipped", 0) + 1
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{type(self).__name__}: a matrix of shape {tuple(p.shape)} had a non-finite gradient and "
-                          "stays as it is; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+        return 0
 
     @torch.no_grad()
     def consolidate(self) -> None:
@@ -312,14 +226,9 @@ class CoSO(torch.optim.AdamW):
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a group's options or an optimiser's arguments the ints, as such; raises in `name`'s voice."""
-    for key in ("lr", "eps", "weight_decay"):
-        if key in options:
-            check_rate(name, key, options[key])
-    if "betas" in options:
-        check_betas(name, options["betas"])
-    for key in options.keys() & {"maximize", "foreach", "protect"}:
-        if key != "foreach" or options[key] is not None:
-            check_flag(name, key, options[key])
+    check_torchs(name, options)
+    if "protect" in options:
+        check_flag(name, "protect", options["protect"])
     for key in options.keys() & {"threshold", "decay"}:
         check_number(name, key, options[key], UP_TO_1)
     least = {"rank": 1, "sketch_rank": 1, "every": 1, "seed": 0}

@@ -12,33 +12,27 @@ GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, an
 """
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import (
     FLOATS,
     POSITIVE,
-    check_betas,
-    check_flag,
     check_number,
-    check_rate,
     check_word,
     full_precision,
-    told,
     whole,
 )
 from .feedback import FEEDBACKS
 from .matrices import SIDES, Matrix, local, matrix_shape
+from .optimiser import MatrixOptimizer, check_torchs
 from .projectors import KINDS, PROJECTORS
 
 
-class LowRankAdamW(torch.optim.AdamW):
+class LowRankAdamW(MatrixOptimizer):
     """AdamW with moments in ``rank`` dimensions: for matrices 2 r (m + n) numbers of state at most instead of 2 m n.
 
     A matrix whose shorter side is above ``rank`` is projected along that side; all other parameters take the step of
@@ -90,10 +84,6 @@ class LowRankAdamW(torch.optim.AdamW):
         True
     """
 
-    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
-    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
-    _warned = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -112,58 +102,19 @@ class LowRankAdamW(torch.optim.AdamW):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        self._own = {"rank": rank, "projector": projector, "every": every, "error_feedback": error_feedback,
-                     "scale": scale, "side": side, "seed": seed}
-        kinds = self._own | {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-                             "foreach": foreach}
-        name = type(self).__name__
-        if not isinstance(params, Iterable):
-            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
-        self._own |= _checked(name, kinds)
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+        own = {"rank": rank, "projector": projector, "every": every, "error_feedback": error_feedback,
+               "scale": scale, "side": side, "seed": seed}
+        super().__init__(params, own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                         foreach=foreach)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with options of its own.
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        return _checked(type(self).__name__, options)
 
-        Args:
-            param_group: ``{"params": ..., option: value}``.
-        """
-        # torch's constructors build the defaults and add the groups in one go: ours join them here.
-        self.defaults.update(self.__dict__.pop("_own", {}))
-        name = type(self).__name__
-        if not isinstance(param_group, dict):
-            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
-        if "params" not in param_group:
-            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
-        super().add_param_group(param_group | _checked(name, param_group))
+    def _keeps(self, loaded: Mapping[str, Any]) -> bool:
+        return any(kind in loaded for kind in KINDS)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in OPTIONS:
-                group.setdefault(key, self.defaults[key])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that `state_dict` has returned, or that of `torch.optim.AdamW`, which is then projected.
-
-        Args:
-            state_dict: groups and state; the parameters in the order they have here.
-        """
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
-        super().load_state_dict(state_dict)
-        # torch gives moments the parameter's dtype, indices too
-        own = (p for group in self.param_groups for p in group["params"])
-        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
-            loaded = state_dict["state"].get(place, {})
-            for key in loaded.keys() - {"step"} if any(kind in loaded for kind in KINDS) else ():
-                if self.state[p][key].dtype != loaded[key].dtype:
-                    self.state[p][key] = loaded[key].to(device=p.device, copy=True)
-
-    def _init_group(self, group, *lists):
-        # torch's step asks this for the tensors of a group and does nothing when there are none.
-        own = [p for p in group["params"] if not self._is_projected(group, p)]
-        return super()._init_group(group | {"params": own}, *lists) if own else False
+    def _steps(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self._is_projected(group, p)
 
     def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
         if p.dtype in FLOATS and matrix_shape(p.shape, group["rank"]) is not None:
@@ -173,54 +124,15 @@ class LowRankAdamW(torch.optim.AdamW):
                              f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
         return False
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, with gradients on.
-
-        Returns:
-            The closure's value, or None.
-        """
-        loss, name = None, type(self).__name__
-        if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                group.update(_checked(name, group))
-            work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
-                    for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
-            starts: dict[Any, Tensor] = {}
-            self._adamw_step()
-            for i, matrix in work:
-                with full_precision(matrix.weight):
-                    self._count(i, matrix.step(self.state[matrix.weight], starts))
-        return loss
-
-    @property
-    def skipped(self) -> int | Tensor:
-        """Matrices left as they were for a gradient that is not finite so far; a tensor off the CPU."""
-        return sum(group.get("skipped", 0) for group in self.param_groups)
-
-    def _count(self, number: int, skipped: int | Tensor) -> None:
-        if isinstance(skipped, int) and not skipped:
-            return
-        group = self.param_groups[number]
-        group["skipped"] = group.get("skipped", 0) + skipped
-        if isinstance(skipped, int) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: {skipped} matrix(es) of parameter group {number} had a non-finite gradient "
-                "and stay as they were; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+    def _matrix_steps(self) -> None:
+        name = type(self).__name__
+        work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
+                for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
+        starts: dict[Any, Tensor] = {}
+        self._adamw_step()
+        for i, matrix in work:
+            with full_precision(matrix.weight):
+                self._count(i, matrix.step(self.state[matrix.weight], starts))
 
     def state_bytes(self) -> int:
         """The memory of all tensors of the state that this process holds, in bytes: what a first step makes stays."""
@@ -229,19 +141,11 @@ class LowRankAdamW(torch.optim.AdamW):
 
 
 WORDS = {"projector": PROJECTORS, "side": SIDES}
-OPTIONS = ("rank", "projector", "every", "error_feedback", "scale", "side", "seed")
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, int]:
     """Of a group's options or an optimiser's arguments those that are ints; raises in `name`'s voice."""
-    for key in ("lr", "eps", "weight_decay"):
-        if key in options:
-            check_rate(name, key, options[key])
-    if "betas" in options:
-        check_betas(name, options["betas"])
-    for key in options.keys() & {"maximize", "foreach"}:
-        if key != "foreach" or options[key] is not None:
-            check_flag(name, key, options[key])
+    check_torchs(name, options)
     for key in WORDS.keys() & options.keys():
         check_word(name, key, options[key], WORDS[key])
     if options.get("error_feedback") is not None:

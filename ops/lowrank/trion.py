@@ -13,34 +13,30 @@ arXiv 2505.17967; Dion, whose momentum this is: arXiv 2504.05295.
 """
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import (
     BELOW_1,
     POSITIVE,
-    check_betas,
     check_flag,
     check_number,
     check_rate,
     check_word,
     full_precision,
-    told,
     whole,
 )
 from .newton_schulz import check_steps
+from .optimiser import MatrixOptimizer, check_torchs
 from .trion_step import SCALES, check_gradient, matrices, step
 
 ALGORITHMS = ("trion", "adamw")
 
 
-class Trion(torch.optim.AdamW):
+class Trion(MatrixOptimizer):
     """Muon in ``rank`` dimensions: each step is orthogonal on the cosines that hold most of a matrix's momentum.
 
     Every parameter with two sides above 1 is a matrix and keeps one buffer of its own size, half of what AdamW does.
@@ -87,10 +83,6 @@ class Trion(torch.optim.AdamW):
         (torch.Size([128, 64]), True)
     """
 
-    # The bare function: torch's wrappers around it call the hooks, which belong to the whole step.
-    _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
-    _warned = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -110,37 +102,14 @@ class Trion(torch.optim.AdamW):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        self._own = {"rank": rank, "momentum": momentum, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
-                     "adjust_lr_fn": adjust_lr_fn, "algorithm": algorithm, "stacked": stacked,
-                     "adamw_factor": adamw_factor}
-        kinds = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "maximize": maximize,
-                 "foreach": foreach}
-        name = type(self).__name__
-        if not isinstance(params, Iterable):
-            raise TypeError(f"{name}: params must be tensors or dicts, got {told(params)}")
-        self._own |= _checked(name, self._own | kinds)
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
+        own = {"rank": rank, "momentum": momentum, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
+               "adjust_lr_fn": adjust_lr_fn, "algorithm": algorithm, "stacked": stacked,
+               "adamw_factor": adamw_factor}
+        super().__init__(params, own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                         foreach=foreach)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with options of its own.
-
-        Args:
-            param_group: ``{"params": ..., option: value}``.
-        """
-        # torch's constructors build the defaults and add the groups in one go: ours join them here.
-        self.defaults.update(self.__dict__.pop("_own", {}))
-        name = type(self).__name__
-        if not isinstance(param_group, dict):
-            raise TypeError(f"{name}: param_group must be a dict, got {told(param_group)}")
-        if "params" not in param_group:
-            raise ValueError(f"{name}: a param_group must have 'params', got {told(param_group)}")
-        super().add_param_group(param_group | _checked(name, param_group))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in OPTIONS:
-                group.setdefault(key, self.defaults[key])
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        return _checked(type(self).__name__, options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict` has returned, to the bit.
@@ -148,81 +117,34 @@ class Trion(torch.optim.AdamW):
         Args:
             state_dict: groups and state; the parameters in the order they have here.
         """
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
-        own = (p for group in self.param_groups for p in group["params"])
-        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own):
-            buffer = state_dict["state"].get(place, {}).get("momentum_buffer")
-            if buffer is not None and buffer.shape != p.shape:
-                raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
-                                 f"{tuple(buffer.shape)} for {tuple(p.shape)}")
+        if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys():
+            for p, loaded in self._loaded(state_dict):
+                buffer = loaded.get("momentum_buffer")
+                if buffer is not None and buffer.shape != p.shape:
+                    raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
+                                     f"{tuple(buffer.shape)} for {tuple(p.shape)}")
         super().load_state_dict(state_dict)
-        # torch gives a state the parameter's dtype
-        own = (p for group in self.param_groups for p in group["params"])
-        for place, p in zip((i for group in state_dict["param_groups"] for i in group["params"]), own, strict=True):
-            buffer = state_dict["state"].get(place, {}).get("momentum_buffer")
-            if buffer is not None and self.state[p]["momentum_buffer"].dtype != buffer.dtype:
-                self.state[p]["momentum_buffer"] = buffer.to(device=p.device, copy=True)
 
-    def _init_group(self, group, *lists):
-        # torch's step asks this for the tensors of a group and does nothing when there are none.
-        own = [p for p in group["params"] if matrices(p, group) is None]
-        return super()._init_group(group | {"params": own}, *lists) if own else False
+    def _keeps(self, loaded: Mapping[str, Any]) -> bool:
+        return "momentum_buffer" in loaded
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _steps(self, group: dict[str, Any], p: Tensor) -> bool:
+        return matrices(p, group) is None
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, with gradients on.
-
-        Returns:
-            The closure's value, or None.
-        """
-        loss, name = None, type(self).__name__
-        if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"{name}: closure must be a function or None, got {told(closure)}")
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                group.update(_checked(name, group))
-            work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
-                    if p.grad is not None and matrices(p, group) is not None]
-            for _, p in work:
-                check_gradient(name, p)
-            groups = self.param_groups
-            try:
-                self.param_groups = [group | {"lr": group["lr"] * _factor(group)} for group in groups]
-                self._adamw_step()
-            finally:
-                self.param_groups = groups
-            for i, p in work:
-                with full_precision(p):
-                    self._count(i, step(p, groups[i], self.state[p]))
-        return loss
-
-    @property
-    def skipped(self) -> int | Tensor:
-        """Matrices left as they were for a gradient that is not finite so far; a tensor off the CPU."""
-        return sum(group.get("skipped", 0) for group in self.param_groups)
-
-    def _count(self, number: int, skipped: int | Tensor) -> None:
-        if isinstance(skipped, int) and not skipped:
-            return
-        group = self.param_groups[number]
-        group["skipped"] = group.get("skipped", 0) + skipped
-        if isinstance(skipped, int) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: {skipped} matrix(es) of parameter group {number} had a non-finite gradient "
-                "and stay as they were; later ones are only counted, in .skipped", RuntimeWarning, stacklevel=4)
+    def _matrix_steps(self) -> None:
+        work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
+                if p.grad is not None and matrices(p, group) is not None]
+        for _, p in work:
+            check_gradient(type(self).__name__, p)
+        groups = self.param_groups
+        try:
+            self.param_groups = [group | {"lr": group["lr"] * _factor(group)} for group in groups]
+            self._adamw_step()
+        finally:
+            self.param_groups = groups
+        for i, p in work:
+            with full_precision(p):
+                self._count(i, step(p, groups[i], self.state[p]))
 
     def state_bytes(self) -> int:
         """The memory of all tensors of the state, in bytes: 4 for each entry of a matrix (8 of float64) and 4 for its
@@ -233,7 +155,6 @@ class Trion(torch.optim.AdamW):
 
 # ------------------------------------------------------------------------------------------------------------- options
 
-OPTIONS = ("rank", "momentum", "ns_steps", "ns_coefficients", "adjust_lr_fn", "algorithm", "stacked", "adamw_factor")
 
 
 def _factor(group: dict[str, Any]) -> float:
@@ -244,16 +165,11 @@ def _factor(group: dict[str, Any]) -> float:
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, int]:
     """Of a group's options or an optimiser's arguments those that are ints; raises in `name`'s voice."""
-    for key in ("lr", "eps", "weight_decay"):
-        if key in options:
-            check_rate(name, key, options[key])
+    check_torchs(name, options)
     if "momentum" in options:
         check_rate(name, "momentum", options["momentum"], BELOW_1)
-    if "betas" in options:
-        check_betas(name, options["betas"])
-    for key in ("maximize", "foreach", "stacked"):
-        if key in options and (key == "maximize" or options[key] is not None):
-            check_flag(name, key, options[key])
+    if options.get("stacked") is not None:
+        check_flag(name, "stacked", options["stacked"])
     if "algorithm" in options:
         check_word(name, "algorithm", options["algorithm"], ALGORITHMS)
     if options.get("adjust_lr_fn") is not None:
