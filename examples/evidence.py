@@ -49,9 +49,12 @@ def run(name, folder, quick):
         script, *options = command.split() + (fast.split() if quick else [])
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, EXAMPLES / script, *options, "--output", folder / name]
-            ended = subprocess.call(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            _, ended, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(ended)
         if ended == 0:
-            done.write_text(f"{time.monotonic() - begun:.0f} s\n")
+            spent = usage.ru_utime + usage.ru_stime  # since it was started last
+            done.write_text(f"{time.monotonic() - begun:.0f} s, of a processor {spent:.0f}\n")
     return done.exists()
 
 
@@ -67,8 +70,11 @@ def main():
     failed, pool = [], ThreadPoolExecutor(args.jobs)
     runs = {pool.submit(run, name, folder, args.quick): name for name in args.only}
     for ended in tqdm(as_completed(runs), "evidence", total=len(runs), unit="script", dynamic_ncols=True):
-        if not ended.result():
-            failed.append(folder / f"{runs[ended]}.log")
+        name = runs[ended]
+        if ended.result():
+            tqdm.write(f"{name}: {(folder / f'{name}.done').read_text().strip()}")
+        else:
+            failed.append(folder / f"{name}.log")
             tqdm.write(f"failed: {failed[-1]}")
     if failed:
         sys.exit(f"{len(failed)} of {len(runs)} scripts failed")
