@@ -115,8 +115,10 @@ class Texts:
         return train_test_split(which, train_size=count[0], test_size=count[1], stratify=classes, random_state=seed)
 
     def data(self, seed, validate):
-        """(texts, labels) to train on and (texts, labels) to measure on."""
-        few, rest = self.split(self.pool, self.shots, self.validated, seed)
+        """(texts, labels) to train on, `shots` of each class, and (texts, labels) to measure on."""
+        few, rest = self.pool, []
+        if self.shots < self.each - self.measured:
+            few, rest = self.split(self.pool, self.shots, self.validated, seed)
         held_out = rest if validate else self.held_out
         return (self.ids[few], self.label[few]), (self.ids[held_out], self.label[held_out])
 
@@ -149,7 +151,7 @@ class Texts:
 
 
 class Sections(Texts):
-    name, shots_tried = "sections of Debian", (64, 128)
+    name, shots_tried = "sections of Debian", (64, 128, 275)  # 275: all that are not held out
 
     @staticmethod
     def texts():

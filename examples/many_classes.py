@@ -14,7 +14,7 @@ training, one seed. Then, on the same seeds for all:
   of the class (cosine) and by a linear probe, both from the five faces of training;
 * variability: the mean angle between features of one character in different faces, which the paper on Grassmann heads
   finds to grow with k;
-* what a step takes.
+* what a step takes: milliseconds, all heads by turns, and the memory of two steps beyond the model's.
 
 What has been measured is kept and not measured again: `--output new.json` begins anew.
 """
@@ -22,11 +22,13 @@ What has been measured is kept and not measured again: `--output new.json` begin
 import argparse
 import itertools
 import json
+import multiprocessing
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
-from finetune_protocol import fit
+from finetune_protocol import fit, peak_memory
 from finetune_report import difference
 from gamma import glyphs
 from torch import nn
@@ -92,6 +94,23 @@ class Model(nn.Module):
         return self.head.loss(x, y) if hasattr(self.head, "loss") else cross_entropy(self.head(x), y)
 
 
+class Heads:
+    """All heads as a task of finetune_protocol.py."""
+
+    batch = BATCH
+
+    def __init__(self, setting, classes):
+        self.setting, self.classes = setting, classes
+
+    def data(self, seed, validate):
+        return examples(0, self.classes), None
+
+    def build(self, head, seed, trained=True):
+        torch.manual_seed(seed)
+        model = Model(head, self.classes, self.setting)
+        return model, ts.param_groups(model, weight_decay=0.01)
+
+
 def examples(first, last, which=slice(None), unseen=False):
     """(images, labels) of characters in the faces of training, or in the others, face by face."""
     faces = glyphs()[unseen][which, first:last]
@@ -99,11 +118,10 @@ def examples(first, last, which=slice(None), unseen=False):
 
 
 def trained(head, setting, lr, seed, data, epochs):
-    """A model, and the seconds of each step."""
-    torch.manual_seed(seed)
-    model = Model(head, int(data[1].max()) + 1, setting)
-    groups = ts.param_groups(model, weight_decay=0.01)
-    return model, fit(model, groups, data, epochs=epochs, batch=BATCH, lr=lr, seed=seed)
+    """A model that has learnt."""
+    model, groups = Heads(setting, int(data[1].max()) + 1).build(head, seed)
+    fit(model, groups, data, epochs=epochs, batch=BATCH, lr=lr, seed=seed)
+    return model
 
 
 @torch.no_grad()
@@ -149,12 +167,12 @@ def run(head, setting, lr, seed, size):
     """One training, and all that is measured of it."""
     classes, others, epochs = size
     data = examples(0, classes)
-    model, seconds = trained(head, setting, lr, seed, data, epochs)
+    model = trained(head, setting, lr, seed, data, epochs)
     elsewhere = [examples(classes, classes + others, unseen=unseen) for unseen in (False, True)]
     unseen, label = examples(0, classes, unseen=True)
     return {"accuracy": right(outputs(model, unseen), label), **transfer(model.body, elsewhere),
             "variability": variability(outputs(model.body, data[0]), classes),
-            "seconds": statistics.median(seconds), "parameters": sum(p.numel() for p in model.head.parameters())}
+            "parameters": sum(p.numel() for p in model.head.parameters())}
 
 
 def validated(head, rows, size, keep):
@@ -162,7 +180,7 @@ def validated(head, rows, size, keep):
     for setting, lr in itertools.product(HEADS[head], RATES):
         name = json.dumps(setting | {"lr": lr})
         if name not in rows:
-            model, _ = trained(head, setting, lr, VALIDATION, examples(0, size[0], slice(-1)), size[2])
+            model = trained(head, setting, lr, VALIDATION, examples(0, size[0], slice(-1)), size[2])
             images, label = examples(0, size[0], slice(-1, None))
             rows[name] = statistics.mean(right(outputs(model, images), label))
             keep()
@@ -185,6 +203,22 @@ def measure(found, size, keep):
             row["runs"].append({key: "".join("01"[r] for r in value) if key in MEASURES else value
                                 for key, value in result.items()})
             keep()
+
+
+def costs(rows, classes):
+    """Milliseconds of a step, and bytes that training takes beyond the model; nothing else should be running."""
+    tasks = {head: Heads(row["setting"], classes) for head, row in rows.items()}
+    models = {head: task.build(head, 0) for head, task in tasks.items()}
+    (x, y), _ = tasks["linear"].data(0, False)
+    seconds = {head: [] for head in rows}
+    batch = min(BATCH, len(y) // 6)
+    for _ in tqdm(range(12), "steps by turns", unit="turn", dynamic_ncols=True):
+        for head, (model, groups) in models.items():  # the first step makes the optimiser's state
+            seconds[head] += fit(model, groups, (x[: 6 * batch], y[: 6 * batch]), epochs=1, batch=batch, lr=1e-3)[1:]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for head, row in rows.items():
+            row["step"] = 1e3 * statistics.median(seconds[head])
+            row["peak"] = pool.apply_async(peak_memory, (partial(Heads, row["setting"], classes), head, 1)).get(600)
 
 
 def compared(rows, ours, theirs):
@@ -225,6 +259,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="of the numbers")
     parser.add_argument("--quick", action="store_true", help="a few characters, for one epoch: does it run?")
+    parser.add_argument("--costs", action="store_true", help="measure the time and the memory of steps once more")
     args = parser.parse_args()
     size = (50, 50, 1) if args.quick else (CLASSES, OTHERS, EPOCHS)
     setting = dict(zip(("classes", "other classes", "epochs"), size)) | {
@@ -236,6 +271,9 @@ def main():
         args.output.write_text(json.dumps(found, indent=1) + "\n")
 
     measure(found, size, keep)
+    if args.costs or not all("peak" in row for row in found["rows"].values()):
+        costs(found["rows"], size[0])
+        keep()
     draw(args.output.with_suffix(".png"), found["rows"])
     for head, row in found["rows"].items():
         means = {key: statistics.mean(r[key].count("1") / len(r[key]) for r in row["runs"]) for key in MEASURES}

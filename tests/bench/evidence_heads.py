@@ -29,17 +29,19 @@ def many_classes():
     """Heads of a thousand classes, and what their features are good for elsewhere."""
     found = result("many_classes")
     setting, rows = found["setting"], found["rows"]
-    lines = ["| head | accuracy | others, nearest mean | others, linear probe | angle within a class | parameters |",
-             "|---" * 6 + "|"]
+    lines = ["| head | accuracy | others, nearest mean | others, linear probe | angle within a class | parameters "
+             "| ms per step | peak beyond the model |", "|---" * 8 + "|"]
     for name, row in rows.items():
         chosen = ", ".join(f"{key} {value:g}" for key, value in (row["setting"] | {"rate": row["lr"]}).items()
                            if key != "k")
         cells = [cell(shares(row["runs"], measure)) for measure in MEASURES]
         angle = statistics.mean(run["variability"] for run in row["runs"])
-        lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {row['parameters']:,} |")
+        costs = f"{row['parameters']:,} | {row['step']:.1f} | {row['peak'] / 2**20:.0f} MiB"
+        lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {costs} |")
     lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the "
               f"same faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; "
-              "settings are the best in validation. " + place("many_classes", setting)]
+              "settings are the best in validation. Steps of network and head, median, taken by turns. "
+              + place("many_classes", setting)]
     lines += ["", f"| paired difference, 95 % | {' | '.join(('accuracy', *('others, ' + m for m in MEASURES[1:])))} |",
               "|---" * 4 + "|"]
     for name in rows:
