@@ -36,7 +36,7 @@ def many_classes():
                            if key != "k")
         cells = [cell(shares(row["runs"], measure)) for measure in MEASURES]
         angle = statistics.mean(run["variability"] for run in row["runs"])
-        costs = f"{row['parameters']:,} | {row['step']:.1f} | {row['peak'] / 2**20:.0f} MiB"
+        costs = " | ".join((f"{row['parameters']:,}", f"{row['step']:.1f}", f"{row['peak'] / 2**20:.0f} MiB"))
         lines.append(f"| {name} ({chosen}) | {' | '.join(cells)} | {angle:.0f}° | {costs} |")
     lines += ["", f"{setting['classes']} characters in two unseen faces, and {setting['other classes']} others in the "
               f"same faces; {setting['epochs']} epochs, mean ± standard deviation of {setting['seeds']} seeds; "

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import compatible_table
+import evidence_brief
 import evidence_heads
 import evidence_tables
 import gpu_table
@@ -98,12 +99,8 @@ PEERS = [  # op, case, what the README calls it, our contender, the usual or off
     ("cross_entropy", "B=256 n=512 C=21841 k=8 float32", "loss of 256 × 512, 21841 classes", "ours: fused", "eager"),
     ("tucker_linear", "linear 4096 to 4096, T=512 float32", "adapted linear layer, 4096 to 4096", "ours",
      "FLoRA's formula"),
-    ("tucker_conv", "depthwise 7x7 (ConvNeXt), C=96, 56x56, B=8 float32", "adapted depthwise convolution, 7 × 7",
-     "ours", "peft LoHa"),
     ("coding_rate", "n=2048 d=512 100 classes float32", "coding rate of 100 labels, 2048 × 512", "ours",
      "loop over classes"),
-    ("coding_rate_soft", "MLC n=1024 d=128 K=1024 float32", "coding rate of 1024 soft classes, 1024 × 128", "ours",
-     "official form"),
     ("sinkhorn", "n=1024 eta=0.1 float32", "doubly stochastic projection, 1024 × 1024", "ours", "five half steps"),
 ]
 NAMES = {
@@ -252,7 +249,7 @@ def gpu_mark():
 
 
 PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
-    "README.md": {"peers": peers_table, "gpu": gpu_mark},
+    "README.md": {"evidence": evidence_brief.write, "peers": peers_table, "gpu": gpu_mark},
     "docs/heads.md": {"gamma": gamma_table, "demo": demo_table},
     "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table},
     "docs/recipes.md": {"recipes": recipes_table},
