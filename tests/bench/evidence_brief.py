@@ -3,7 +3,7 @@
 import statistics
 
 from evidence_heads import STUDENT, shares
-from evidence_tables import result
+from evidence_tables import points, result
 
 MANY, TEXTS = "many_classes", "finetune_text"
 
@@ -38,7 +38,7 @@ def write():
         other, off = entry["best other"], entry["difference"]["ours"]
         cells = [f"{who}: {entry['algorithms'][key]['acc']['mean']:.1%}"
                  for who, key in (("clustering", "ours"), (other, other))]
-        lines.append(f"| {entry['title']} | {' | '.join(cells)} | {100 * off['mean']:+.1f} ± {100 * off['half']:.1f} |")
+        lines.append(f"| {entry['title']} | {' | '.join(cells)} | {points(off)} |")
     lines += ["", "Means of three or five seeds, points paired by seed with a 95 % interval; what is trained has its own "
               "rate, the best in", "validation. Also where it does not help: [evidence](docs/evidence.md)."]
     return "\n".join(lines)
