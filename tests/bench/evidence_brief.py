@@ -39,6 +39,6 @@ def write():
         cells = [f"{who}: {entry['algorithms'][key]['acc']['mean']:.1%}"
                  for who, key in (("clustering", "ours"), (other, other))]
         lines.append(f"| {entry['title']} | {' | '.join(cells)} | {points(off)} |")
-    lines += ["", "Means of three or five seeds, points paired by seed with a 95 % interval; each trained method at the "
-              "rate best", "in validation. Also where it does not help: [evidence](docs/evidence.md)."]
+    lines += ["", "Means of three or five seeds, points paired by seed with a 95 % interval; each trained method at "
+              "the rate best", "in validation. Also where it does not help: [evidence](docs/evidence.md)."]
     return "\n".join(lines)
