@@ -13,6 +13,7 @@ from names import HOMES, PEFT
 from torch import nn
 
 import torch_subspace as ts
+from torch_subspace import metrics
 
 
 def public():

@@ -45,7 +45,7 @@ def test_memory_that_is_there_is_taken():
 
 
 def with_others():
-    """Without ops of one tensor, and without depthwise, whose row calls torch.ops: meta is a device like others there."""
+    """Without ops of one tensor, and without depthwise, whose row calls torch.ops: there meta is right as well."""
     return [c for c in cases() if len(c.values[0].make(*c.values[0].small)) > 1 and c.values[0].op != "depthwise"]
 
 

@@ -226,14 +226,28 @@ def test_families_import_only_public_names_of_one_another():
     assert not wrong
 
 
+@pytest.mark.parametrize("family", sorted(path.parent.name for path in (ROOT / "ops").glob("*/__init__.py")
+                                          if "lazy(__name__, _FILES)" in path.read_text()))
+def test_a_lazy_familys_three_lists_are_one(family):
+    """What type checkers read, what is imported on first use, and `__all__`."""
+    path = ROOT / "ops" / family / "__init__.py"
+    module = importlib.import_module(f"torch_subspace.{family}")
+    typed = {name: origin.removeprefix(f"torch_subspace.{family}.") for origin, name in imports(path)
+             if origin.startswith(f"torch_subspace.{family}.")}
+    assert typed == module._FILES and sorted(module.__all__) == sorted(module._FILES)
+
+
 # ----------------------------------------------------------------------------------------------------------- globs
 
 
 def in_tree(*suffixes):
     """Files with these suffixes that git knows or would take; all that are there, where there is no git."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    names = listed.stdout.split() if listed.returncode == 0 else [
-        str(p.relative_to(ROOT)) for d in ("cpu", "cuda", "shim", "tests") for p in (ROOT / d).rglob("*")]
+    if (ROOT / ".git").exists():
+        names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True, check=True).stdout.split()
+    else:
+        names = [str(p.relative_to(ROOT)) for d in ("cpu", "cuda", "shim", "examples", "tests")
+                 for p in (ROOT / d).rglob("*")]
     return {name for name in names if name.endswith(suffixes) and (ROOT / name).exists()}
 
 
