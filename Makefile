@@ -7,7 +7,7 @@ py             := $(VENV)/bin/python
 lint           := .venv-lint/bin
 build_requires := $(shell grep '^requires =' pyproject.toml | grep -o '"[^"]*"')
 sources        := cpu cuda shim examples tests/native tests/abi
-c_files        := $(shell find $(sources) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
+c_files        := $(shell find $(wildcard $(sources)) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 # A developer's build is for the GPU of this machine, or for none; what ships (make dist) is for all.
 gpu := $(shell nvidia-smi -L 2>/dev/null)

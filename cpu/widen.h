@@ -1,4 +1,4 @@
-/* widen.h - entries of any dtype as what we compute in. Included once per precision, by panels.c and mode_product.h. */
+/* widen.h - entries of any dtype as what we compute in. Included by whoever has half types, once per precision. */
 #include "convert.h"
 #include "cpu.h"
 #ifdef T

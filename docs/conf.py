@@ -1,14 +1,17 @@
 """How Sphinx makes the site: `make docs`. Guides are Markdown, the reference is made from the docstrings."""
 
 import re
+import sys
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 
 import torch_subspace
-import torch_subspace.grassmann
-import torch_subspace.metrics
 import torch_subspace.peft
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from names import HOMES  # noqa: E402
 
 project = "torch-subspace"
 author = copyright = "torch-subspace developers"
@@ -28,12 +31,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape"]
 
 # `name` in a docstring is a link where the name is public, else code.
-PUBLIC = {
-    **{name: f"torch_subspace.{name}" for name in [*torch_subspace.__all__, "ManifoldClustering"]},
-    **{f"grassmann.{name}": f"torch_subspace.grassmann.{name}" for name in torch_subspace.grassmann.__all__},
-    **{name: f"torch_subspace.metrics.{name}" for name in torch_subspace.metrics.__all__},
-    **{f"torch_subspace.peft.{name}": f"torch_subspace.peft.{name}" for name in torch_subspace.peft.__all__},
-}
+PUBLIC = {f"{home}.{name}" for home, names in HOMES.items() for name in names}
 default_role = "name"
 nitpicky = True
 # Names of other libraries, whose inventories lie on the network.
@@ -41,13 +39,14 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!torch_subspace\b).*")]
 
 
 def name_role(role, rawtext, text, lineno, inliner, options=None, content=None):
-    """A public name, also with `torch_subspace.` or `ts.` before it."""
-    short = re.sub(r"^(ts|torch_subspace)\.(?=(grassmann\.)?\w+$)", "", text)
+    """A public name of where the docstring is, or of the package; also with `torch_subspace.` or `ts.` before it."""
+    env, short = inliner.document.settings.env, re.sub(r"^(ts|torch_subspace)\.", "", text)
     code = nodes.literal(text, text)
-    if short not in PUBLIC:
-        return [code], []
-    where = {"refdomain": "py", "reftype": "obj", "reftarget": PUBLIC[short], "refwarn": True, "refexplicit": True}
-    return [pending_xref("", code, refdoc=inliner.document.settings.env.docname, **where)], []
+    for home in (env.ref_context.get("py:module"), "torch_subspace"):
+        if f"{home}.{short}" in PUBLIC:
+            where = {"refdomain": "py", "reftype": "obj", "reftarget": f"{home}.{short}", "refwarn": True}
+            return [pending_xref("", code, refdoc=env.docname, refexplicit=True, **where)], []
+    return [code], []
 
 
 def setup(app):

@@ -183,6 +183,8 @@ def _plain_newton_schulz(x: Tensor) -> Tensor:
         gram = y @ y.mT
         y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
     return y
+
+
 def _rows_of(v: int, n: int) -> list[Tensor]:
     return _draw((v, n))
 

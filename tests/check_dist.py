@@ -32,7 +32,9 @@ def only(folder, pattern):
 
 def tracked():
     """The files that git knows; of an unpacked sdist none are."""
-    done = subprocess.run(["git", "ls-files", *BUILT], cwd=ROOT, capture_output=True, text=True)
+    if not (ROOT / ".git").exists():
+        return set()
+    done = subprocess.run(["git", "ls-files", *BUILT], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return set(done.stdout.splitlines())
 
 

@@ -119,6 +119,13 @@ def test_import_loads_no_compiler():
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "triton", "sympy"))]
 
 
+def test_import_is_quick():
+    """Over torch's own, of a processor; the best of some, as others work here too."""
+    code = ("import torch, time; begun = time.process_time(); import torch_subspace; "
+            "print(time.process_time() - begun)")
+    assert min(float(fresh_python(code)) for _ in range(3)) < 0.15
+
+
 @pytest.mark.parametrize("level", library.config()["CPU"]["available"].split())
 def test_the_instruction_set_can_be_forced(level):
     text = fresh_python("import torch_subspace as ts; ts.show_config()", SUBSPACE_ISA=level)

@@ -1,5 +1,6 @@
 """Wrong arguments of every public call: an error that says whose, which and what, and nothing is changed."""
 
+import importlib
 import inspect
 
 import bad_calls
@@ -8,17 +9,18 @@ import pytest
 import torch
 from bad_calls import CALLS
 from bad_input import faults
+from names import HOMES, PEFT
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, lowrank, metrics
+from torch_subspace import metrics
 
 
 def public():
     """{name: function} of all that is public and takes arguments, methods of public classes included."""
-    found = {name: getattr(ts, name) for name in ts.__all__}
-    for module in (distributed, grassmann, isotropy, lowrank, metrics):
-        found |= {f"{module.__name__.rpartition('.')[2]}.{n}": getattr(module, n) for n in module.__all__}
+    found = {}
+    for module in (importlib.import_module(home) for home in HOMES if home != PEFT):
+        found |= {f"{module.__name__}.{n}".removeprefix("torch_subspace."): getattr(module, n) for n in module.__all__}
     for name, cls in [(n, c) for n, c in found.items() if inspect.isclass(c)]:
         found |= {f"{name}.{n}": getattr(cls, n) for n, f in vars(cls).items()
                   if not n.startswith("_") and (inspect.isfunction(f) or isinstance(f, classmethod))}

@@ -30,7 +30,7 @@ def told(old, new):
     (run(), run(time=9.0, cpu="two"), ["0 of 2", "one, None, 1 -> two, None, 1"]),  # as near the limit of its machine
     (run(), run(time=9.0, limit=0.25, cpu="two"), ["1 of 2", "worse    2.00", "x the limit"]),
     (run(missing=True), run(), ["0 of 2"]),
-])  # fmt: skip
+])
 def test_what_has_changed_is_told(old, new, lines):
     text = "\n".join(told(old, new))
     assert all(line in text for line in lines), text

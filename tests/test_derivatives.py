@@ -5,12 +5,17 @@ missed but wrong: the other paths to it are still there. Inputs here depend on o
 do: what one owes to another must be counted once.
 """
 
+import importlib
+
 import pytest
 import torch
 from helpers import normal
+from names import HOMES, PEFT
 
 import torch_subspace as ts
 from torch_subspace import grassmann, isotropy, lowrank
+from torch_subspace.selftest import ROWS
+from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
 Z, V = normal(7, 3), normal(7, 3, seed=1)  # the point and the direction
 OTHER, GATE = normal(4, 3, seed=2), normal(7, 3, seed=3).sigmoid()
@@ -34,6 +39,11 @@ FUNCTIONS = {
     "tucker_conv": lambda z: ts.tucker_conv(
         z.flatten()[:18].view(1, 2, 3, 3), KERNEL, None, z[0, 0] * CUBE, [z[:3, :2], z[3:5, 1:], None, None]
     ).sin().sum(),
+    "depthwise": lambda z: depthwise_weight_gradient(
+        z.mT[None, :, :7], z.mT[None, :, 2:].square(), (3,), (1,), (0,), (1,)).sin().sum(),
+    "hadamard": lambda z: lowrank.hadamard(z[:4].mT).sin().sum(),
+    "fastfood": lambda z: lowrank.fastfood(z, 5, seed=0).sin().sum(),
+    "fastfood_adjoint": lambda z: lowrank.fastfood_adjoint(z, 5, seed=0).sin().sum(),
     "sigreg": lambda z: isotropy.sigreg(z, seed=0, num_slices=8),
     "newton_schulz": lambda z: lowrank.newton_schulz(z, steps=2).sin().sum(),
     "lambda_orthogonality": lambda z: isotropy.lambda_orthogonality(z, 1.0),
@@ -42,11 +52,20 @@ FUNCTIONS = {
     "group_lasso": lambda z: isotropy.group_lasso(z, [3, 4]),
 }
 REFUSED = {  # and from which order on
-    "coding_rate of soft memberships": (lambda z: ts.coding_rate(z, GATE, eps=0.5).sum(), 2),
+    "coding_rate_soft": (lambda z: ts.coding_rate(z, GATE, eps=0.5).sum(), 2),
     "sinkhorn": (lambda z: ts.sinkhorn(z @ z.mT, eta=1.0).square().sum(), 2),
     "von_neumann_entropy": (isotropy.von_neumann_entropy, 3),
     "procrustes": (lambda z: isotropy.procrustes(z, z.square()).sin().sum(), 2),
 }
+
+
+def test_every_op_with_a_derivative_is_here():
+    """By its own word, or by a public function of its file."""
+    here = {name.split()[0] for name in (*FUNCTIONS, *REFUSED)}
+    for home in (home for home in HOMES if home != PEFT):
+        here |= {getattr(importlib.import_module(home), n).__module__.rpartition(".")[2] for n in here & {*HOMES[home]}}
+    with_one = [row.op for row in ROWS if row.trained]
+    assert not [op for op in with_one if op not in here]
 
 
 def along(function, order, at=0.0):

@@ -4,6 +4,7 @@ What is forgotten fails here by name.
 """
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from names import HOMES, PEFT
 
 import torch_subspace as ts
-from torch_subspace import distributed, grassmann, isotropy, lowrank, metrics
 from torch_subspace.grassmann.frames import RETRACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,20 +72,16 @@ def test_readers_hear_of_it(op):
     """Its row of CONTRIBUTING's words, and in the change log what users call."""
     words = (ROOT / ".github/CONTRIBUTING.md").read_text().split("\n## One op, several words\n")[1].split("\n## ")[0]
     assert f"\n| `{op.split('/')[1]}` | " in words
-    homes = (ts, isotropy, lowrank)
-    public = [n for home in homes for n in home.__all__
-              if getattr(home, n).__module__ == f"torch_subspace.{op.replace('/', '.')}"]
+    public = [n for home in HOMES if home != PEFT for n in HOMES[home]
+              if getattr(importlib.import_module(home), n).__module__ == f"torch_subspace.{op.replace('/', '.')}"]
     assert not [n for n in public if f"`{n}`" not in (ROOT / "CHANGELOG.md").read_text()]
 
 
 def test_what_users_call_is_typed():
     """tests/typing/public.py is checked strictly in `make lint`: here, that it leaves no public name out."""
     text = (ROOT / "tests/typing/public.py").read_text()
-    names = [f"ts.{name}" for name in (*ts.__all__, "ManifoldClustering")]
-    names += [f"ts.distributed.{name}" for name in distributed.__all__]
-    names += [f"ts.grassmann.{name}" for name in grassmann.__all__] + [f"metrics.{name}" for name in metrics.__all__]
-    names += [f"ts.isotropy.{name}" for name in isotropy.__all__]
-    names += [f"ts.lowrank.{name}" for name in lowrank.__all__]
+    names = [f"{home}.{n}".replace("torch_subspace.", "ts." if home == "torch_subspace" else "")
+             for home in HOMES if home != PEFT for n in HOMES[home]]
     assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
     assert (ROOT / "ops/py.typed").exists()
 
@@ -125,6 +122,8 @@ def test_no_source_is_left_out_of_the_build():
 
 
 def fake_of(name):
+    for op in OPS:
+        importlib.import_module(f"torch_subspace.{op.replace('/', '.')}")  # families are lazy
     kernel = torch._library.simple_registry.singleton.find(f"torch_subspace::{name}").fake_impl.kernel
     assert kernel is not None, f"{name} has no fake kernel"
     return inspect.getclosurevars(kernel.func).nonlocals.get("func", kernel.func)  # torch wraps it
@@ -182,6 +181,22 @@ def test_no_family_includes_anothers_files(folder):
     assert not wrong
 
 
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_a_header_knows_who_includes_it(folder):
+    """Where its head comment names them; what all may include names nobody."""
+    texts = {path.name: path.read_text() for path in sorted((ROOT / folder).rglob("*.*")) if path.suffix[1:] in
+             ("c", "h", "cu", "cuh")}
+    checked = 0
+    for name, text in texts.items():
+        head = " ".join(text.split("*/")[0].replace("\n *", " ").split())
+        named = re.search(r"\bIncluded (?:once per precision,? )?by ((?:[\w.]+\.(?:cuh?|[ch])\b(?:,| and)? ?)+)", head)
+        if named:
+            who = {n for n, t in texts.items() if f'#include "{name}"' in t}
+            assert set(re.findall(r"\w+\.\w+", named[1])) == who, name
+            checked += 1
+    assert checked > 8
+
+
 def test_kernels_include_nothing_of_the_shim_but_the_contract():
     headers = {path.name for path in (ROOT / "shim").glob("*.h")}
     sources = [p for d in ("cpu", "cuda") for p in (ROOT / d).rglob("*") if p.suffix in (".c", ".h", ".cu", ".cuh")]
@@ -211,14 +226,28 @@ def test_families_import_only_public_names_of_one_another():
     assert not wrong
 
 
+@pytest.mark.parametrize("family", sorted(path.parent.name for path in (ROOT / "ops").glob("*/__init__.py")
+                                          if "lazy(__name__, _FILES)" in path.read_text()))
+def test_a_lazy_familys_three_lists_are_one(family):
+    """What type checkers read, what is imported on first use, and `__all__`."""
+    path = ROOT / "ops" / family / "__init__.py"
+    module = importlib.import_module(f"torch_subspace.{family}")
+    typed = {name: origin.removeprefix(f"torch_subspace.{family}.") for origin, name in imports(path)
+             if origin.startswith(f"torch_subspace.{family}.")}
+    assert typed == module._FILES and sorted(module.__all__) == sorted(module._FILES)
+
+
 # ----------------------------------------------------------------------------------------------------------- globs
 
 
 def in_tree(*suffixes):
     """Files with these suffixes that git knows or would take; all that are there, where there is no git."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    names = listed.stdout.split() if listed.returncode == 0 else [
-        str(p.relative_to(ROOT)) for d in ("cpu", "cuda", "shim", "tests") for p in (ROOT / d).rglob("*")]
+    if (ROOT / ".git").exists():
+        names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True, check=True).stdout.split()
+    else:
+        names = [str(p.relative_to(ROOT)) for d in ("cpu", "cuda", "shim", "examples", "tests")
+                 for p in (ROOT / d).rglob("*")]
     return {name for name in names if name.endswith(suffixes) and (ROOT / name).exists()}
 
 

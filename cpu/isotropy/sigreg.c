@@ -8,13 +8,13 @@
  *     dz_i       = sum_l dp[i,l] direction_l                     one GEMM a tile
  *
  * with t_j = j step, normal_j = exp(-t_j^2/2) and root_j the root of the trapezoidal rule's weight.
-
+ *
  * Rounding grows with every product, so each GROUP of knots begins with a sine and cosine of its own. Only tiles of p
  * and u exist; the backward makes them again. Sums are in T within a tile, in double beyond.
  *
  * Forward: a slot takes a block of directions and a part of a view's points, whose tiles it adds in order; the parts
- are
- * the same for any number of threads, and are added in order too. Backward: a slot takes some points, all directions.
+ * are the same for any number of threads, and are added in order too. Backward: a slot takes some points, all
+ * directions.
  */
 #include "cpu.h"
 

@@ -7,7 +7,7 @@
  *
  * A list on the device says which matrices there are: how many, and how large, need not be known to the host.
  *
- * Included by cholesky.cu, which has the launches for all, and by qr_update.cuh.
+ * Included by cholesky.cu and qr_update.cuh; the former has the launches for all.
  */
 #ifndef SUBSPACE_CHOLESKY_CUH
 #define SUBSPACE_CHOLESKY_CUH

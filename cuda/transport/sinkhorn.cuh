@@ -9,7 +9,7 @@
  * many blocks there are. Every function but those of a row or a strip is called by all threads of the block; the run
  * itself is in shared memory, and what changes in it is written by one thread, between two barriers.
  *
- * Included by sinkhorn_gibbs.cuh and sinkhorn_backward.cuh.
+ * Included by sinkhorn.cu, sinkhorn_gibbs.cuh and sinkhorn_backward.cuh.
  */
 #ifndef SUBSPACE_SINKHORN_CUH
 #define SUBSPACE_SINKHORN_CUH

@@ -85,7 +85,7 @@ def test_whatever_torch_is_set_to():
     (None, "X must be points"), (np.ones((2, 4)), "n_clusters must be at most n_samples, got 3 with n_samples=2"),
     (np.ones((5, 1)), "dim must be at most n_features=1, got 2"), (torch.ones(5, 4).to_sparse(), "must be dense"),
     (torch.ones(5, 4, device="meta"), "meta"), (np.full((5, 4), np.nan), "NaN"),
-])  # fmt: skip
+])
 def test_points_that_cannot_be_clustered(x, message):
     with pytest.raises((TypeError, ValueError), match=message):
         KSubspaces(3, 2).fit(x)

@@ -46,7 +46,7 @@ def test_groups_of_zeros_stay_zeros(dims):
     assert gradient[0].abs().max() > 0 or dims == (1,) * 6
     other = x.detach()[[0, 3]].requires_grad_()
     helpers.close(torch.autograd.grad(grouped_normalize(other, dims).sum(), other)[0], gradient[[0, 3]], 1e-15,
-                  absolute=True)  # fmt: skip
+                  absolute=True)
 
 
 def margin_loss(z, target, beta=1.2, margin=0.2):
@@ -165,7 +165,7 @@ def test_learners_on_clusters_retrieve():
     (lambda m: m.loss(torch.randn(3, 4), torch.tensor([0, 1])), "features and target must be as many"),
     (lambda m: m.loss(torch.randn(2, 4), torch.tensor([0, 1]), 1), "learner must be below 1, got 1"),
     (lambda m: m.assign(torch.randn(2, 4), torch.tensor([0, 1])), "previous must be"),
-])  # fmt: skip
+])
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(DynamicSubspaceLearners(4, 8))

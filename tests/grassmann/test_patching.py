@@ -33,7 +33,7 @@ def test_a_patch_is_the_formula(lead):
     along = base + ((source @ one - base @ one) / (one @ one))[..., None] * one
     helpers.close(subspace_patch(base, source, one), along, 1e-14, absolute=True)
     helpers.close(subspace_patch(base, source, one), subspace_patch(base, source, one[None] / one.norm()), 1e-14,
-                  absolute=True)  # fmt: skip
+                  absolute=True)
 
 
 def test_a_subspace_each():
@@ -199,7 +199,7 @@ def test_the_illusion():
 
 
 @pytest.mark.parametrize("weight, rank", [(torch.zeros(3, 6), 0), (torch.ones(3, 6), 1), (normal(9, 6), 6),
-                                          (torch.zeros(0, 6), 0)], ids=["zeros", "ones", "all", "no rows"])  # fmt: skip
+                                          (torch.zeros(0, 6), 0)], ids=["zeros", "ones", "all", "no rows"])
 def test_rows_of_any_rank(weight, rank):
     weight, v = weight.double(), normal(4, 6, seed=1)
     row, null = rowspace_split(v, weight)
@@ -220,7 +220,7 @@ def test_rows_of_any_rank(weight, rank):
     (lambda: SubspacePatch(4, 2, dtype=torch.float16), "dtype must be float32 or float64"),
     (lambda: rowspace_split(normal(4), normal(3, 5)), "need v"),
     (lambda: rowspace_split(normal(5), normal(3, 5) / 0), "weight is not finite"),
-])  # fmt: skip
+])
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()

@@ -29,7 +29,7 @@ def test_its_values():
     entropy = torch.nn.functional.cross_entropy
     expected = ((near - distance).abs().mean()
                 + entropy(((z[:, 1:] - z[:, :-1]) @ probe.pairs.mT).flatten(0, 1), pair.flatten())
-                + entropy((z @ probe.tokens.mT).flatten(0, 1), token.flatten()))  # fmt: skip
+                + entropy((z @ probe.tokens.mT).flatten(0, 1), token.flatten()))
     helpers.close(probe.loss(x, distance, pair, token), expected, 1e-13)
     longer = torch.cat([x, normal(2, 3, 7, seed=3)], 1)  # padding counts for nothing
     padded = [torch.nn.functional.pad(t, (0, 3), value=v)
@@ -116,7 +116,7 @@ def corpus(modules):
 def embedded(words, size=24, window=2):
     """A vector of each word that its characters decide, beside those of its neighbours."""
     own = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
-                       for word in [""] * window + words + [""] * window])  # fmt: skip
+                       for word in [""] * window + words + [""] * window])
     return torch.cat([own[i : i + len(words)] for i in range(2 * window + 1)], 1) / size**0.5
 
 
@@ -169,7 +169,7 @@ def test_syntax_of_the_standard_library():
     (lambda p: p.loss(torch.randn(4, 6), torch.ones(3), None, torch.full((4,), 3)), "0 <= token < 3, got labels 3"),
     (lambda p: p.loss(torch.randn(4, 6), torch.ones(3), None, torch.zeros(3, dtype=torch.int64)), "token must be"),
     (lambda p: OrthogonalProbe(4, 5), "dim must be at most in_features=4, got 5"),
-])  # fmt: skip
+])
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(OrthogonalProbe(6, 2, token_labels=3))

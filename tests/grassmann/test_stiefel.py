@@ -15,7 +15,7 @@ from torch_subspace.grassmann.frames import moved_by_others
 
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 1e-12}
 FLAGS = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5,
-         "weight_decay": 0.05, "maximize": True}]  # fmt: skip
+         "weight_decay": 0.05, "maximize": True}]
 each_retraction = pytest.mark.parametrize("retraction", RETRACTIONS)
 
 
@@ -113,7 +113,7 @@ def planted(k=3, n=8, dtype=torch.float64):
 
 @pytest.mark.parametrize("retraction, options", [
     *((retraction, {"momentum": 0.8}) for retraction in RETRACTIONS), ("geodesic", {"momentum": 0.8, "nesterov": True}),
-])  # fmt: skip
+])
 def test_brocketts_cost_finds_an_ordered_eigenbasis(retraction, options):
     a, vectors = planted()
     order = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_the_optimum_is_that_of_torchs_parametrization():
     torch.manual_seed(0)
     layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(8, 3, bias=False, dtype=torch.float64))
     theirs = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=300, line_search_fn="strong_wolfe",
-                               tolerance_grad=1e-12, tolerance_change=1e-16)  # fmt: skip
+                               tolerance_grad=1e-12, tolerance_change=1e-16)
 
     def closure():
         theirs.zero_grad()
@@ -254,7 +254,7 @@ def test_it_compiles_and_counts_versions():
     (lambda w, g: SGD([{"params": [w.mT], "manifold": "stiefel"}], lr=0.1), "frames in params on the Stiefel manifold"),
     (lambda w, g: SGD([{"params": [w], "manifold": "stiefel"}], lr=0.1, transport="parallel"), "no closed form"),
     (lambda w, g: ADAM([{"params": [w.half()], "manifold": "stiefel"}], lr=0.1), "must be float32 or float64"),
-])  # fmt: skip
+])
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(*problem(2, 3, 8)[:2])

@@ -33,7 +33,7 @@ def test_scores(dims):
     wanted = torch.stack([(x @ p).square().sum(-1) for p in projectors(frames, dims)], -1)
     torch.testing.assert_close(subspace_scores(x, frames, dims=dims), wanted, rtol=1e-12, atol=1e-13)
     assert torch.autograd.gradcheck(lambda x, f: subspace_scores(x, f, dims=dims),
-                                    (x[0].requires_grad_(), frames.requires_grad_()))  # fmt: skip
+                                    (x[0].requires_grad_(), frames.requires_grad_()))
 
 
 @pytest.mark.parametrize("signal, noise", [(1.0, 0.5), (1.7, 0.2), (0.4, 2.0)])
@@ -44,7 +44,7 @@ def test_the_denoiser_is_tweedies_formula(dims, signal, noise):
     found = subspace_denoise(x, frames, signal, noise, dims=dims)
     torch.testing.assert_close(found, (x + noise**2 * score) / signal, rtol=1e-9, atol=1e-10)
     assert torch.autograd.gradcheck(lambda x, f: subspace_denoise(x, f, signal, noise, dims=dims),
-                                    (x, frames.clone().requires_grad_()))  # fmt: skip
+                                    (x, frames.clone().requires_grad_()))
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
@@ -69,7 +69,7 @@ def test_other_ways_to_call_it(dims):
         return subspace_denoise(x, frames, noise=0.3, dims=dims)
 
     for found in (torch.func.vmap(denoise)(x), denoise(x.view(5, 1, 7))[:, 0], torch.stack([denoise(v) for v in x]),
-                  torch.compile(denoise, fullgraph=True, dynamic=True, backend="aot_eager")(x)):  # fmt: skip
+                  torch.compile(denoise, fullgraph=True, dynamic=True, backend="aot_eager")(x)):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
     tangent = normal(5, 7, seed=5)
     _, forward = torch.func.jvp(denoise, (x,), (tangent,))
@@ -105,7 +105,7 @@ def test_points_of_planted_subspaces():
         return (x - clean).square().mean()
 
     assert error(subspace_denoise(seen, found, noise=0.3)) < 0.5 * min(
-        error(seen @ energy[:, :r] @ energy[:, :r].mT) for r in range(1, 13))  # fmt: skip
+        error(seen @ energy[:, :r] @ energy[:, :r].mT) for r in range(1, 13))
 
 
 def test_class_subspaces_of_few_points_and_half_types():
@@ -114,7 +114,7 @@ def test_class_subspaces_of_few_points_and_half_types():
     frames = class_subspaces(x.half(), y, 3, num_classes=5, generator=generator)
     assert frames.shape == (5, 3, 6) and frames.dtype == torch.float32 and frame_error(frames) < 1e-6
     torch.testing.assert_close(subspace_scores(x.float(), frames)[torch.arange(4), y], x.float().square().sum(1),
-                               rtol=1e-2, atol=0)  # fmt: skip
+                               rtol=1e-2, atol=0)
     order = subspace_scores(x[[0, 2]], class_subspaces(x[[0, 2]], torch.zeros(2, dtype=torch.int64), 2).view(2, 1, 6))
     assert order.sum(0)[0] >= order.sum(0)[1]  # by energy
 
@@ -138,7 +138,7 @@ def test_digits_by_the_nearest_class_subspace():
     (lambda x, f: class_subspaces(x, torch.arange(5) - 1, 2), "0 <= y < num_classes = 4, got labels -1 to 3"),
     (lambda x, f: class_subspaces(x * torch.inf, torch.arange(5), 2), "class_subspaces: a point is not finite"),
     (lambda x, f: class_subspaces(x[:0], torch.arange(0), 2), "class_subspaces: y is empty: num_classes must be given"),
-])  # fmt: skip
+])
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(normal(5, 7), frames_of(None))
