@@ -1,31 +1,32 @@
 """What a call of each op takes where there is next to nothing to compute, beside torch's own call of a matrix product.
 
-    python tests/bench/overhead.py               # writes tests/bench/results/overhead.json; a minute
+    python tests/bench/overhead.py               # writes tests/bench/results/overhead.json; half a minute
     python tests/bench/overhead.py --profile logits   # where the time of one goes, by cProfile
 
-All are timed in turn, on one thread, the least of many samples: forward alone without gradients beside torch.mm, forward
-and backward beside torch.mm's, an optimiser's step beside that of torch's SGD. What an op takes beyond that is its
-checks, what it allocates and its tiny work.
+All are timed in turn, on one thread, the least of many samples: forward alone without gradients, and forward and
+backward, beside torch.mm, adapters beside the linear layer or convolution that they run themselves; an optimiser's step
+beside that of torch's SGD. What an op takes beyond that is its checks, what it allocates and its tiny work.
 """
 
 import argparse
 import cProfile
 import json
 import pstats
-from pathlib import Path
 
 import harness
 import torch
+from cost_tables import GOAL, RESULTS, TORCH
 
 import torch_subspace as ts
 from torch_subspace import isotropy, lowrank
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
-RESULTS, GOAL = Path(__file__).resolve().parent / "results", 15.0  # microseconds
+MM, LINEAR, CONV, SGD = TORCH
+BESIDE = {"tucker_linear": LINEAR, "tucker_conv": CONV, "rsgd": SGD}  # all others: MM
 
 
 def calls():
-    """{op: (function, tensors)}; of the first the gradient is wanted too."""
+    """{op: (function, what its gradient is wanted of)}."""
     seed = torch.Generator().manual_seed(0)
 
     def some(*shape):
@@ -33,17 +34,19 @@ def calls():
 
     x, w, label = some(4, 16), torch.linalg.qr(some(3, 16, 2)).Q.mT.contiguous(), torch.tensor([0, 1, 2, 1])
     factors = [some(16, 2), some(16, 2)]
-    kernel = [some(16, 2), some(4, 2), None, None]
+    dense, core, u, v = some(16, 16), some(2, 2), some(16, 2), some(2, 16)
+    taps, small, kernel = some(16, 4, 3, 3), some(2, 2, 3, 3), [some(16, 2), some(4, 2), None, None]
     image, dy = some(1, 4, 4, 4), some(1, 4, 4, 4)
     soft, lines = some(4, 3).softmax(1), torch.nn.functional.normalize(some(16, 4), dim=0)
     return {
+        MM: (lambda x: torch.mm(x, w[0].T), x),
+        LINEAR: (lambda x: torch.nn.functional.linear(x, dense), x),
+        CONV: (lambda x: torch.nn.functional.conv2d(x, taps, padding=1), image),
         "logits": (lambda x: ts.subspace_logits(x, w), x),
         "cross_entropy": (lambda x: ts.subspace_cross_entropy(x, w, label), x),
         "tucker": (lambda c: ts.tucker_compose(c, factors), some(2, 2)),
-        "tucker_linear": (lambda x, b=some(16, 16), c=some(2, 2), u=some(16, 2), v=some(2, 16):
-                          ts.tucker_linear(x, b, None, c, u, v, scale=1.0), x),
-        "tucker_conv": (lambda x, b=some(16, 4, 3, 3), c=some(2, 2, 3, 3):
-                        ts.tucker_conv(x, b, None, c, kernel, scale=1.0, padding=(1, 1)), image),
+        "tucker_linear": (lambda x: ts.tucker_linear(x, dense, None, core, u, v, scale=1.0), x),
+        "tucker_conv": (lambda x: ts.tucker_conv(x, taps, None, small, kernel, scale=1.0, padding=(1, 1)), image),
         "depthwise": (lambda x: depthwise_weight_gradient(x, dy, (3, 3), (1, 1), (1, 1), (1, 1)), image),
         "coding_rate": (lambda z: ts.coding_rate(z, label), x),
         "coding_rate_soft": (lambda z: ts.coding_rate(z, soft), x),
@@ -79,17 +82,14 @@ def frames_sgd(params):
     return ts.RiemannianSGD([{"params": params, "manifold": "grassmann"}], lr=0.1, momentum=0.9)
 
 
-TORCH = "torch"
-
-
 def functions():
-    """{(what, op): a call}; the op `TORCH` is its own."""
-    wide, found = torch.randn(16, 4), {}
-    for op, (function, x) in {TORCH: (lambda x: torch.mm(x, wide), torch.randn(4, 16)), **calls()}.items():
+    """{(what, op): a call}."""
+    found = {}
+    for op, (function, x) in calls().items():
         found["forward", op] = torch.no_grad()(lambda f=function, x=x: f(x))
         if op != "depthwise":  # it has none
             found["forward and backward", op] = gradient(function, x)
-    found["step", TORCH] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True))
+    found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True))
     found["step", "rsgd"] = step(frames_sgd)
     return found
 
@@ -100,25 +100,8 @@ def measure(made, rounds):
     for _ in range(rounds):
         for name, function in made.items():
             taken[name] = min(taken[name], 1e6 * harness.timed(function, 10))
-    return [{"what": what, "op": op, "us": us, "beyond_us": us - taken[what, TORCH]} for (what, op), us in taken.items()]
-
-
-def table(results=RESULTS, place=None):
-    """What the page shows."""
-    path = results / "overhead.json"
-    if not path.exists():
-        return "Not measured yet: `python tests/bench/overhead.py`."
-    run = json.loads(path.read_text())
-    kinds = dict.fromkeys(row["what"] for row in run["rows"])
-    by = {(row["what"], row["op"]): row for row in run["rows"]}
-    lines = [f"| | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
-    for op in dict.fromkeys(row["op"] for row in run["rows"]):
-        cells = []
-        for what in kinds:
-            row = by.get((what, op))
-            cells.append("" if not row else f"{row['us']:.1f} µs" if op == TORCH else f"+ {row['beyond_us']:.1f} µs")
-        lines.append(f"| {f'`{op}`' if op != TORCH else 'torch: `mm`, `SGD(fused=True)`'} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", place(run["environment"])])
+    return [{"what": what, "op": op, "us": us, "beyond_us": us - taken[what, op if op in TORCH else BESIDE.get(op, MM)]}
+            for (what, op), us in taken.items()]
 
 
 def main():
@@ -140,7 +123,7 @@ def main():
     rows = measure(made, 200 if args.quick else 4000)
     for row in rows:
         over = "  more than wanted" if row["beyond_us"] > GOAL else ""
-        print(f"{row['what']:<21} {row['op']:<17} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
+        print(f"{row['what']:<21} {row['op']:<22} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
     if not args.quick:
         found = {"environment": harness.environment("cpu", 1), "rows": [{**r, "us": round(r["us"], 2),
                  "beyond_us": round(r["beyond_us"], 2)} for r in rows]}

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import compatible_table
+import cost_tables
 import evidence_heads
 import evidence_tables
 import gpu_table
@@ -271,7 +272,9 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
     "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table, "projectors": projectors_table.write,
                         "memory": lowrank_tables.memory_table},
-    "docs/performance.md": {"bench": bench_table, "processors": lambda: processors.table(SHOWN, place)},
+    "docs/performance.md": {"bench": bench_table, "processors": lambda: processors.table(SHOWN, place),
+                            "threads": lambda: cost_tables.threads(place), "growth": lambda: cost_tables.growth(place),
+                            "overhead": lambda: cost_tables.overhead(place)},
     "docs/gpu.md": {"gpu": gpu},
 }
 
