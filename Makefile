@@ -117,8 +117,11 @@ cuda-check: $(VENV)/.ready ## compile for every architecture; registers, spills 
 	cmake --build --preset cuda --parallel --target torch_subspace_cuda
 	$(py) tests/cuda_check.py build/cuda $(if $(UPDATE),--update)
 
-bench: build    ## benchmarks on the CPU
+bench: build    ## benchmarks on the CPU; then what a call costs, which ops two threads slow down, how cost grows
 	$(py) tests/bench/bench.py
+	$(py) tests/bench/overhead.py
+	$(py) tests/bench/threads.py
+	$(py) tests/bench/growth.py
 
 evidence: build ## measure all that the pages show of accuracy; hours, goes on where it was. EVIDENCE_ARGS=--quick: minutes
 	$(py) examples/evidence.py $(EVIDENCE_ARGS)

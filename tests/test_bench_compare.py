@@ -36,6 +36,12 @@ def test_what_has_changed_is_told(old, new, lines):
     assert all(line in text for line in lines), text
 
 
+def test_a_limit_that_is_counted_anew_compares_with_nothing():
+    old = run() | {"work": {"big": {"bytes": 1}}}
+    new = run(time=9.0, limit=0.25, cpu="two") | {"work": {"big": {"bytes": 2}}}
+    assert "0 of 1" in told(old, new)[0]
+
+
 def test_folders_and_what_only_one_has(tmp_path, monkeypatch, capsys):
     for name, ops in (("old", ["a", "b"]), ("new", ["b", "c"])):
         (tmp_path / name).mkdir()

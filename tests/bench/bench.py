@@ -6,8 +6,9 @@
     python tests/bench/bench.py --device cuda --missing   # only what the last one did not reach, or got no time of ours
 
 Contenders are checked against a float64 reference first, then timed in turn. The rows go to results/<op>.json, with
-the machine, versions and commit, and as a picture to results/<op>.png; those of a GPU to <op>_cuda.json, after every
-case, and to the table gpu.md. There the first case of every op comes before any op's second.
+the machine, versions and commit, and as a picture to results/<op>.png; those of another processor, that were there, are
+kept (processors.py). Those of a GPU go to <op>_cuda.json, after every case, and to the table gpu.md. There the first
+case of every op comes before any op's second.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 import gpu_table
 import gpu_timing
 import harness
+import processors
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +103,7 @@ def bench(op, args):
     """Run, print and store one op."""
     where = harness.environment(args.device, args.threads)
     print(f"\n=== {op}: {', '.join(f'{k} {v}' for k, v in where.items() if k not in ('blas', 'system'))}")
-    rows, verdicts = [], []
+    rows, verdicts, work = [], [], {}
     for case in cases(op, args.device)[: 1 if args.quick else None]:
         torch._dynamo.reset()
         found = harness.run(case, 0.2 if args.quick else 1.0,
@@ -110,8 +112,10 @@ def bench(op, args):
         show(case, found, judged)
         rows += found
         verdicts += judged
+        work[case.name] = {"bytes": case.bytes, "flops": case.flops}
     if not args.quick:
-        store(args.results, op, where, rows, verdicts)
+        processors.keep(args.results, op, where)
+        store(args.results, op, where, rows, verdicts, work=work)
         draw(args.results, op, op, where, rows)
 
 
@@ -185,14 +189,14 @@ def bench_on_gpu(ops, args, top, end):
         draw(args.results, f"{op}_cuda", op, where, rows[op])
 
 
-def store(results, name, where, rows, verdicts):
+def store(results, name, where, rows, verdicts, **more):
     """Write the rows."""
 
     def rounded(rows):
         return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
     results.mkdir(parents=True, exist_ok=True)
-    found = {"environment": rounded([where])[0], "rows": rounded(rows), "targets": rounded(verdicts)}
+    found = {"environment": rounded([where])[0], "rows": rounded(rows), "targets": rounded(verdicts), **more}
     (results / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 

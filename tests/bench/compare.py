@@ -55,8 +55,11 @@ def changes(old, new):
     alone = machine(old) != machine(new)
     unit = "x the limit" if alone else "ms"
     before = {(row["case"], row["contender"]): row for row in old["rows"]}
+    work = [run.get("work", {}) for run in (old, new)]
     for row in new["rows"]:
         name = (row["case"], row["contender"])
+        if alone and work[0].get(row["case"]) != work[1].get(row["case"]):
+            continue  # the limit is counted in another way
         pair = [cost(r, alone) for r in (before.get(name, {}), row)]
         if all(pair):
             yield " | ".join(name), *pair, unit, pair[1] / pair[0]

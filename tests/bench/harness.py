@@ -148,10 +148,11 @@ def samples(functions, seconds):
 
 
 def bounds(case):
-    """What is timed beside the contenders to know the machine's limits, and how much of it the case needs."""
+    """What is timed beside the contenders to know the machine's limits, and how much of it the case needs. What
+    is moved is as large as the case, from a megabyte to what no cache holds: a small case lies in a cache."""
     found = {}
     if case.bytes:  # a sum in place: two reads, and a write of what is in the cache already
-        a, b = torch.ones(2, 1 << 24)
+        a, b = torch.ones(2, min(max(case.bytes // 12, 1 << 17), 1 << 24))
         found["bandwidth"] = lambda: a.add_(b), case.bytes / (3 * a.nbytes)
     if case.flops:
         c, d = torch.ones(2, 1536, 1536, dtype=case.dtype)

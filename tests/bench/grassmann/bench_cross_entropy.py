@@ -1,13 +1,15 @@
 """Fused subspace cross-entropy with both gradients, at ImageNet-21k's number of classes: time and peak memory.
 
 Memory is measured in a process of its own for each contender; what all of them must return, the two gradients, is
-taken off. Peers: the formula of the logits and torch's cross-entropy, eager and compiled, and our own logits.
+taken off. Peers: the formula of the logits and torch's cross-entropy, eager and compiled, our own logits, and at k = 1
+torch's `linear_cross_entropy` (2.13 and later), whose logits have no norm: at k = 1 that is their absolute value.
 """
 
 import torch
+import work
 from bench_logits import GAMMA, formula
 from harness import Case, Contender, Target, compiled, relative
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 import torch_subspace as ts
 
@@ -37,7 +39,21 @@ def fused(x, weight, target):
     return ts.subspace_cross_entropy(x, weight, target, gamma=GAMMA)
 
 
-def contender(name, function, shape, device, check=True):
+LINEAR, CHUNKED = "torch linear_cross_entropy", "torch linear_cross_entropy, chunked"
+
+
+def linear(name):
+    """torch's fused loss of a linear head."""
+    options = torch.nn.LinearCrossEntropyOptions() if name == CHUNKED else None
+
+    def loss(x, weight, target):
+        return torch.nn.functional.linear_cross_entropy(GAMMA * normalize(x, dim=-1), weight[:, 0], target,
+                                                        options=options)
+
+    return loss
+
+
+def contender(name, function, shape, device, check=True, **options):
     """Loss and gradients by `function`."""
 
     def step(x, weight, target):
@@ -58,7 +74,8 @@ def contender(name, function, shape, device, check=True):
         return relative(found, [t.detach() for t in (loss, *torch.autograd.grad(loss, (x, weight)))])
 
     batch, n, classes, k, dtype = shape
-    return Contender(name, build, error if check else None, peak=True, kept=dtype.itemsize * n * (batch + classes * k))
+    return Contender(name, build, error if check else None, peak=True, kept=dtype.itemsize * n * (batch + classes * k),
+                     **options)
 
 
 def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
@@ -75,14 +92,23 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
         Target("ours: fused", ("eager",), "<=", 1.1, 1.0),
         Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
     ]
+    if k == 1:
+        if hasattr(torch.nn.functional, "linear_cross_entropy"):
+            contenders += [contender(name, linear(name), shape, device, check=False, note="no norm: another loss")
+                           for name in (LINEAR, CHUNKED)]
+        else:
+            contenders.append(Contender(LINEAR, lambda: None, missing="torch has it from 2.13 on"))
+        targets = [Target("ours: fused", (LINEAR, CHUNKED), "<=", 1, 0.9, of=of) for of in ("p50", "peak")]
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
-    size = dtype.itemsize * n * (batch + classes * k) if device == "cuda" else 0  # a CPU is far from it
-    return Case(name, contenders, targets, bytes=3 * size, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
+    return Case(name, contenders, targets, **work.cross_entropy(batch, n, classes, k, dtype.itemsize), seconds=25,
+                dtype=dtype)
 
 
 def cases(device):
-    """Two batches; on a GPU one that fills it, also in the dtype it trains in."""
-    found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False)]
+    """Two batches, and a direction a class, of which torch has the like; on a GPU a batch that fills it, also in the
+    dtype it trains in."""
+    found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False),
+             *(case(256, 512, classes, 1, device, compile=False) for classes in (21841, 128256))]
     if device == "cuda":
         found += [case(1024, 512, 21841, 8, device, dtype=torch.bfloat16),
                   case(1024, 512, 21841, 8, device, compile=False)]

@@ -4,6 +4,7 @@ The floor is the matrix products alone: what a linear head of C·k outputs would
 """
 
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 from torch.nn.functional import linear, normalize
 
@@ -104,8 +105,6 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
     """Both cases of one size; `targets` takes the names of ours, the floor and the formula."""
     shape = (batch, n, classes, k, dtype)
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
-    flops = 2 * batch * n * classes * k
-    size = dtype.itemsize * (classes * k * n + batch * (n + classes)) if device == "cuda" else 0  # a CPU is far from it
     for backward in (False, True):
         make = both if backward else forward
         contenders = [products(backward, shape, device)]
@@ -119,8 +118,7 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
             contenders += [make("torch.compile of the formula", compiled(formula), shape, device)]
         yield Case(f"{name}, forward{' and backward' if backward else ''}", contenders,
                    targets(contenders[1].name, contenders[0].name, "eager formula", backward),
-                   bytes=3 * size if backward else size, flops=3 * flops if backward else flops, seconds=8,
-                   dtype=dtype)
+                   **work.logits(batch, n, classes, k, backward, dtype.itemsize), seconds=8, dtype=dtype)
 
 
 def large(ours, floor, eager, backward):

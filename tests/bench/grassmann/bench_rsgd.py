@@ -9,6 +9,7 @@ import functools
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 import torch_subspace as ts
@@ -187,7 +188,7 @@ def case(classes, k, n, device, peers=True):
             Target(first, tuple(c.name for c in contenders if c.name.startswith("torch.compile")), ">=", 6, 6),
             Target(first, ("GCR formula: SVD, QR every 5th",), ">=", 20, 20),
         ]
-    return Case(f"C={classes} k={k} n={n} float32", contenders, targets, bytes=20 * classes * k * n,
+    return Case(f"C={classes} k={k} n={n} float32", contenders, targets, **work.rsgd(classes, k, n),
                 seconds=30 if peers else 6)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import bench_rsgd as steps
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, relative
 from torch.nn.functional import linear
 
@@ -77,7 +78,8 @@ def assignment(n, features, clusters, k):
     eager = contender("eager formula", lambda x, w: held(x, w).max(1).indices)
     return Case(f"labels n={n} features={features} K={clusters} k={k} float32",
                 [floor, ours, eager],
-                [Target("ours", (floor.name,), "<=", 1.3, 1.1)], flops=2 * n * features * clusters * k, seconds=30)
+                [Target("ours", (floor.name,), "<=", 1.3, 1.1)], **work.assignment(n, features, clusters, k),
+                seconds=30)
 
 
 def iteration(n, features, clusters, k):
@@ -115,7 +117,8 @@ def iteration(n, features, clusters, k):
     return Case(f"iteration n={n} features={features} K={clusters} k={k} float32",
                 [Contender("floor: product, Gram matrices, eigenproblems", lambda: least), contender("ours", ours),
                  contender("batched formula", batched), contender("loop over subspaces", loop)],
-                [Target("ours", ("loop over subspaces",), ">=", 3, 3.6)], seconds=30)
+                [Target("ours", ("loop over subspaces",), ">=", 3, 3.6)], **work.k_subspaces(n, features, clusters, k),
+                seconds=30)
 
 
 def stiefel(classes, k, n):
@@ -142,7 +145,7 @@ def stiefel(classes, k, n):
     return Case(f"Stiefel step C={classes} k={k} n={n} float32",
                 [steps.floor(shape, "cpu"), *(ours(word) for word in ("geodesic", "polar", "qr", "cayley")),
                  ours("geodesic", "grassmann"), dataclasses.replace(geoopt, note="its own retraction: unchecked")],
-                bytes=20 * classes * k * n, seconds=20)
+                **work.rsgd(classes, k, n), seconds=20)
 
 
 def cases(device):

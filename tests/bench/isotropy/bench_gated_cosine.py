@@ -6,6 +6,7 @@ The floor is what no form by matrix products does without: two forward, four bac
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 from torch_subspace.isotropy import gated_cosine
@@ -77,7 +78,7 @@ def case(b, n, k, device, must):
                   contender(FORMULA, formula, shape, device),
                   contender("torch.compile of it", compiled(formula), shape, device)]
     targets = [Target(OURS, (FORMULA,), ">=", 20, 60)] if must else []
-    return Case(f"b={b} n={n} k={k} float32", contenders, targets, flops=12 * b * n * k)
+    return Case(f"b={b} n={n} k={k} float32", contenders, targets, **work.gated_cosine(b, n, k))
 
 
 def cases(device):

@@ -5,6 +5,7 @@ The floor is what no implementation without p in memory does without: p twice, f
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 from torch_subspace.isotropy import sigreg
@@ -81,7 +82,7 @@ def case(views, n, d, slices, device, must):
     targets = [Target(OURS, (FORMULA,), ">=", 8, 12), Target(OURS, (FLOOR,), "<=", 2.5, 2),
                Target(OURS, (FORMULA,), "<=", 0.1, 0.05, of="peak")] if must else []
     return Case(f"V={views} n={n} d={d} slices={slices} float32", contenders, targets,
-                flops=6 * views * n * d * slices)
+                **work.sigreg(views, n, d, slices))
 
 
 def cases(device):

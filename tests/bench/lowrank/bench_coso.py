@@ -8,6 +8,7 @@ memory. Saved is the state.
 import functools
 
 import torch
+import work
 from harness import Case, Contender, Target, relative
 from torch import nn
 
@@ -114,9 +115,9 @@ def case(n, count, device):
         Contender(OURS, lambda: run(OURS), check, saved=saved),
         Contender(SVD, lambda: run(SVD), saved=lambda: made(SVD).kept(), note="the same up to the range finder"),
     ]
-    flops = 2 * n * n * (3 * SKETCH + 2 * RANK + 2 * count)
     name = f"{n}x{n} r1={RANK} r2={SKETCH} float32" + (f", memory of {count}" if count else "")
-    return Case(name, contenders, [Target(OURS, (SVD,), ">=", 5, 8)], flops=flops, seconds=8)
+    return Case(name, contenders, [Target(OURS, (SVD,), ">=", 5, 8)], seconds=8,
+                **work.coso(n, RANK, SKETCH, count))
 
 
 def cases(device):

@@ -5,6 +5,7 @@ one Walsh-Hadamard transform forward and one backward.
 """
 
 import torch
+import work
 from harness import Case, Contender, Target, relative
 
 from torch_subspace.lowrank import fastfood, hadamard
@@ -81,7 +82,7 @@ def case(d, size, device, targets=(), with_dense=True):
     """All contenders at one size."""
     makers = {FLOOR: transforms, OURS: ours, STORED: stored} | ({DENSE: dense} if with_dense else {})
     contenders = [contender(name, make, d, size, device) for name, make in makers.items()]
-    return Case(f"{d} to {size} float32", contenders, list(targets), seconds=4)
+    return Case(f"{d} to {size} float32", contenders, list(targets), **work.fastfood(d, size), seconds=4)
 
 
 def cases(device):

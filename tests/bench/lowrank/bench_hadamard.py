@@ -8,6 +8,7 @@ import importlib
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 from torch_subspace.lowrank import hadamard
@@ -72,7 +73,7 @@ def case(v, n, device, targets=(), with_product=False, with_chunks=False):
     if with_product:
         matrix = reference.hadamard(torch.eye(n)).to(device)
         contenders.append(contender("a product", functools.partial(product, matrix), v, n, device))
-    return Case(f"{v} rows of {n} float32", contenders, list(targets), bytes=8 * v * n, seconds=4)
+    return Case(f"{v} rows of {n} float32", contenders, list(targets), **work.hadamard(v, n), seconds=4)
 
 
 def cases(device):

@@ -8,10 +8,10 @@ are installed.
 
 import functools
 import importlib
-import math
 import warnings
 
 import torch
+import work
 from harness import Case, Contender, Target, relative
 from torch import nn
 
@@ -157,9 +157,8 @@ def case(name, shapes, device, found, decompositions):
     for rival in rivals:  # APOLLO draws its directions, so a fixed basis is what to compare with where they are new
         drawn = found and "apollo" in rival.name.lower()
         targets.append(Target(FIXED if drawn else OURS, (rival.name,), ">=", 1, 2))
-    flops = sum(2 * number * math.prod(s) * RANK for s in shapes if len(s) > 1 and min(s) > RANK)
     return Case(f"{name} rank={RANK} float32, directions {'found' if found else 'kept'}", contenders, targets,
-                flops=flops, seconds=20)
+                **work.low_rank_adamw(shapes, RANK, found), seconds=20)
 
 
 def cases(device):

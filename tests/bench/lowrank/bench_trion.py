@@ -5,6 +5,7 @@ The floor is Fourier's transform of the momentum, both products with the basis a
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, relative
 
 from torch_subspace.lowrank import LowRankAdamW, Trion, cosine_basis, newton_schulz
@@ -83,7 +84,7 @@ def case(m, n, rank, device, must, stretch):
                   contender(ADAMW, torch.optim.AdamW, m, n, device, note="another step")]
     return Case(f"{m}x{n} rank {rank} float32", contenders,
                 [Target(OURS, (MUON,), ">=", must, stretch), Target(OURS, (FLOOR,), "<=", 2, 1.4)],
-                flops=4 * m * n * rank + 3 * rank**2 * max(m, n) + 17 * rank**3, bytes=4 * 5 * m * n, seconds=4)
+                **work.trion(m, n, rank), seconds=4)
 
 
 def cases(device):

@@ -7,6 +7,7 @@ largest class, a batched Cholesky on the smaller side, eager and compiled.
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 import torch_subspace as ts
@@ -111,10 +112,9 @@ def case(n, d, classes, device, small=False, seconds=12):
             targets.append(Target("ours", (names["loop"],), ">=", 20, 20))
     if small:
         contenders.append(contender("dense membership", dense, shape, device, "d x d in float32"))
-    sizes = [-(-(n - c) // max(classes, 1)) for c in range(max(classes, 1))]
-    flops = sum(3 * min(m, d) ** 2 * max(m, d) for m in sizes)  # half a Gram matrix, and a product with the inverse
     what = f"{classes} classes" if classes else "R"
-    return Case(f"n={n} d={d} {what} float32", contenders, targets, flops=flops, seconds=seconds)
+    return Case(f"n={n} d={d} {what} float32", contenders, targets, **work.coding_rate(n, d, classes),
+                seconds=seconds)
 
 
 def cases(device):

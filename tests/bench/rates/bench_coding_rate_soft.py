@@ -10,6 +10,7 @@ Bound by the products: n K d^2 for the symmetric Gram matrices, twice that for b
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, relative
 
 from torch_subspace.rates.coding_rate_soft import soft_rate
@@ -138,7 +139,7 @@ def case(name, n, d, k, device, names=tuple(FORMS), targets=(), seconds=20.0):
                          kept=4 * (z.numel() + weights.numel()))
 
     return Case(f"{name} n={n} d={d} K={k} float32", [contender(name) for name in names], list(targets),
-                flops=3 * n * k * d * d, seconds=seconds)
+                **work.coding_rate_soft(n, d, k), seconds=seconds)
 
 
 def cases(device):

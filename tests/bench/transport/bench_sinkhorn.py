@@ -7,6 +7,7 @@ Bound by memory: the least is to read the scores and the gradient and to write t
 
 import reference
 import torch
+import work
 from harness import Case, Contender, Target, compiled, relative
 
 from torch_subspace.transport.sinkhorn import sinkhorn
@@ -167,7 +168,7 @@ def case(n, device, promised):
     targets = []
     if promised:
         targets = [Target(OURS, (PUBLIC,), ">=", 7, 7), Target(OURS, (UNROLLED,), ">=", 35, 60)]
-    return Case(f"n={n} eta={ETA} float32", contenders, targets, bytes=4 * scores.nbytes, seconds=16)
+    return Case(f"n={n} eta={ETA} float32", contenders, targets, **work.sinkhorn(n), seconds=16)
 
 
 def cases(device):

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import work
 from harness import Case, Contender, Target, relative
 from torch import nn
 from torch.nn.functional import conv2d, linear
@@ -222,9 +223,8 @@ def contender(name, make, layer, size, dtype, device, **options):
     return entry
 
 
-def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
-    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor. Without `flops` it is
-    bound by memory on a GPU: the input, the output and the gradients of both."""
+def case(name, layer, size, device, promise=None, dtype=torch.float32):
+    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor."""
 
     def on(name, make, **options):
         return contender(name, make, layer, size, dtype, device, **options)
@@ -241,8 +241,12 @@ def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
         time, stretch, memory = promise
         targets = [Target(OURS, (FLOOR,), "<=", time, stretch), Target(OURS, (FLOOR,), "<=", memory, memory, "peak")]
     name = f"{name} {str(dtype).removeprefix('torch.')}"
-    moved = 0
-    if device == "cuda" and not flops:
-        _, x, dy = problem(layer, size, dtype, device)
-        moved = 2 * (x.nbytes + dy.nbytes)
-    return Case(name, contenders, targets, bytes=moved, flops=flops, seconds=8, dtype=dtype)
+    kind, into, out, *rest = layer
+    if kind is nn.Linear:
+        least = work.tucker_linear(size[0], into, out, RANK, dtype.itemsize)
+    else:
+        kernel, options = rest[0], dict(rest[1:])
+        groups = options.get("groups", 1)
+        side = (size[2] + 2 * options.get("padding", 0) - kernel) // options.get("stride", 1) + 1
+        least = work.tucker_conv(size, (size[0], out, side, side), kernel, groups, RANK, dtype.itemsize)
+    return Case(name, contenders, targets, **least, seconds=8, dtype=dtype)

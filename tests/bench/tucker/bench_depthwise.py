@@ -5,6 +5,7 @@ Bound by the multiply-adds of the definition; small planes by reading x and dy.
 
 import reference
 import torch
+import work
 from harness import Case, Contender, relative
 from torch.nn.functional import unfold
 
@@ -46,8 +47,8 @@ def case(b, c, side, k, device):
 
     contenders = [contender("ours", ours), contender("torch: convolution_backward", aten),
                   contender("unfold and einsum", unfolded)]
-    return Case(f"B={b} C={c} {side}x{side} kernel {k}x{k} float32", contenders, bytes=x.nbytes + dy.nbytes,
-                flops=2 * x.numel() * k * k, seconds=8)
+    return Case(f"B={b} C={c} {side}x{side} kernel {k}x{k} float32", contenders,
+                **work.depthwise(b, c, side, k), seconds=8)
 
 
 def cases(device):

@@ -2,6 +2,7 @@
 
 import reference
 import torch
+import work
 from adapted_layers import OURS, RANK, SCALE
 from harness import Case, Contender, Target, relative
 
@@ -41,8 +42,8 @@ def compose(out, into, kernel, device):
     contenders = [floor, made(OURS, op), made("einsum", einsum), made("by hand: matmul and addmm", hand)]
     targets = [Target(OURS, ("einsum",), ">=", 5, 5), Target(OURS, ("by hand: matmul and addmm",), ">=", 1.2, 1.2),
                Target(OURS, (floor.name,), "<=", 1.2, 1.2)]
-    return Case(f"compose {out}x{into}x{kernel}x{kernel} float32", contenders, targets, bytes=2 * base.nbytes,
-                seconds=4)
+    return Case(f"compose {out}x{into}x{kernel}x{kernel} float32", contenders, targets,
+                **work.tucker(base.shape, ranks), seconds=4)
 
 
 def cases(device):

@@ -1,0 +1,86 @@
+"""What threads.py, growth.py and overhead.py have found, as tables of docs/performance.md."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WORK_MS, SLOWER = 0.1, 1.05  # work that two threads should share; what is no noise
+WITHIN = 0.05  # of a slope
+GOAL = 15.0  # microseconds beyond torch's own call
+TORCH = ("torch.mm", "torch linear", "torch conv2d", "torch SGD(fused=True)")
+
+
+def run_of(script, results):
+    """What a script has written, or None."""
+    path = results / f"{script}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def missing(script):
+    """A table that is not there."""
+    return f"Not measured yet: `python tests/bench/{script}.py`."
+
+
+def slower(found):
+    """Rows whose work is worth two threads and gets slower by them."""
+    return [row for row in found if row["one_ms"] > WORK_MS and row["two_ms"] > SLOWER * row["one_ms"]]
+
+
+def told(found):
+    """The same in words."""
+    names = [f"`{row['op']}` {row['case'].replace(' float32', '')} ({row['two_ms'] / row['one_ms']:.2f} ×)"
+             for row in slower(found)]
+    return f"Slower with two threads than with one, of work above 100 µs: {'; '.join(names) or 'none'}."
+
+
+def threads(place, results=RESULTS):
+    """The first case of every op, and what is slower."""
+    if not (run := run_of("threads", results)):
+        return missing("threads")
+    lines, seen = ["| op, size | one thread | two threads | gain |", "|---|---|---|---|"], set()
+    for row in run["rows"]:
+        if row["op"] not in seen or row["op"] == "machine":
+            seen.add(row["op"])
+            what = row["case"].replace(" float32", "")
+            what = f"the machine: {what}" if row["op"] == "machine" else f"`{row['op']}` {what}"
+            lines.append(f"| {what} | {row['one_ms']:.4g} ms | {row['two_ms']:.4g} ms | "
+                         f"{row['one_ms'] / row['two_ms']:.2f} × |")
+    return "\n".join([*lines, "", told(run["rows"]), "", place(run["environment"])])
+
+
+def within(row):
+    """Is the op's slope the formula's, by a twentieth?"""
+    return abs(row["slope"] - row["formula"]) <= WITHIN * row["formula"]
+
+
+def growth(place, results=RESULTS):
+    """Slopes of all sweeps."""
+    if not (run := run_of("growth", results)):
+        return missing("growth")
+    lines = ["| op | grows | from, to | others | slope | of its formulas | |", "|---|---|---|---|---|---|---|"]
+    for row in run["rows"]:
+        off = "" if within(row) else f"{row['slope'] / row['formula'] - 1:+.0%}"
+        lines.append(f"| `{row['op']}` | {row['what']} | {row['sizes'][0]}, {row['sizes'][-1]} | {row['rest']} | "
+                     f"{row['slope']:.2f} | {row['formula']:.2f} | {off} |")
+    good = sum(map(within, run["rows"]))
+    return "\n".join([*lines, "", f"{good} of {len(run['rows'])} slopes are those of the formulas within 5 %. "
+                      f"{place(run['environment'])}", "",
+                      "![cost by size beside the machine's limit](../tests/bench/results/growth.png)"])
+
+
+def overhead(place, results=RESULTS):
+    """What the page shows."""
+    if not (run := run_of("overhead", results)):
+        return missing("overhead")
+    kinds = dict.fromkeys(row["what"] for row in run["rows"])
+    by = {(row["what"], row["op"]): row for row in run["rows"]}
+    lines = [f"| | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
+    for op in dict.fromkeys(row["op"] for row in run["rows"]):
+        cells = []
+        for what in kinds:
+            row = by.get((what, op))
+            cells.append("" if not row else f"{row['us']:.1f} µs" if op in TORCH else f"+ {row['beyond_us']:.1f} µs")
+        lines.append(f"| {op if op in TORCH else f'`{op}`'} | {' | '.join(cells)} |")
+    over = [f"`{r['op']}` {r['what']}" for r in run["rows"] if r["beyond_us"] > GOAL]
+    return "\n".join([*lines, "", f"More than {GOAL:.0f} µs beyond torch's own: {', '.join(over) or 'none'}.", "",
+                      place(run["environment"])])

@@ -1,0 +1,134 @@
+"""What a call of each op takes where there is next to nothing to compute, beside torch's own call of a matrix product.
+
+    python tests/bench/overhead.py               # writes tests/bench/results/overhead.json; half a minute
+    python tests/bench/overhead.py --profile logits   # where the time of one goes, by cProfile
+
+All are timed in turn, on one thread, the least of many samples: forward alone without gradients, and forward and
+backward, beside torch.mm, adapters beside the linear layer or convolution that they run themselves; an optimiser's step
+beside that of torch's SGD. What an op takes beyond that is its checks, what it allocates and its tiny work.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+
+import harness
+import torch
+from cost_tables import GOAL, RESULTS, TORCH
+
+import torch_subspace as ts
+from torch_subspace import isotropy, lowrank
+from torch_subspace.tucker.depthwise import depthwise_weight_gradient
+
+MM, LINEAR, CONV, SGD = TORCH
+BESIDE = {"tucker_linear": LINEAR, "tucker_conv": CONV, "rsgd": SGD}  # all others: MM
+
+
+def calls():
+    """{op: (function, what its gradient is wanted of)}."""
+    seed = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(*shape, generator=seed)
+
+    x, w, label = some(4, 16), torch.linalg.qr(some(3, 16, 2)).Q.mT.contiguous(), torch.tensor([0, 1, 2, 1])
+    factors = [some(16, 2), some(16, 2)]
+    dense, core, u, v = some(16, 16), some(2, 2), some(16, 2), some(2, 16)
+    taps, small, kernel = some(16, 4, 3, 3), some(2, 2, 3, 3), [some(16, 2), some(4, 2), None, None]
+    image, dy = some(1, 4, 4, 4), some(1, 4, 4, 4)
+    soft, lines = some(4, 3).softmax(1), torch.nn.functional.normalize(some(16, 4), dim=0)
+    return {
+        MM: (lambda x: torch.mm(x, w[0].T), x),
+        LINEAR: (lambda x: torch.nn.functional.linear(x, dense), x),
+        CONV: (lambda x: torch.nn.functional.conv2d(x, taps, padding=1), image),
+        "logits": (lambda x: ts.subspace_logits(x, w), x),
+        "cross_entropy": (lambda x: ts.subspace_cross_entropy(x, w, label), x),
+        "tucker": (lambda c: ts.tucker_compose(c, factors), some(2, 2)),
+        "tucker_linear": (lambda x: ts.tucker_linear(x, dense, None, core, u, v, scale=1.0), x),
+        "tucker_conv": (lambda x: ts.tucker_conv(x, taps, None, small, kernel, scale=1.0, padding=(1, 1)), image),
+        "depthwise": (lambda x: depthwise_weight_gradient(x, dy, (3, 3), (1, 1), (1, 1), (1, 1)), image),
+        "coding_rate": (lambda z: ts.coding_rate(z, label), x),
+        "coding_rate_soft": (lambda z: ts.coding_rate(z, soft), x),
+        "sinkhorn": (lambda s: ts.sinkhorn(s, eta=1.0, symmetric=False), some(4, 4)),
+        "sigreg": (lambda z: isotropy.sigreg(z, directions=lines), x),
+        "newton_schulz": (lambda m: lowrank.newton_schulz(m), x),
+        "hadamard": (lambda v: lowrank.hadamard(v), x),
+        "fastfood": (lambda t: lowrank.fastfood(t, 16, seed=1), some(16)),
+    }
+
+
+def step(make):
+    """An optimiser's step of three tiny frames."""
+    p = torch.nn.Parameter(torch.linalg.qr(torch.randn(3, 16, 2)).Q.mT.contiguous())
+    p.grad = torch.randn_like(p)
+    return make([p]).step
+
+
+def gradient(function, x):
+    """A call and its backward."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        dy = torch.ones_like(function(x))
+
+    def call():
+        return torch.autograd.grad(function(x), x, dy)
+
+    return call
+
+
+def frames_sgd(params):
+    """Ours."""
+    return ts.RiemannianSGD([{"params": params, "manifold": "grassmann"}], lr=0.1, momentum=0.9)
+
+
+def functions():
+    """{(what, op): a call}."""
+    found = {}
+    for op, (function, x) in calls().items():
+        found["forward", op] = torch.no_grad()(lambda f=function, x=x: f(x))
+        if op != "depthwise":  # it has none
+            found["forward and backward", op] = gradient(function, x)
+    found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True))
+    found["step", "rsgd"] = step(frames_sgd)
+    return found
+
+
+def measure(made, rounds):
+    """Rows of microseconds, and those beyond torch's own."""
+    taken = dict.fromkeys(made, float("inf"))
+    for _ in range(rounds):
+        for name, function in made.items():
+            taken[name] = min(taken[name], 1e6 * harness.timed(function, 10))
+    return [{"what": what, "op": op, "us": us, "beyond_us": us - taken[what, op if op in TORCH else BESIDE.get(op, MM)]}
+            for (what, op), us in taken.items()]
+
+
+def main():
+    """Measure and write; or profile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short timing, nothing is written")
+    parser.add_argument("--profile", metavar="OP", help="where the time of an op's calls goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    made = functions()
+    if args.profile:
+        for (what, op), function in made.items():
+            if op == args.profile:
+                profile = cProfile.Profile()
+                profile.runcall(lambda f=function: [f() for _ in range(2000)])
+                print(what)
+                pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+        return
+    rows = measure(made, 200 if args.quick else 4000)
+    for row in rows:
+        over = "  more than wanted" if row["beyond_us"] > GOAL else ""
+        print(f"{row['what']:<21} {row['op']:<22} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
+    if not args.quick:
+        found = {"environment": harness.environment("cpu", 1), "rows": [{**r, "us": round(r["us"], 2),
+                 "beyond_us": round(r["beyond_us"], 2)} for r in rows]}
+        (RESULTS / "overhead.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
