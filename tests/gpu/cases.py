@@ -169,7 +169,7 @@ CASES = [
     Case("sigreg many knots", lambda: sketch(1, 9, 5, 3), lambda z, a: sigreg(z, directions=a, knots=40), 1, narrow=1,
          tf32=True),
     Case("gated_cosine", gates, gated_cosine, 3),
-    Case("gated_cosine of one", lambda: gates(1, 1, 1, 5), gated_cosine, 3),
+    Case("gated_cosine of one point", lambda: gates(1, 2, 1, 5), gated_cosine, 3),
     Case("newton_schulz", lambda: draw((2, 24, 70)), newton_schulz, 1, scale=30),
     Case("newton_schulz tall", lambda: draw((40, 33)), lambda x: newton_schulz(x, steps=3, coefficients="quintic"), 1),
     Case("hadamard", lambda: draw((3, 64)), hadamard, 1),
