@@ -176,6 +176,16 @@ def _plain_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     return z.shape[0] * torch.trapezoid(2 * normal * error, t).mean()
 
 
+def _gated(b: int, n: int, k: int) -> list[Tensor]:
+    z1, z2, gate = _draw((b, k), (n, k), (b, k))
+    return [z1, z2, gate.sigmoid()]
+
+
+def _plain_gated_cosine(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
+    """With all b x n x k gated points."""
+    return F.cosine_similarity((gate * z1)[:, None], gate[:, None] * z2, dim=-1)
+
+
 def _plain_newton_schulz(x: Tensor) -> Tensor:
     """Five of Muon's steps."""
     y = x / torch.linalg.matrix_norm(x)
@@ -236,6 +246,7 @@ ROWS = (
     Row("sinkhorn", _scores, _plan, _plain_plan, 1, (30,), (256,), 2e-5),
     Row("sigreg", _sketch, lambda z, directions: isotropy.sigreg(z, directions=directions), _plain_sigreg, 1,
         (60, 12, 20), (512, 128, 256), 2e-5),
+    Row("gated_cosine", _gated, isotropy.gated_cosine, _plain_gated_cosine, 3, (5, 7, 20), (256, 256, 256)),
     Row("newton_schulz", lambda m, n: _draw((m, n)), lowrank.newton_schulz, _plain_newton_schulz, 1, (20, 60),
         (256, 1024), 2e-4),
     Row("hadamard", _rows_of, lowrank.hadamard, _plain_hadamard, 1, (5, 64), (256, 4096)),

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .alignment import procrustes as procrustes
     from .distillation import similarity_distillation as similarity_distillation
     from .entropy import von_neumann_entropy as von_neumann_entropy
-    from .gated import gated_cosine as gated_cosine
+    from .gated_cosine import gated_cosine as gated_cosine
     from .groups import group_lasso as group_lasso
     from .groups import prox_group_lasso_ as prox_group_lasso_
     from .koopman import KoopmanInformationLoss as KoopmanInformationLoss
@@ -26,7 +26,7 @@ _FILES = {
     "OrthogonalAdapter": "alignment",
     "SIGRegLoss": "losses",
     "SimLAPLoss": "simlap",
-    "gated_cosine": "gated",
+    "gated_cosine": "gated_cosine",
     "group_lasso": "groups",
     "lambda_orthogonality": "orthogonality",
     "procrustes": "alignment",

@@ -83,8 +83,8 @@ def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha
         weights = (weight,)
     wide = [w.to(wide_dtype(w.dtype)) for w in weights]
     with full_precision(wide[0]):
-        losses = (torch.stack([_plain(w, lam, alpha) for w in wide]) if transformed()
-                  else _Loss.apply(lam, alpha, *wide))
+        # a node of the graph for each weight: its matrix is given back as soon as its gradient is there
+        losses = torch.stack([_plain(w, lam, alpha) if transformed() else _Loss.apply(w, lam, alpha) for w in wide])
     return losses if isinstance(weight, (list, tuple)) else losses[0]
 
 
@@ -128,23 +128,18 @@ def _plain(weight: Tensor, lam: float, alpha: float) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """Of all weights, stacked."""
-
     @staticmethod
-    def forward(ctx, lam, alpha, *weights):
+    def forward(ctx, weight, lam, alpha):
         ctx.lam, ctx.alpha = lam, alpha
-        excess = [_excess_in_strips(w) for w in weights]
-        f = torch.stack([_distance(e, w.shape[-2]) for e, w in zip(excess, weights)])
-        ctx.save_for_backward(f, *excess, *weights)
+        excess = _excess_in_strips(weight)
+        f = _distance(excess, weight.shape[-2])
+        ctx.save_for_backward(weight, excess, f)
         return torch.sigmoid(alpha * (f - lam)) * f
 
     @staticmethod
     def backward(ctx, dloss):
-        f, *saved = ctx.saved_tensors
-        excess, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        return None, None, *(
-            _Gradient.apply(d, w, e.detach(), length.detach(), ctx.lam, ctx.alpha)
-            for d, w, e, length in zip(dloss.unbind(), weights, excess, f.unbind()))
+        weight, excess, f = ctx.saved_tensors
+        return _Gradient.apply(dloss, weight, excess.detach(), f.detach(), ctx.lam, ctx.alpha), None, None
 
 
 class _Gradient(torch.autograd.Function):

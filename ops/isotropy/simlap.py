@@ -20,7 +20,7 @@ from ..common import (
     whole,
     wide_dtype,
 )
-from .gated import gated_cosine
+from .gated_cosine import gated_cosine
 
 
 class SimLAPLoss(nn.Module):

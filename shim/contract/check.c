@@ -172,6 +172,20 @@ subspace_status subspace_sigreg_check(subspace_ctx *ctx, const subspace_sigreg_a
     return SUBSPACE_OK;
 }
 
+subspace_status subspace_gated_cosine_check(subspace_ctx *ctx, const subspace_gated_cosine_args *a)
+{
+    CHECK(ctx, a->dtype == SUBSPACE_F32 || a->dtype == SUBSPACE_F64, INVALID,
+          "gated_cosine: float32 or float64, got dtype %d", (int)a->dtype);
+    CHECK(ctx, a->v >= 0 && a->b >= 0 && a->n >= 0 && a->k > 0, INVALID,
+          "gated_cosine: need features, got %lld views of %lld gates, %lld points, %lld features", LL(a->v), LL(a->b),
+          LL(a->n), LL(a->k));
+    CHECK(ctx, a->b <= INT32_MAX && a->n <= INT32_MAX && a->k <= INT32_MAX, INVALID,
+          "gated_cosine: a BLAS dimension does not fit in 32 bits: gates %lld, points %lld, features %lld", LL(a->b),
+          LL(a->n), LL(a->k));
+    CHECK(ctx, !a->dz1 == !a->dgate, INVALID, "gated_cosine: dz1 and dgate go together");
+    return SUBSPACE_OK;
+}
+
 /* Rounding is relative to the Gram matrix's largest eigenvalue, and a step multiplies small ones by a^2: beyond GROWTH
  * of that (float32: 2^15 of 2^24) X takes part again. Of nearly square matrices a run saves nothing. */
 int64_t subspace_newton_schulz_run(const subspace_newton_schulz_args *a, int64_t from)

@@ -278,6 +278,24 @@ typedef struct subspace_sigreg_args {
 
 enum { SUBSPACE_KNOTS = 1 << 12 };
 
+/* ------------------------------------------------------------ gated_cosine
+ * Cosines of points under gates, of all pairs, products of vectors entry by entry:
+ *     cosine[v,i,j] = <gate_i z1_i, gate_i z2_j> / (|gate_i z1_i| |gate_i z2_j|)
+ * each row of z1, z2 and gate first divided by its largest magnitude. A length whose square is up to tiny / eps of the
+ * type counts as 0, and has the cosine 0; a row with an entry that is not finite has cosines of NaN.               */
+typedef struct subspace_gated_cosine_args {
+    subspace_dtype dtype; /* SUBSPACE_F32 or SUBSPACE_F64, of everything */
+    int64_t v, b, n, k;   /* views, gates, points, features */
+    const void *z1;       /* [v, b, k] in */
+    const void *gate;     /* [v, b, k] in */
+    const void *z2;       /* [v, n, k] in */
+    void *cosine;         /* [v, b, n] forward out, backward in */
+    void *inverse;        /* [v, b, n] forward out, backward in: 1 / |gate_i z2_j| of the divided rows, or 0 */
+    const void *dcosine;  /* [v, b, n] backward in; NULL: forward */
+    void *dz1, *dgate;    /* [v, b, k] backward out, both or NULL */
+    void *dz2;            /* [v, n, k] backward out, or NULL */
+} subspace_gated_cosine_args;
+
 /* ----------------------------------------------------------- newton_schulz
  *     X_0 = x / max(|x|_F, eps)     X_(k+1) = a_k X_k + b_k (X_k X_k') X_k + c_k (X_k X_k')^2 X_k     y = X_steps
  * A matrix with an entry that is not finite becomes NaN throughout.                                              */
@@ -342,6 +360,7 @@ typedef struct subspace_fastfood_args {
     OP(coding_rate_soft) FN(coding_rate_soft, coding_rate_soft) FN(coding_rate_soft_backward, coding_rate_soft)        \
     OP(sinkhorn) FN(sinkhorn, sinkhorn) FN(sinkhorn_backward, sinkhorn)                                                \
     OP(sigreg) FN(sigreg, sigreg) FN(sigreg_backward, sigreg)                                                          \
+    OP(gated_cosine) FN(gated_cosine, gated_cosine) FN(gated_cosine_backward, gated_cosine)                            \
     OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)                       \
     OP(hadamard) FN(hadamard, hadamard)                                                                                \
     OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 import torch_subspace as ts
-from torch_subspace.isotropy import sigreg
+from torch_subspace.isotropy import gated_cosine, sigreg
 from torch_subspace.lowrank import fastfood, fastfood_adjoint, hadamard, newton_schulz
 from torch_subspace.rates.coding_rate_soft import soft_rate
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
@@ -96,6 +96,12 @@ def sketch(v=2, n=70, d=24, slices=40):
     return [z, normalize(directions, dim=0).half().double()]
 
 
+def gates(v=2, b=20, n=30, k=24):
+    """Two sets of points, and weights on the coordinates of the first."""
+    z1, z2, gate = draw((v, b, k), (v, n, k), (v, b, k))
+    return [z1, z2, gate.sigmoid().half().double()]
+
+
 def tight(t):
     """A tolerance that sinkhorn reaches in this dtype."""
     return 1e-13 if t.dtype == torch.float64 else 1e-6
@@ -162,6 +168,8 @@ CASES = [
     Case("sigreg", sketch, lambda z, a: sigreg(z, directions=a), 1, narrow=1, tf32=True),
     Case("sigreg many knots", lambda: sketch(1, 9, 5, 3), lambda z, a: sigreg(z, directions=a, knots=40), 1, narrow=1,
          tf32=True),
+    Case("gated_cosine", gates, gated_cosine, 3),
+    Case("gated_cosine of one point", lambda: gates(1, 2, 1, 5), gated_cosine, 3),
     Case("newton_schulz", lambda: draw((2, 24, 70)), newton_schulz, 1, scale=30),
     Case("newton_schulz tall", lambda: draw((40, 33)), lambda x: newton_schulz(x, steps=3, coefficients="quintic"), 1),
     Case("hadamard", lambda: draw((3, 64)), hadamard, 1),
@@ -194,6 +202,7 @@ LARGER = [
     Case("sinkhorn symmetric 300", lambda: scores(300, symmetric=True),
          lambda s: ts.sinkhorn(s, max_iter=6, symmetric=True), 1),
     Case("sigreg, slices of points", lambda: sketch(2, 700, 40, 70), lambda z, a: sigreg(z, directions=a), 1),
+    Case("gated_cosine, long rows", lambda: gates(1, 9, 70, 700), gated_cosine, 3),
     Case("newton_schulz, blocks of rows", lambda: draw((1040, 1050)), lambda x: newton_schulz(x, steps=1), 1),
     Case("hadamard, three passes", lambda: draw((1, 1 << 14)), hadamard, 1),
     Case("fastfood, blocks", lambda: draw((3, 700)), lambda t: fastfood(t, 5000, seed=3), 1),

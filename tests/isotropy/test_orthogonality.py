@@ -1,6 +1,7 @@
 """λ-orthogonality: values and gradients, many weights in a call, where the distance is 0."""
 
 import math
+import weakref
 
 import pytest
 import reference as ref
@@ -42,6 +43,25 @@ def test_many_weights_in_a_call():
           1e-12, floor=1e-3)
     alone = lambda_orthogonality(tuple(weights), 1.5, alpha=2.0)[1]
     assert torch.equal(alone, lambda_orthogonality(weights[1], 1.5, alpha=2.0))
+
+
+def test_a_layers_matrix_goes_when_its_gradient_is_there():
+    """What is kept of all layers gets less while the backward runs."""
+    kept, left = [], []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.append(weakref.ref(self))
+
+    weights = [normal(4, 5, seed=i).requires_grad_() for i in range(5)]
+    for w in weights:
+        w.register_hook(lambda _: left.append(sum(one() is not None for one in kept)))
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda packed: packed.tensor):
+        loss = lambda_orthogonality(weights, 1.0).sum()
+    each = len(kept) // 5
+    loss.backward()
+    assert left == [each * n for n in (4, 3, 2, 1, 0)]
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 3)], ids=str)

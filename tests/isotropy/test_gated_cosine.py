@@ -5,13 +5,16 @@ import math
 import pytest
 import reference as ref
 import torch
-from helpers import close, in_two_processes, normal, optional, same
+from helpers import close, in_two_processes, normal, optional, same, threads
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from torch_subspace.isotropy import SimLAPLoss, gated_cosine
 
-SHAPES = [(5, 7, 4), (1, 1, 1), (3, 0, 2), (0, 3, 2), (2, 3, 4, 6), (2, 1, 3, 2, 5), (40, 30, 300)]
+OP = torch.ops.torch_subspace.gated_cosine
+BACKWARD = torch.ops.torch_subspace.gated_cosine_backward
+SHAPES = [(5, 7, 4), (1, 1, 1), (3, 0, 2), (0, 3, 2), (2, 3, 4, 6), (2, 1, 3, 2, 5), (40, 30, 300),
+          (2, 150, 270, 9), (300, 3, 140)]  # beyond a tile's gates, points and features
 
 
 def problem(*shape, dtype=torch.float64):
@@ -126,6 +129,32 @@ def test_compile_without_graph_breaks(dynamic):
         close(of(compiled, *inputs), of(gated_cosine, *inputs), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 7, 4), (1, 140, 3, 2)], ids=str)
+def test_opcheck(shape, dtype):
+    z1, z2, gate = problem(*shape, dtype=dtype)
+    torch.library.opcheck(OP, tuple(t.clone().requires_grad_() for t in (z1, z2, gate)))
+    cosine, inverse = OP(z1, z2, gate)
+    torch.library.opcheck(BACKWARD, (cosine, z1.clone().requires_grad_(), z2, gate, cosine, inverse, True, True))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 520, 33), (3, 4, 5)], ids=str)
+def test_same_bits_for_any_number_of_threads(shape):
+    inputs = problem(*shape, dtype=torch.float32)
+    results = [of(gated_cosine, *inputs) for _ in threads(1, 2, 3, 16)]
+    assert all(same(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1)], ids=str)
+def test_only_what_is_asked_for(needed):
+    inputs = problem(2, 5, 7, 4)
+    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+    found = torch.autograd.grad(gated_cosine(*leaves).square().sum(), [leaves[i] for i in needed])
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    every = torch.autograd.grad(gated_cosine(*leaves).square().sum(), leaves)
+    assert same(found, [every[i] for i in needed])
+
+
 def test_nothing_of_all_three_sizes_is_made():
     """The largest tensor saved, and made by any operation forward or backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,7 +164,8 @@ def test_nothing_of_all_three_sizes_is_made():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             found = function(*args, **kwargs or {})
-            self.numbers = max(self.numbers, found.numel() if isinstance(found, torch.Tensor) else 0)
+            made = found if isinstance(found, (tuple, list)) else (found,)
+            self.numbers = max(self.numbers, *(t.numel() for t in made if isinstance(t, torch.Tensor)), 0)
             return found
 
     with Largest() as largest:

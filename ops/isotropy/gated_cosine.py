@@ -3,23 +3,20 @@
     cos_bn  = <g_b z1_b, g_b z2_n> / (|g_b z1_b| |g_b z2_n|)             as one would write it: b × n × k products
             = ((g² z1) z2ᵀ)_bn / (|g_b z1_b| sqrt((g² (z2²)ᵀ)_bn))       two matrix products; squares are entry by entry
 
-No difference is taken in it, so no digits are lost. The gradient is four matrix products. With r = 1 / |g_b z1_b|, rows
-y = r z1 and R_bn = 1 / |g_b z2_n|,
-
-    V       = dcos R        P = V cos R        q = V z2        s_b = <g² y, q>_b
-    dz1     = r g² (q - s y)
-    dz2     = Vᵀ (g² y) - z2 (Pᵀ g²)
-    dg      = g (y (2 q - s y) - P z2²)
-
-A cosine does not change with the length of z1_b, of z2_n or of g_b: all rows are first divided by their largest entry,
-so that squares neither overflow nor vanish whatever the points' units are.
+The gradient is four matrix products (cpu/isotropy/gated_cosine.c). A cosine does not change with the length of z1_b, of
+z2_n or of g_b: all rows are first divided by their largest entry, so that squares neither overflow nor vanish whatever
+the points' units are.
 """
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from ..common import check_floating, full_precision, second_derivative, transformed, wide_dtype
+
+_op = torch.ops.torch_subspace
 
 
 def gated_cosine(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
@@ -66,9 +63,52 @@ def gated_cosine(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
                          f"{tuple(z2.shape)}")
     if gate.shape != z1.shape:
         raise ValueError(f"{name}: gate must be shaped like z1, got {tuple(gate.shape)} and {tuple(z1.shape)}")
+    *lead, b, k = z1.shape
+    flat = [t.to(wide_dtype(z1.dtype)).reshape(math.prod(lead), t.shape[-2], k) for t in (z1, z2, gate)]
+    cosine = _plain(*flat) if transformed() else _op.gated_cosine(*flat)[0]
+    return cosine.reshape(*lead, b, z2.shape[-2])
+
+
+# ------------------------------------------------------------------------------------------------------------ the op
+
+
+@torch.library.register_fake("torch_subspace::gated_cosine")
+def _(z1, z2, gate):
+    shape = *z1.shape[:2], z2.shape[1]
+    return z1.new_empty(shape), z1.new_empty(shape)
+
+
+@torch.library.register_fake("torch_subspace::gated_cosine_backward")
+def _(dcosine, z1, z2, gate, cosine, inverse, need_gates, need_points):
+    gates = z1.shape if need_gates else (0, 0, 0)
+    return z1.new_empty(gates), z1.new_empty(z2.shape if need_points else (0, 0, 0)), z1.new_empty(gates)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dcosine, _dinverse):
+    need = ctx.needs_input_grad
+    if dcosine is None:
+        return None, None, None
+    found = _op.gated_cosine_backward(dcosine, *ctx.saved_tensors, need[0] or need[2], need[1])
+    return tuple(d if needed else None for d, needed in zip(found, need))
+
+
+torch.library.register_autograd("torch_subspace::gated_cosine", _backward, setup_context=_setup)
+
+
+# The same in plain torch operations: for the second derivative and for `transformed()`.
+def _plain(z1: Tensor, z2: Tensor, gate: Tensor) -> Tensor:
     with full_precision(z1):
-        scaled = [_scaled(t.to(wide_dtype(z1.dtype))) for t in (z1, z2, gate)]
-        return _parts(*scaled)[0] if transformed() else _GatedCosine.apply(*scaled)
+        z1, z2, gate = (_scaled(t) for t in (z1, z2, gate))
+        weight = gate.square()
+        first = _inverse_root((weight * z1.square()).sum(-1, keepdim=True))
+        second = _inverse_root(weight @ z2.square().mT)
+        return (weight * (first * z1)) @ z2.mT * second
 
 
 def _scaled(x: Tensor) -> Tensor:
@@ -77,52 +117,21 @@ def _scaled(x: Tensor) -> Tensor:
     return x / largest.clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def _parts(z1: Tensor, z2: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines, 1 / |g z1| (b, 1) and 1 / |g z2| (b, n), 0 for those of 0: the plain formula."""
-    weight = gate.square()
-    first = _inverse_root((weight * z1.square()).sum(-1, keepdim=True))
-    second = _inverse_root(weight @ z2.square().mT)
-    return (weight * (first * z1)) @ z2.mT * second, first, second
-
-
 def _inverse_root(square: Tensor) -> Tensor:
     info = torch.finfo(square.dtype)
     nothing = square <= info.tiny / info.eps  # NaN is none of it
     return square.masked_fill(nothing, torch.inf).rsqrt()
 
 
-class _GatedCosine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z1, z2, gate):
-        cosine, first, second = _parts(z1, z2, gate)
-        ctx.save_for_backward(z1, z2, gate, cosine, first, second)
-        return cosine
-
-    @staticmethod
-    def backward(ctx, dcosine):
-        return _Gradient.apply(dcosine, *ctx.saved_tensors)
+def _setup_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
 
 
-class _Gradient(torch.autograd.Function):
-    """The formulas above, and their own derivatives by the plain formula."""
+def _double_backward(ctx, *weights):
+    dcosine, *inputs = ctx.saved_tensors
+    dz1, dz2, dgate = weights
+    return *second_derivative(_plain, dcosine, inputs, (dz1, dz2, dgate)), None, None, None, None
 
-    @staticmethod
-    def forward(ctx, dcosine, z1, z2, gate, cosine, first, second):
-        ctx.save_for_backward(dcosine, z1, z2, gate)
-        with full_precision(z1):
-            weight, y, v = gate.square(), first * z1, dcosine * second
-            along = weight * y
-            p = v * cosine * second
-            q = v @ z2
-            sy = (along * q).sum(-1, keepdim=True) * y
-            dz1 = first * weight * (q - sy)
-            dz2 = v.mT @ along - z2 * (p.mT @ weight)
-            dgate = gate * (y * (2 * q - sy) - p @ z2.square())
-        return dz1, dz2, dgate
 
-    @staticmethod
-    def backward(ctx, *weights):
-        dcosine, *inputs = ctx.saved_tensors
-        with full_precision(dcosine):
-            found = second_derivative(lambda *inputs: _parts(*inputs)[0], dcosine, inputs, weights)
-        return *found, None, None, None
+torch.library.register_autograd("torch_subspace::gated_cosine_backward", _double_backward,
+                                setup_context=_setup_backward)
