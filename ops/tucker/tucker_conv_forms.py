@@ -243,11 +243,12 @@ def in_format(made, last):
 
 
 def _gradients(dy, x, weight, how, need):
-    """_conv_backward, but for the weight of a depthwise convolution on the CPU, where torch's takes its time."""
+    """_conv_backward, but for the weight of a depthwise convolution on the CPU, or of one with small groups, where
+    torch's takes its time: from eight channels a group on, or with few columns, it is the faster one."""
     stride, padding, dilation, transposed, _, groups = how
-    direct = groups > 1 and groups == x.shape[1] and not transposed and not x.is_cuda
-    if not (need[1] and direct):
+    small = weight.shape[1] == 1 or weight.shape[1] < 8 <= dy.shape[-1]
+    if not (need[1] and small and groups > 1 and not transposed and not x.is_cuda):
         return _conv_backward(dy, x, weight, how, need)
     dx, _, dbias = _conv_backward(dy, x, weight, how, [need[0], False, need[2]])
-    dweight = depthwise_weight_gradient(x, dy, weight.shape[2:], stride, padding, dilation)
+    dweight = depthwise_weight_gradient(x, dy, weight.shape[2:], stride, padding, dilation, groups)
     return dx, dweight.to(weight.dtype), dbias
