@@ -48,6 +48,16 @@ def test_small_groups(n, m, dtype, last):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("spatial, kernel", [((9,), (3,)), ((8, 9), (2, 3)), ((11, 7), (4, 2)), ((4, 5, 7), (2, 1, 3))])
+def test_patches(spatial, kernel, dtype, form, last):
+    """Side by side, with or without a rest: the input's gradient is one product."""
+    inputs = problem(spatial, (3, 8), (4, 2), kernel, dtype=dtype, last=last)
+    close(*both(inputs, stride=kernel, form=form), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("shape", [(70, 33, 17, 24, 19), (40, 64, 16, 16, 5), (3, 50, 3, 9, 14), (130, 5, 33, 4, 1)])
 def test_larger_chains(shape, last):
     inputs_, outputs, ri, ro, size = shape
