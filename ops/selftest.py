@@ -218,7 +218,7 @@ def _plain_fastfood(theta: Tensor) -> Tensor:
 
 
 def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
-    return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1))
+    return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1), x.shape[1])
 
 
 def _plain_depthwise(x: Tensor, dy: Tensor) -> Tensor:

@@ -171,12 +171,12 @@ def tucker(core, factors, *, scale=1.0, base=None):
     return scale * core if base is None else base.to(core.dtype) + scale * core
 
 
-def depthwise_weight_gradient(x, dy, kernel, stride, padding, dilation):
-    """d<dy, conv(x, w)>/dw of a depthwise convolution, by autograd through torch's own."""
-    spatial = x.dim() - 2
+def depthwise_weight_gradient(x, dy, kernel, stride, padding, dilation, groups=None):
+    """d<dy, conv(x, w)>/dw of a depthwise convolution, or one of so many groups, by autograd through torch's own."""
+    spatial, groups = x.dim() - 2, groups or x.shape[1]
     conv = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
-    weight = torch.zeros(dy.shape[1], 1, *kernel, dtype=x.dtype, requires_grad=True)
-    y = conv(x, weight, None, stride, padding, dilation, x.shape[1])
+    weight = torch.zeros(dy.shape[1], x.shape[1] // groups, *kernel, dtype=x.dtype, requires_grad=True)
+    y = conv(x, weight, None, stride, padding, dilation, groups)
     return torch.autograd.grad(y, weight, dy)[0]
 
 

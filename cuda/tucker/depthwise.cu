@@ -1,13 +1,14 @@
-/* depthwise.cu - gradient of a depthwise convolution's weight on the GPU.
+/* depthwise.cu - gradient of the weight of a depthwise convolution, or of another grouped one, on the GPU.
  *
- *     dw[c, k] = sum_{b, o} dy[b, c, o] x[b, c / m, o stride + k dilation - padding]
+ *     dw[c m + q, p, k] = sum_{b, o} dy[b, c m + q, o] x[b, c n + p, o stride + k dilation - padding]
  *
- * A block walks over pieces of one channel (depthwise_shape.h), x with its margins and dy of all m outputs in shared
- * memory: both are read once, but for margins between bands. A thread has 3, 5 or 7 taps of one row of the kernel in
- * registers and slides along rows of dy: with stride and dilation 1 across, a step is one entry of x, one of dy and as
- * many multiply-adds as taps, so that 7 x 7 taps take 14 + 2 entries of shared memory for 49 multiply-adds. At the end
- * threads of the same taps add up; channels too few to fill the device are shared by blocks whose sums join.cuh adds.
- * Every order is fixed; sums are in float32 (double for double) in a thread, in double beyond.
+ * A block walks over pieces of one channel (depthwise_shape.h), x with its margins and dy of its group's m outputs in
+ * shared memory: both are read once, but for margins between bands and, where n > 1, dy by each channel. A thread has
+ * 3, 5 or 7 taps of one row of the kernel in registers and slides along rows of dy: with stride and dilation 1 across,
+ * a step is one entry of x, one of dy and as many multiply-adds as taps, so that 7 x 7 taps take 14 + 2 entries of
+ * shared memory for 49 multiply-adds. At the end threads of the same taps add up; channels too few to fill the device
+ * are shared by blocks whose sums join.cuh adds. Every order is fixed; sums are in float32 (double for double) in a
+ * thread, in double beyond.
  *
  * On an H100 7 x 7 of b = 64, c = 96, 56^2 in float32: 154 MB, 46 us from memory; 0.94 G multiply-adds, 33 us; 0.37 G
  * entries from shared memory, 51 us.
@@ -48,7 +49,8 @@ static __device__ inline void fetch_row(const T *__restrict__ row, bool there, i
     }
 }
 
-/* x of a piece with its margins, [images, kernel[0], x_rows, x_cols], and dy, [m, images, height, dy_cols] */
+/* x of a piece of channel c with its margins, [images, kernel[0], x_rows, x_cols], and dy, [m, images, height, dy_cols]
+ */
 template <typename T>
 static __device__ void fetch(const subspace_depthwise_args &a, const depthwise_shape &s, const piece &p, int64_t c,
                              const T *__restrict__ x, const T *__restrict__ dy, acc_t<T> *xs, acc_t<T> *dys)
@@ -60,19 +62,19 @@ static __device__ void fetch(const subspace_depthwise_args &a, const depthwise_s
         const int line = row % s.x_rows, plane = row / s.x_rows % planes, image = row / s.x_rows / planes;
         const int64_t z = p.oz * a.stride[0] + plane * a.dilation[0] - a.padding[0], y = y_first + line;
         const bool there = z >= 0 && z < a.in[0] && y >= 0 && y < a.in[1];
-        const int64_t at = (((p.b0 + image) * a.c + c) * a.in[0] + z) * a.in[1] + y;
+        const int64_t at = (((p.b0 + image) * a.c * a.n + c) * a.in[0] + z) * a.in[1] + y;
         fetch_row(x + (there ? at * a.in[2] : 0), there, x_first, a.in[2], lane, lanes, s.x_cols, xs + row * s.x_cols);
     }
     const int dy_rows = (int)a.m * p.images * p.height;
     for (int row = (int)threadIdx.x / lanes; row < dy_rows; row += lines) {
         const int line = row % p.height, image = row / p.height % p.images, q = row / p.height / p.images;
-        const int64_t at = (((p.b0 + image) * a.c + c) * a.m + q) * a.out[0] + p.oz;
+        const int64_t at = (((p.b0 + image) * a.c + c / a.n) * a.m + q) * a.out[0] + p.oz;
         acc_t<T> *to = dys + ((q * s.images + image) * s.height + line) * s.dy_cols;
         fetch_row(dy + (at * a.out[1] + p.y0 + line) * a.out[2] + p.x0, true, 0, p.width, lane, lanes, s.dy_cols, to);
     }
 }
 
-/* part[slice, c, m, kernel...] of a block's pieces. SLIDE: stride and dilation across are 1. */
+/* part[slice, c, m, n, kernel...] of a block's pieces. SLIDE: stride and dilation across are 1. */
 template <typename T, int TAPS, bool SLIDE>
 __global__ void __launch_bounds__(THREADS, 4)
     weight_gradient(subspace_depthwise_args a, depthwise_shape s, const T *__restrict__ x, const T *__restrict__ dy,
@@ -130,8 +132,9 @@ __global__ void __launch_bounds__(THREADS, 4)
         double total = 0;
         if (tap >= a.kernel[2]) continue;
         for (int l = 0; l < s.lanes; l++) total += (double)sums[(owner * s.lanes + l) * TAPS + k];
-        const int64_t row = c * (groups / s.chunks) + (first + owner) / s.chunks;
-        part[(slice * a.c * (groups / s.chunks) + row) * a.kernel[2] + tap] = (A)total;
+        const int64_t tap_row = (first + owner) / s.chunks, output = c / a.n * a.m + tap_row / (kd * kh);
+        const int64_t row = (output * a.n + c % a.n) * kd * kh + tap_row % (kd * kh);
+        part[(slice * a.c * a.n * (groups / s.chunks) + row) * a.kernel[2] + tap] = (A)total;
     }
 }
 
@@ -140,8 +143,8 @@ template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
     entry_gradient(subspace_depthwise_args a, int64_t taps, const T *x, const T *dy, acc_t<T> *dweight)
 {
-    const int64_t channel = blockIdx.x / taps, in = a.in[0] * a.in[1] * a.in[2];
-    const int64_t out = a.out[0] * a.out[1] * a.out[2];
+    const int64_t in = a.in[0] * a.in[1] * a.in[2], out = a.out[0] * a.out[1] * a.out[2];
+    const int64_t output = blockIdx.x / taps / a.n, channel = output / a.m * a.n + blockIdx.x / taps % a.n;
     int64_t k = blockIdx.x % taps, at[3];
     for (int i = 2; i >= 0; i--) {
         at[i] = k % a.kernel[i] * a.dilation[i] - a.padding[i];
@@ -153,8 +156,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
         const int64_t z = o / (a.out[1] * a.out[2]) * a.stride[0] + at[0];
         const int64_t y = o / a.out[2] % a.out[1] * a.stride[1] + at[1], w = o % a.out[2] * a.stride[2] + at[2];
         if (z < 0 || z >= a.in[0] || y < 0 || y >= a.in[1] || w < 0 || w >= a.in[2]) continue;
-        const T *image = x + (b * a.c + channel / a.m) * in;
-        sum += (double)((acc_t<T>)dy[(b * a.c * a.m + channel) * out + o] *
+        const T *image = x + (b * a.c * a.n + channel) * in;
+        sum += (double)((acc_t<T>)dy[(b * a.c * a.m + output) * out + o] *
                         (acc_t<T>)image[(z * a.in[1] + y) * a.in[2] + w]);
     }
     sum = block_sum(sum);
@@ -180,7 +183,7 @@ template <typename T, int TAPS>
 static subspace_status slide(subspace_ctx *ctx, const subspace_depthwise_args *a, const depthwise_shape *s,
                              acc_t<T> *part)
 {
-    const dim3 grid((unsigned)(a->c * s->slices), (unsigned)s->passes);
+    const dim3 grid((unsigned)(a->c * a->n * s->slices), (unsigned)s->passes);
     const T *x = (const T *)a->x, *dy = (const T *)a->dy;
     if (a->stride[2] == 1 && a->dilation[2] == 1)
         LAUNCH(ctx, (weight_gradient<T, TAPS, true>), grid, THREADS, s->shared, *a, *s, x, dy, part);
@@ -190,7 +193,7 @@ static subspace_status slide(subspace_ctx *ctx, const subspace_depthwise_args *a
 
 template <typename T> static subspace_status gradient(subspace_ctx *ctx, const subspace_depthwise_args *a)
 {
-    const int64_t taps = taps_of(a), count = a->c * a->m * taps;
+    const int64_t taps = taps_of(a), channels = a->c * a->n, count = channels * a->m * taps;
     acc_t<T> *dweight = (acc_t<T> *)a->dweight;
     if (nothing(a)) {
         if (count > 0)
@@ -198,7 +201,7 @@ template <typename T> static subspace_status gradient(subspace_ctx *ctx, const s
         return SUBSPACE_OK;
     }
     const depthwise_shape s = depthwise_shape_of(a, item_of(a));
-    CHECK(ctx, s.fits ? a->c * s.slices <= INT32_MAX && s.passes <= 65535 : count <= INT32_MAX,
+    CHECK(ctx, s.fits ? channels * s.slices <= INT32_MAX && s.passes <= 65535 : count <= INT32_MAX,
           SUBSPACE_INVALID_ARGUMENT, "depthwise: a weight of %lld entries is too large", (long long)count);
     if (!s.fits) {
         LAUNCH(ctx, entry_gradient<T>, (unsigned)count, ROW_THREADS, 0, *a, taps, (const T *)a->x, (const T *)a->dy,
@@ -212,11 +215,12 @@ template <typename T> static subspace_status gradient(subspace_ctx *ctx, const s
 
 extern "C" size_t subspace_depthwise_workspace_cuda(const subspace_ctx *, const subspace_depthwise_args *a)
 {
+    if (a->n <= 0) return 0;
     for (int i = 0; i < 3; i++)
         if (a->kernel[i] <= 0 || a->stride[i] <= 0 || a->dilation[i] <= 0) return 0;
     if (nothing(a)) return 0;
     const depthwise_shape s = depthwise_shape_of(a, item_of(a));
-    return s.fits && s.slices > 1 ? (size_t)(s.slices * a->c * a->m * taps_of(a)) * (size_t)item_of(a) : 0;
+    return s.fits && s.slices > 1 ? (size_t)(s.slices * a->c * a->n * a->m * taps_of(a)) * (size_t)item_of(a) : 0;
 }
 
 extern "C" subspace_status subspace_depthwise_cuda(subspace_ctx *ctx, const subspace_depthwise_args *a)

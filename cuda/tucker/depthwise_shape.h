@@ -43,12 +43,13 @@ static inline int64_t depthwise_x_rows(const subspace_depthwise_args *a, int64_t
 }
 
 /* For any arguments that subspace_depthwise_check lets pass, of `item` bytes in shared memory (4 or 8), with something
- * to sum: b, c, m and every entry of out above 0. */
+ * to sum: b, c, n, m and every entry of out above 0. */
 static inline depthwise_shape depthwise_shape_of(const subspace_depthwise_args *a, int item)
 {
     depthwise_shape s;
     memset(&s, 0, sizeof s);
     const int64_t most = DEPTHWISE_BYTES / item - 2 * DEPTHWISE_THREADS; /* entries; the rest is a table of rows */
+    const int64_t channels = a->c * a->n;
     const int64_t kw = a->kernel[2], planes = a->kernel[0], tap_rows = a->kernel[0] * a->kernel[1];
     if (tap_rows > most || kw > most || a->m > most) return s;
     for (int i = 0; i < 3; i++)
@@ -83,14 +84,14 @@ static inline depthwise_shape depthwise_shape_of(const subspace_depthwise_args *
         const int64_t wanted = CEIL_DIV(4 * (int64_t)s.lanes, (int64_t)s.height * s.segments);
         int64_t images = most / image;
         if (images > wanted) images = wanted;
-        const int64_t spare = a->b * a->c * s.passes / DEPTHWISE_BLOCKS; /* blocks come first */
+        const int64_t spare = a->b * channels * s.passes / DEPTHWISE_BLOCKS; /* blocks come first */
         if (images > spare) images = spare;
         if (images > DEPTHWISE_THREADS / s.height) images = DEPTHWISE_THREADS / s.height;
         if (images > 1) s.images = (int)images;
     }
     s.row_lanes = s.x_cols <= 8 ? 8 : s.x_cols <= 16 ? 16 : 32;
     s.pieces = CEIL_DIV(a->b, s.images) * a->out[0] * s.bands_y * s.bands_x;
-    s.slices = CEIL_DIV(DEPTHWISE_BLOCKS, a->c * s.passes);
+    s.slices = CEIL_DIV(DEPTHWISE_BLOCKS, channels * s.passes);
     if (s.slices > s.pieces) s.slices = s.pieces;
     const int64_t sums = DEPTHWISE_THREADS * (int64_t)s.taps, piece = s.images * image;
     s.shared = (size_t)(piece > sums ? piece : sums) * (size_t)item + 2 * DEPTHWISE_THREADS * sizeof(int);

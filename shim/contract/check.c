@@ -95,8 +95,9 @@ subspace_status subspace_tucker_conv_check(subspace_ctx *ctx, const subspace_tuc
 
 subspace_status subspace_depthwise_check(subspace_ctx *ctx, const subspace_depthwise_args *a)
 {
-    CHECK(ctx, a->b >= 0 && a->c >= 0 && a->m >= 0, INVALID,
-          "depthwise: negative size: batch %lld, %lld x %lld outputs", LL(a->b), LL(a->c), LL(a->m));
+    CHECK(ctx, a->b >= 0 && a->c >= 0 && a->n > 0 && a->m >= 0, INVALID,
+          "depthwise: batch %lld, %lld groups of %lld channels and %lld outputs", LL(a->b), LL(a->c), LL(a->n),
+          LL(a->m));
     for (int i = 0; i < 3; i++) {
         const int64_t limit = INT32_MAX, k = a->kernel[i], s = a->stride[i], p = a->padding[i], d = a->dilation[i];
         CHECK(ctx, k > 0 && s > 0 && d > 0 && p >= 0 && k <= limit && s <= limit && d <= limit && p <= limit, INVALID,

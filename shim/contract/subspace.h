@@ -179,15 +179,16 @@ typedef struct subspace_tucker_conv_args {
 } subspace_tucker_conv_args;
 
 /* --------------------------------------------------------------- depthwise
- * Gradient of a depthwise convolution's weight; with fewer than three spatial dimensions the first are 1.
- *     dweight[c m + q, k] = sum_{b,o} dy[b, c m + q, o] x[b, c, o stride + k dilation - padding]          */
+ * Gradient of the weight of a depthwise convolution, n = 1, or another grouped one; with fewer than three spatial
+ * dimensions the first are 1.
+ *     dweight[c m + q, p, k] = sum_{b,o} dy[b, c m + q, o] x[b, c n + p, o stride + k dilation - padding]     */
 typedef struct subspace_depthwise_args {
     subspace_dtype dtype; /* of x and dy */
-    int64_t b, c, m;      /* batch, channels, outputs per channel */
+    int64_t b, c, n, m;   /* batch, groups, channels and outputs per group */
     int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
-    const void *x;  /* [b, c, in...]    in */
+    const void *x;  /* [b, c n, in...]  in */
     const void *dy; /* [b, c m, out...] in */
-    void *dweight;  /* [c m, kernel...] out, float32 for half types */
+    void *dweight;  /* [c m, n, kernel...] out, float32 for half types */
 } subspace_depthwise_args;
 
 /* ------------------------------------------------------------- coding_rate

@@ -1,4 +1,4 @@
-/* depthwise.c - torch.ops.torch_subspace.depthwise: the gradient of a depthwise convolution's weight. */
+/* depthwise.c - torch.ops.torch_subspace.depthwise: the gradient of a depthwise, or grouped, convolution's weight. */
 #include "shim.h"
 
 /* An int[] argument of `count` entries, into the last of three; the list is taken over. */
@@ -16,7 +16,8 @@ static bool ints_in(call *c, StableIValue v, int64_t count, const char *what, in
     return require(c, ok, "%s must have %lld entries", what, (long long)count);
 }
 
-OP(depthwise, "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor")
+OP(depthwise, "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups)"
+              " -> Tensor")
 {
     call c = begin("depthwise");
     tensor x = {0}, dy = {0}, dweight = {0};
@@ -32,12 +33,15 @@ OP(depthwise, "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] 
     DO(taken && require(&c, dims > 0 && dy.dim == x.dim, "expected x [b, c, ...] and dy of one to three dimensions"));
     DO(require(&c, x.dtype == dy.dtype && dtype_of(&x) >= 0, "x and dy must share a floating dtype"));
     DO(require(&c, x.device == dy.device && x.index == dy.index, "x and dy are on different devices"));
-    DO(require(&c, x.size[0] == dy.size[0] && (x.size[1] ? dy.size[1] % x.size[1] == 0 && dy.size[1] > 0 : !dy.size[1]),
-               "dy [%lld, %lld, ...] is not of x [%lld, %lld, ...]", (long long)dy.size[0], (long long)dy.size[1],
-               (long long)x.size[0], (long long)x.size[1]));
+    a.c = as_int(stack[6]);
+    const bool fit = a.c > 0 ? x.size[1] % a.c == 0 && dy.size[1] % a.c == 0 && x.size[1] > 0 && dy.size[1] > 0
+                             : a.c == 0 && x.size[1] == 0 && dy.size[1] == 0;
+    DO(require(&c, x.size[0] == dy.size[0] && fit, "dy [%lld, %lld, ...] is not of x [%lld, %lld, ...] in %lld groups",
+               (long long)dy.size[0], (long long)dy.size[1], (long long)x.size[0], (long long)x.size[1],
+               (long long)a.c));
     a.dtype = (subspace_dtype)dtype_of(&x);
-    a.b = x.size[0], a.c = x.size[1], a.m = a.c ? dy.size[1] / a.c : 1;
-    int64_t size[5] = {a.c * a.m, 1};
+    a.b = x.size[0], a.n = a.c ? x.size[1] / a.c : 1, a.m = a.c ? dy.size[1] / a.c : 1;
+    int64_t size[5] = {a.c * a.m, a.n};
     for (int64_t i = 0; i < dims; i++) {
         a.in[3 - dims + i] = x.size[2 + i], a.out[3 - dims + i] = dy.size[2 + i];
         size[2 + i] = a.kernel[3 - dims + i];

@@ -155,6 +155,8 @@ CASES = [
     Case("tucker_conv composed", conv, tucker_conv("composed"), 6, narrow=3, tf32=True, scale=3),
     Case("depthwise", lambda: draw((3, 6, 17, 15), (3, 6, 9, 7)),
          lambda x, dy: depthwise_weight_gradient(x, dy, (3, 5), (2, 2), (1, 1), (1, 1)), 2, tf32=True),
+    Case("depthwise, groups of two and three", lambda: draw((3, 6, 17, 15), (3, 9, 9, 7)),
+         lambda x, dy: depthwise_weight_gradient(x, dy, (3, 5), (2, 2), (1, 1), (1, 1), 3), 2, tf32=True),
     Case("coding_rate", points, ts.coding_rate, 1),
     Case("coding_rate classes", lambda: [*points(), labels(60, 7)], ts.coding_rate, 1),
     Case("coding_rate few points", lambda: points(20, 48), ts.coding_rate, 1),

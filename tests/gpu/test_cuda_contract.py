@@ -301,7 +301,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "newton_schulz": lambda: OP.newton_schulz(ones(1, 6, 4), [1.0, 2.0], 1e-7),
     "hadamard": lambda: OP.hadamard(ones(2, 12), 1.0),
     "fastfood": lambda: OP.fastfood(ones(2, 12), 0, 3),
-    "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1]),
+    "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1], 2),
 }
 
 
@@ -336,7 +336,8 @@ def test_opcheck_of_the_ends_of_a_convolution(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_depthwise(dtype):
     x, dy = torch.randn(2, 4, 9).to(DEVICE, dtype), torch.randn(2, 4, 4).to(DEVICE, dtype)
-    torch.library.opcheck(OP.depthwise, (x.requires_grad_(), dy.requires_grad_(), [3], [2], [0], [1]))
+    for groups in (4, 2):
+        torch.library.opcheck(OP.depthwise, (x.requires_grad_(), dy.requires_grad_(), [3], [2], [0], [1], groups))
 
 
 @pytest.mark.parametrize("keep", [False, True])

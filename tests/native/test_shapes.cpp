@@ -170,7 +170,7 @@ TEST(Shapes, Depthwise)
                 for (int64_t m : {1, 3})
                     for (int dims = 1; dims <= 3; dims++)
                         for (int item : {4, 8}) {
-                            a.b = 5, a.c = 9, a.m = m;
+                            a.b = 5, a.c = 9, a.n = 4 - m, a.m = m;
                             for (int i = 0; i < 3; i++) {
                                 const bool used = i >= 3 - dims;
                                 a.out[i] = used ? out : 1, a.kernel[i] = used ? kernel : 1,

@@ -38,6 +38,26 @@ def test_groups_are_composed(groups, channels, transposed, dtype, last):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n, m", [(2, 3), (4, 4), (7, 1)])
+def test_small_groups(n, m, dtype, last):
+    """The weight's gradient is a kernel of ours from eight columns on."""
+    for spatial in ((19,), (8, 17), (3, 4, 9)):
+        inputs = problem(spatial, (3 * n, 3 * m), (2, 2), dtype=dtype, last=last, groups=3)
+        close(*both(inputs, groups=3, padding=1, dilation=1, scale=1.3), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("spatial, kernel", [((9,), (3,)), ((8, 9), (2, 3)), ((11, 7), (4, 2)), ((4, 5, 7), (2, 1, 3))])
+def test_patches(spatial, kernel, dtype, form, last):
+    """Side by side, with or without a rest: the input's gradient is one product."""
+    inputs = problem(spatial, (3, 8), (4, 2), kernel, dtype=dtype, last=last)
+    close(*both(inputs, stride=kernel, form=form), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("shape", [(70, 33, 17, 24, 19), (40, 64, 16, 16, 5), (3, 50, 3, 9, 14), (130, 5, 33, 4, 1)])
 def test_larger_chains(shape, last):
     inputs_, outputs, ri, ro, size = shape

@@ -1,11 +1,12 @@
-// depthwise: the weight gradient against its definition, in memory no larger than promised.
+// depthwise: the weight gradient, of other grouped convolutions too, against its definition, in memory no larger than
+// promised.
 #include "native.h"
 
 namespace
 {
 
 struct Shape {
-    int64_t b, c, m, in[3], kernel[3], stride[3], padding[3], dilation[3];
+    int64_t b, c, m, in[3], kernel[3], stride[3], padding[3], dilation[3], n = 1;
 };
 
 template <typename T> struct Problem {
@@ -15,8 +16,8 @@ template <typename T> struct Problem {
     explicit Problem(const Shape &s)
     {
         a.dtype = dtype_of<T>;
-        a.b = s.b, a.c = s.c, a.m = s.m;
-        int64_t in = s.b * s.c, out = s.b * s.c * s.m, taps = s.c * s.m;
+        a.b = s.b, a.c = s.c, a.n = s.n, a.m = s.m;
+        int64_t in = s.b * s.c * s.n, out = s.b * s.c * s.m, taps = s.c * s.m * s.n;
         for (int i = 0; i < 3; i++) {
             a.in[i] = s.in[i], a.kernel[i] = s.kernel[i], a.stride[i] = s.stride[i];
             a.padding[i] = s.padding[i], a.dilation[i] = s.dilation[i];
@@ -27,7 +28,7 @@ template <typename T> struct Problem {
         a.x = x.data(), a.dy = dy.data(), a.dweight = dw.data();
     }
 
-    double expected(int64_t channel, const int64_t *k) const
+    double expected(int64_t output, int64_t p, const int64_t *k) const
     {
         double sum = 0;
         for (int64_t b = 0; b < a.b; b++)
@@ -42,8 +43,9 @@ template <typename T> struct Problem {
                             inside = inside && i[j] >= 0 && i[j] < a.in[j];
                         }
                         if (!inside) continue;
-                        const int64_t from = ((b * a.c + channel / a.m) * a.in[0] + i[0]) * a.in[1] + i[1];
-                        const int64_t by = ((b * a.c * a.m + channel) * a.out[0] + z) * a.out[1] + y;
+                        const int64_t channel = output / a.m * a.n + p;
+                        const int64_t from = ((b * a.c * a.n + channel) * a.in[0] + i[0]) * a.in[1] + i[1];
+                        const int64_t by = ((b * a.c * a.m + output) * a.out[0] + z) * a.out[1] + y;
                         sum += double(x[from * a.in[2] + i[2]]) * double(dy[by * a.out[2] + w]);
                     }
         return sum;
@@ -52,12 +54,12 @@ template <typename T> struct Problem {
     void check() const
     {
         int64_t at = 0;
-        for (int64_t channel = 0; channel < a.c * a.m; channel++)
+        for (int64_t row = 0; row < a.c * a.m * a.n; row++)
             for (int64_t kz = 0; kz < a.kernel[0]; kz++)
                 for (int64_t ky = 0; ky < a.kernel[1]; ky++)
                     for (int64_t kx = 0; kx < a.kernel[2]; kx++, at++) {
                         const int64_t k[3] = {kz, ky, kx};
-                        const double e = expected(channel, k);
+                        const double e = expected(row / a.n, row % a.n, k);
                         ASSERT_NEAR(e, double(dw[at]), tolerance<T>() * std::max(10., std::fabs(e))) << at;
                     }
     }
@@ -81,6 +83,12 @@ std::vector<Shape> shapes()
         {1, 1, 300, {1, 1, 20}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
         {1, 2, 1, {1, 2, 9000}, {1, 1, 20}, {1, 2, 3}, {0, 0, 10}, {1, 1, 400}},
         {70, 20, 1, {1, 7, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
+        {2, 3, 4, {1, 14, 20}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, 4},
+        {2, 2, 3, {1, 15, 17}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}, {1, 1, 1}, 2},
+        {1, 2, 5, {1, 20, 9}, {1, 5, 4}, {1, 1, 2}, {0, 2, 0}, {1, 2, 1}, 3},
+        {2, 1, 3, {4, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 0, 2}, {1, 1, 2}, 2},
+        {1, 1, 40, {1, 6, 6}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, 12},
+        {1, 1, 3, {1, 6, 6}, {1, 20, 20}, {1, 1, 1}, {0, 9, 9}, {1, 1, 1}, 12},
     };
 }
 
@@ -120,7 +128,7 @@ TEST(Depthwise, HalfTypesAreWidened)
         const uint16_t *values = dtype == SUBSPACE_BF16 ? bf16 : f16;
         float dw[2] = {0, 0};
         subspace_depthwise_args a{};
-        a.dtype = dtype, a.b = a.c = a.m = 1;
+        a.dtype = dtype, a.b = a.c = a.n = a.m = 1;
         for (int i = 0; i < 3; i++) a.in[i] = a.out[i] = a.kernel[i] = a.stride[i] = a.dilation[i] = 1;
         a.in[2] = 3, a.out[2] = 2, a.kernel[2] = 2;
         a.x = values, a.dy = values, a.dweight = dw;
