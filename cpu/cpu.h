@@ -57,11 +57,13 @@ static inline void share(int64_t count, int64_t slot, int64_t slots, int64_t *be
     *end = count * (slot + 1) / slots;
 }
 
+/* Whether the processor multiplies pairs of bf16, and may: the level avx512_bf16 is avx512's code with this. */
+bool subspace_cpu_bf16(void);
+
 /* The functions of one level, see kernels.c. */
 #define WORKSPACE_POINTER(op) size_t (*op##_workspace)(const subspace_ctx *, const subspace_##op##_args *);
 #define FUNCTION_POINTER(fn, op) subspace_status (*fn)(subspace_ctx *, const subspace_##op##_args *);
 typedef struct subspace_kernels {
-    const char *name;
     SUBSPACE_EACH(WORKSPACE_POINTER, FUNCTION_POINTER)
 } subspace_kernels;
 

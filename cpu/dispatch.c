@@ -10,16 +10,16 @@ extern const subspace_kernels subspace_kernels_avx2, subspace_kernels_avx512;
 #endif
 
 static const subspace_kernels *kernels = &subspace_kernels_baseline;
+static const char *chosen = "baseline";
 static char available[64] = "baseline";
+static bool bf16 = false;
 
-static void offer(const subspace_kernels *k, bool runs, const char *forced)
+static void offer(const char *name, const subspace_kernels *k, bool runs, const char *forced)
 {
     if (!runs) return;
-    if (k != &subspace_kernels_baseline) {
-        strcat(available, " ");
-        strcat(available, k->name);
-    }
-    if (!forced || !strcmp(forced, k->name)) kernels = k;
+    if (*available) strcat(available, " ");
+    strcat(available, name);
+    if (!forced || !strcmp(forced, name)) kernels = k, chosen = name;
 }
 
 void subspace_cpu_init(void)
@@ -27,9 +27,10 @@ void subspace_cpu_init(void)
     const char *forced = getenv("SUBSPACE_ISA");
     linalg_init();
     if (forced && !*forced) forced = NULL;
-    strcpy(available, "baseline");
     kernels = &subspace_kernels_baseline;
-    offer(&subspace_kernels_baseline, true, forced);
+    chosen = "baseline";
+    *available = '\0';
+    offer("baseline", &subspace_kernels_baseline, true, forced);
 #ifdef SUBSPACE_HAVE_X86_LEVELS
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -37,14 +38,21 @@ void subspace_cpu_init(void)
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    offer(&subspace_kernels_avx2, avx2, forced);
-    offer(&subspace_kernels_avx512, avx512, forced);
+    offer("avx2", &subspace_kernels_avx2, avx2, forced);
+    offer("avx512", &subspace_kernels_avx512, avx512, forced);
+    offer("avx512_bf16", &subspace_kernels_avx512, avx512 && __builtin_cpu_supports("avx512bf16"), forced);
 #endif
+    bf16 = !strcmp(chosen, "avx512_bf16");
+}
+
+bool subspace_cpu_bf16(void)
+{
+    return bf16;
 }
 
 const char *subspace_cpu_isa(void)
 {
-    return kernels->name;
+    return chosen;
 }
 
 const char *subspace_cpu_isa_available(void)

@@ -4,5 +4,7 @@ import pytest
 
 import torch_subspace.library
 
-ON_A_CPU = not torch_subspace.library.config()["CPU"]["instruction set"].startswith("sm_")
+LEVEL = torch_subspace.library.config()["CPU"]["instruction set"]
+ON_A_CPU = not LEVEL.startswith("sm_")
 only_cpu = pytest.mark.skipif(not ON_A_CPU, reason="a GPU does not look at values, and rounds to half in between")
+MULTIPLIES_BF16 = LEVEL == "avx512_bf16"  # and so rounds a bfloat16 gradient's factor in between, as torch's layers do

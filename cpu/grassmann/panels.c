@@ -10,6 +10,7 @@
 
 #ifndef T /* ---------------------------------------------- read once: what the maths is about */
 
+#include <float.h>
 #include "panels.h"
 #include "convert.h"
 
@@ -36,6 +37,17 @@ enum {
 
 #include "multiply.h"
 #include "widen.h"
+#undef BY_PAIRS /* instead of what follows, where bf16 is multiplied in pairs */
+#if IS_F32 && defined(__AVX512F__)
+#include "panels_pairs.h"
+#define BY_PAIRS(p, call)                                                                                              \
+    if ((p)->pairs) {                                                                                                  \
+        call;                                                                                                          \
+        return;                                                                                                        \
+    }
+#else
+#define BY_PAIRS(p, call)
+#endif
 
 static void FN(narrow)(subspace_dtype dtype, const T *restrict src, int64_t count, void *dst, int64_t at)
 {
@@ -120,6 +132,7 @@ static void FN(prepare_x)(FN(pass) *s, bool transposed)
 {
     const panels *p = s->p;
     const int64_t b = p->a->b, grain = MAX(1, WORTH_COPYING / MAX(p->a->n, 1));
+    BY_PAIRS(p, pairs_prepare(p, grain, transposed))
     s->x = p->xhat ? p->xhat : p->a->x;
     if (p->xhat) p->ctx->parallel_for(b, grain, FN(normalise_rows), (void *)p);
     if (transposed) p->ctx->parallel_for(CEIL_DIV(b, 16), CEIL_DIV(grain, 16), FN(transpose_rows), s);
@@ -141,6 +154,15 @@ static const T *FN(rows_of_weight)(const panels *p, int64_t slot, int64_t r0, in
     for (int64_t r = r0; r < r1; r++) FN(widen)(p->a->dtype, p->a->weight, r * n + j0, m, out + (r - r0) * m);
     *ld = m;
     return out;
+}
+
+/* The panel's z [rows, ld]. */
+static void FN(project)(const panels *p, const tile *t, T *z, int64_t ld, T *packed)
+{
+    BY_PAIRS(p, pairs_project(p, t, z, ld, (uint32_t *)packed))
+    int64_t ldw;
+    const T *w = FN(rows_of_weight)(p, t->slot, t->r0, t->r1, 0, p->a->n, &ldw);
+    FN(multiply)(t->r1 - t->r0, t->nb, p->a->n, w, ldw, 1, (const T *)p->xt + t->b0, p->a->b, false, z, ld, packed);
 }
 
 /* norms[c, i] = || z_c ||, the root of the sum over the rows of class c of z[row, i]^2 */
@@ -177,18 +199,15 @@ static void FN(forward_slots)(int64_t begin, int64_t end, void *arg)
 {
     const FN(pass) *s = arg;
     const panels *p = s->p;
-    const int64_t n = p->a->n;
     for (int64_t slot = begin; slot < end; slot++) {
-        int64_t first, last, ldw;
+        int64_t first, last;
         share(p->count * p->blocks, slot, p->slots, &first, &last);
         for (int64_t i = first; i < last; i++) {
             const tile t = panels_tile(p, i / p->blocks, i % p->blocks, slot);
             const int64_t ld = s->out ? p->a->b : t.nb;
             T *z = s->out ? s->out + t.r0 * ld + t.b0 : (T *)p->tiles + slot * p->rows * p->block;
             T *norms = (T *)p->norms + slot * p->classes * p->block;
-            const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, 0, n, &ldw);
-            FN(multiply)(t.r1 - t.r0, t.nb, n, w, ldw, 1, (const T *)p->xt + t.b0, p->a->b, false, z, ld,
-                         FN(packed)(p, slot));
+            FN(project)(p, &t, z, ld, FN(packed)(p, slot));
             FN(class_norms)(p, &t, z, ld, norms);
             s->epilogue(s->arg, p, &t, z, ld, norms);
         }
@@ -204,34 +223,50 @@ void FN(panels_forward)(const panels *p, T *proj, panels_epilogue *epilogue, voi
 
 /* ------------------------------------------------------------------------------ backward */
 
-/* dz of each panel of the round, then dW_p (+)= dz xhat. */
+/* dW_p (+)= dz xhat of the round's i-th panel. */
+static void FN(add_dweight)(const FN(pass) *s, const tile *t, int64_t i, const T *z, T *packed)
+{
+    const int64_t n = s->p->a->n;
+    (void)i;
+    BY_PAIRS(s->p, pairs_dz(s->p, t, i, z, (uint32_t *)packed))
+    if (!s->dweight) return;
+    FN(multiply)(t->r1 - t->r0, n, t->nb, z, t->nb, 1, s->x + t->b0 * n, n, t->b0 > 0, s->dweight + t->r0 * n, n,
+                 packed);
+}
+
+/* dz of each panel of the round, then dW_p. */
 static void FN(backward_panels)(int64_t begin, int64_t end, void *arg)
 {
     const FN(pass) *s = arg;
     const panels *p = s->p;
-    const int64_t n = p->a->n;
     for (int64_t slot = begin; slot < end; slot++) {
-        int64_t first, last, ldw;
+        int64_t first, last;
         share(s->last - s->first, slot, p->slots, &first, &last);
         for (int64_t i = first; i < last; i++) {
             tile t = panels_tile(p, s->first + i, s->block, slot);
-            const int64_t rows = t.r1 - t.r0;
-            const T *x = s->x + t.b0 * n;
-            T *packed = FN(packed)(p, slot), *z = (T *)p->tiles + i * p->rows * p->block;
+            T *packed = FN(packed)(p, slot), *z = (T *)p->tiles + (p->pairs ? slot : i) * p->rows * p->block;
             T *norms = (T *)p->norms + slot * p->classes * p->block;
             t.from = z, t.from_ld = t.nb;
-            if (s->proj) {
-                t.from = s->proj + t.r0 * p->a->b + t.b0, t.from_ld = p->a->b;
-            } else {
-                const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, 0, n, &ldw);
-                FN(multiply)(rows, t.nb, n, w, ldw, 1, (const T *)p->xt + t.b0, p->a->b, false, z, t.nb, packed);
-            }
+            if (s->proj) t.from = s->proj + t.r0 * p->a->b + t.b0, t.from_ld = p->a->b;
+            else FN(project)(p, &t, z, t.nb, packed);
             FN(class_norms)(p, &t, t.from, t.from_ld, norms);
             s->epilogue(s->arg, p, &t, z, t.nb, norms);
-            if (s->dweight)
-                FN(multiply)(rows, n, t.nb, z, t.nb, 1, x, n, s->block > 0, s->dweight + t.r0 * n, n, packed);
+            FN(add_dweight)(s, &t, i, z, packed);
         }
     }
+}
+
+/* Rows i0.. and columns j0.. of dxhat (+)= dz' W_p, `h` and `m` of them, of the round's i-th panel. */
+static void FN(add_dx)(const FN(pass) *s, const tile *t, int64_t i, int64_t i0, int64_t h, int64_t j0, int64_t m,
+                       T *packed)
+{
+    const panels *p = s->p;
+    const bool add = s->first + i > 0;
+    BY_PAIRS(p, pairs_dx(p, t, i, add, i0, h, j0, m, s->dx, (uint32_t *)packed))
+    int64_t ldw;
+    const T *z = (const T *)p->tiles + i * p->rows * p->block;
+    const T *w = FN(rows_of_weight)(p, t->slot, t->r0, t->r1, j0, m, &ldw);
+    FN(multiply)(h, m, t->r1 - t->r0, z + i0, 1, t->nb, w, ldw, add, s->dx + i0 * p->a->n + j0, p->a->n, packed);
 }
 
 /* dxhat[block] (+)= sum over the round's panels of dz' W_p, one rectangle of dxhat at a time. */
@@ -243,40 +278,41 @@ static void FN(backward_dx)(int64_t begin, int64_t end, void *arg)
     const int64_t cols = MIN(n, 512), across = CEIL_DIV(n, cols);
     const int64_t height = MAX(16, CEIL_DIV(nb, CEIL_DIV(p->slots, across))), down = CEIL_DIV(nb, height);
     for (int64_t slot = begin; slot < end; slot++) {
-        int64_t first, last, ldw;
+        int64_t first, last;
         share(across * down, slot, p->slots, &first, &last);
         for (int64_t i = first; i < last; i++) {
             const int64_t j0 = i / down * cols, m = MIN(cols, n - j0);
             const int64_t i0 = i % down * height, h = MIN(height, nb - i0);
             for (int64_t panel = s->first; panel < s->last; panel++) {
                 const tile t = panels_tile(p, panel, s->block, slot);
-                const T *z = (const T *)p->tiles + (panel - s->first) * p->rows * p->block;
-                const T *w = FN(rows_of_weight)(p, slot, t.r0, t.r1, j0, m, &ldw);
-                FN(multiply)(h, m, t.r1 - t.r0, z + i0, 1, nb, w, ldw, panel > 0, s->dx + i0 * n + j0, n,
-                             FN(packed)(p, slot));
+                FN(add_dx)(s, &t, panel - s->first, i0, h, j0, m, FN(packed)(p, slot));
             }
         }
     }
 }
 
-/* dx = (dxhat - xhat <xhat, dxhat>) / |x|: the part along x does not change a normalised row. */
+/* dx = (dxhat - xhat <xhat, dxhat>) / |x| of a row: the part along x does not change it once normalised. */
+static void FN(row_of_dx)(const FN(pass) *s, int64_t row, T *restrict d)
+{
+    const int64_t n = s->p->a->n;
+    BY_PAIRS(s->p, pairs_row_of_dx(s->p, row, d))
+    const T *restrict x = s->x + row * n;
+    const T r = ((const T *)s->p->rnorm)[row];
+    double dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < n; j++) dot += (double)x[j] * (double)d[j];
+    if (r >= (T)(1 / NORM_EPS)) dot = 0; /* the clamped length is a constant */
+    for (int64_t j = 0; j < n; j++) d[j] = r * (d[j] - (T)dot * x[j]);
+}
+
 static void FN(finish_dx)(int64_t begin, int64_t end, void *arg)
 {
     const FN(pass) *s = arg;
     const panels *p = s->p;
     const int64_t n = p->a->n, b0 = s->block * p->block;
     for (int64_t i = begin; i < end; i++) {
-        T *restrict d = s->dx + i * n;
-        if (p->a->normalize) {
-            const T *restrict x = s->x + (b0 + i) * n;
-            const T r = ((const T *)p->rnorm)[b0 + i];
-            double dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t j = 0; j < n; j++) dot += (double)x[j] * (double)d[j];
-            if (r >= (T)(1 / NORM_EPS)) dot = 0; /* the clamped length is a constant */
-            for (int64_t j = 0; j < n; j++) d[j] = r * (d[j] - (T)dot * x[j]);
-        }
-        if (p->dx) FN(narrow)(p->a->dtype, d, n, p->a->dx, (b0 + i) * n);
+        if (p->a->normalize) FN(row_of_dx)(s, b0 + i, s->dx + i * n);
+        if (p->dx) FN(narrow)(p->a->dtype, s->dx + i * n, n, p->a->dx, (b0 + i) * n);
     }
 }
 
@@ -319,11 +355,12 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
                         size_t *bytes)
 {
     const bool half = a->dtype == SUBSPACE_F16 || a->dtype == SUBSPACE_BF16;
+    const bool pairs = a->dtype == SUBSPACE_BF16 && subspace_cpu_bf16();
     const size_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
     /* a thread is worth waking for a million multiplications or so */
     const int64_t worth = CEIL_DIV(a->b * a->rows, MAX(1, WORTH_A_THREAD / MAX(a->n, 1)));
     const int64_t slots = MAX(1, MIN(ctx->threads, worth)), mean = MAX(1, a->rows / MAX(a->c, 1));
-    *p = (panels){.ctx = ctx, .a = a, .slots = slots};
+    *p = (panels){.ctx = ctx, .a = a, .slots = slots, .pairs = pairs};
 
     /* enough panels for every thread, none larger than the cache likes */
     p->classes = MAX(1, MIN(PANEL_ROWS / mean, CEIL_DIV(a->c, slots)));
@@ -338,16 +375,22 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     p->blocks = CEIL_DIV(a->b, p->block);
     p->round = MIN(MAX(slots, ROUND_ROWS / MAX(p->rows, 1)), p->count);
 
-    if (a->normalize || half) p->xhat = carve(base, bytes, a->b * a->n, item);
-    p->xt = carve(base, bytes, a->b * a->n, item);
+    const size_t product = pairs ? sizeof(uint16_t) : item; /* of what the products take */
+    if (a->normalize || (half && !pairs)) p->xhat = carve(base, bytes, a->b * a->n, product);
+    p->xt = carve(base, bytes, a->b * a->n, product);
     p->packed = carve(base, bytes, slots * MULTIPLY_DEPTH * MULTIPLY_STRIPS * 3 * VECTOR, 1);
     if (a->normalize) p->rnorm = carve(base, bytes, a->b, item);
-    p->tiles = carve(base, bytes, (backward ? p->round : slots) * p->rows * p->block, item);
+    p->tiles = carve(base, bytes, (backward && !pairs ? p->round : slots) * p->rows * p->block, item);
     p->norms = carve(base, bytes, slots * p->classes * p->block, item);
     p->spare = carve(base, bytes, slots * p->classes * p->block, item);
-    if (half) p->wide = carve(base, bytes, slots * p->rows * a->n, item);
-    if (half && backward && a->dweight) p->dweight = carve(base, bytes, a->rows * a->n, item);
+    if (half && (!pairs || a->n % 2)) p->wide = carve(base, bytes, slots * p->rows * (a->n + a->n % 2), product);
+    if (half && backward && a->dweight && (!pairs || p->blocks > 1))
+        p->dweight = carve(base, bytes, a->rows * a->n, item);
     if (half && backward && a->dx) p->dx = carve(base, bytes, p->block * a->n, item);
+    if (pairs && a->normalize) p->scale = carve(base, bytes, a->b, item);
+    if (pairs && backward && a->dweight) p->across = carve(base, bytes, slots * p->rows * (p->block + 1), product);
+    if (pairs && backward && a->dx)
+        p->down = carve(base, bytes, p->round * CEIL_DIV(p->rows, 2) * p->block, 2 * product);
 }
 
 #endif

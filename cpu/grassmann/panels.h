@@ -18,14 +18,17 @@ typedef struct panels {
     int64_t block, blocks; /* batch rows in a block, blocks */
     int64_t round;         /* backward: panels whose dz tiles are alive together */
     int64_t slots;         /* threads; slot s always does the same part of the work */
-    void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised; [b] 1/|x_b| */
+    bool pairs;            /* bf16 that is multiplied as such: see panels_pairs.h */
+    void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised (pairs: xhat / scale); [b] 1/|x_b| */
     void *xt;              /* [n, b] their transpose */
     void *packed;          /* [slots][...] scratch of multiply.h */
     void *tiles;           /* [slots or round][rows * block] */
     void *norms, *spare;   /* [slots][classes * block] each; spare is the epilogue's */
-    void *wide;            /* [slots][...] half types: weights, or a block of dx, in float32 */
-    void *dweight;         /* [rows of all, n] half types: dweight in float32 */
+    void *wide;            /* [slots][...] half types: weights in float32; pairs: rows of an odd length, padded */
+    void *dweight;         /* [rows of all, n] half types: dweight in float32; pairs: where blocks add to it */
     void *dx;              /* [block, n]       half types: dx of a block in float32 */
+    void *scale;           /* [b]                                 pairs: of the rows */
+    void *across, *down;   /* [slots][...], [round][...]          pairs: dz as dweight and as dx take it */
 } panels;
 
 typedef struct tile {

@@ -53,7 +53,7 @@ __all__ = ["Plan", "Share", "plan"]
 # As in the kernels and the optimiser; a test compares.
 PANEL_ROWS, BLOCK, ROUND_ROWS = 512, 256, 8192  # cpu/grassmann/panels.c
 PACKED = 512 * 11 * 3  # vectors, for each thread
-VECTORS = {"avx512": 64, "avx2": 32}  # bytes; 16 elsewhere
+VECTORS = {"avx512_bf16": 64, "avx512": 64, "avx2": 32}  # bytes; 16 elsewhere
 PANEL_TILE, PANEL_BLOCK = 1 << 22, 4096  # cuda/grassmann/panels_shape.h
 SCRATCH, SHARED_K = 64 << 20, 16  # cuda/grassmann/rsgd_shape.h
 PIECE = 1 << 24  # ops/grassmann/groups.py
@@ -283,22 +283,27 @@ def _loss(
 
 def _on_cpu(batch: int, n: int, classes: int, k: int, dtype: torch.dtype, threads: int) -> tuple[int, int, int, bool]:
     """Blocks of the batch, workspace of the forward and of the backward, and whether this sums halves in float32."""
-    half, item = dtype in HALF, wide_dtype(dtype).itemsize
-    vector = VECTORS.get(library.config()["CPU"]["instruction set"], 16)
+    half, item, level = dtype in HALF, wide_dtype(dtype).itemsize, library.config()["CPU"]["instruction set"]
+    pairs = dtype == torch.bfloat16 and level == "avx512_bf16"  # nothing is widened
     slots = max(1, min(threads, -(-batch * classes * k // max(1, (1 << 20) // n))))
     panel = max(1, min(PANEL_ROWS // k, -(-classes // slots)))
     count, rows, block = -(-classes // panel), panel * k, min(batch, BLOCK)
     narrow = max(min(16, block), -(-block * count // slots)) if count < slots else block  # few classes
+    blocks = -(-batch // block)
 
     def carved(block: int, alive: int) -> int:
-        numbers = 2 * batch * n + batch + alive * rows * block + 2 * slots * panel * block
-        return numbers * item + slots * PACKED * vector
+        numbers = (1 + pairs) * batch + (slots if pairs else alive) * rows * block + 2 * slots * panel * block
+        return numbers * item + 2 * batch * n * (2 if pairs else item) + slots * PACKED * VECTORS.get(level, 16)
 
     alive = min(max(slots, ROUND_ROWS // rows), count)
-    both = slots * rows * n * item if half else 0
-    summed = (classes * k * n + block * n) * item if half else 0
+    summed = half and (blocks > 1 or not pairs)
+    if pairs:
+        both, turned = slots * rows * (n + 1) * 2 * (n % 2), (slots * rows * (block + 1) + alive * rows * block) * 2
+    else:
+        both, turned = slots * rows * n * item if half else 0, 0
+    sums = (classes * k * n * item if summed else 0) + (block * n * item if half else 0)
     forward = max(carved(narrow, slots) + 32 * slots * batch, carved(block, alive))  # room for either
-    return -(-batch // block), forward + both, carved(block, alive) + both + summed, half
+    return blocks, forward + both, carved(block, alive) + both + turned + sums, summed
 
 
 def _on_cuda(batch: int, n: int, classes: int, k: int, dtype: torch.dtype, _: int) -> tuple[int, int, int, bool]:

@@ -7,7 +7,7 @@ import pytest
 import reference as ref
 import torch
 from hypothesis import given, settings, strategies
-from kernels import only_cpu
+from kernels import MULTIPLIES_BF16, only_cpu
 
 import torch_subspace as ts
 import torch_subspace.grassmann.logits as module
@@ -83,7 +83,8 @@ def test_half_types_are_computed_in_float32(b, c, k, n, dtype, tolerance):
     close(ours, truth, tolerance)
     # no worse than rounding the truth: the sums themselves are float32
     rounded = [t.to(dtype).double() for t in truth]
-    for a, r, t in zip(ours, rounded, truth):
+    exact = 1 if dtype == torch.bfloat16 and MULTIPLIES_BF16 else 3  # gradients: test_logits_bfloat16.py
+    for a, r, t in list(zip(ours, rounded, truth))[:exact]:
         assert (a.double() - t).abs().max() <= 1.01 * (r - t).abs().max() + 1e-5 * t.abs().max()
 
 
