@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common import wide_dtype
-from .feedback import fed, left_out
-from .projectors import KINDS, STORED, along, carried, columns, project
+from .feedback import chunks, fed, left_out
+from .projectors import KINDS, STORED, along, carried, columns, is_transformed, project, walsh_columns, walsh_step_
 
 SIDES = ("shorter", "rows", "columns")
 
@@ -82,12 +82,11 @@ class Matrix:
         size = grad.shape[-1]
         stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
         if stays and count % group["every"]:
-            now, basis = before, columns(*before, size, dtype)
-            low = along(grad, basis, self.processes) if kind == "basis" else grad @ basis
+            now, low = before, self._along(grad, before, dtype)
         else:
             start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
             stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
-            now, stays, basis = (kind, stored), False, columns(kind, stored, size, dtype)
+            now, stays = (kind, stored), False
         finite = self._finite(low)
         sure = on_host(finite) and bool(finite.all())
         if not sure and on_host(finite) and finite.dim() == 0:
@@ -95,24 +94,24 @@ class Matrix:
 
         new = {now[0]: now[1]}
         if group["error_feedback"]:
-            new |= left_out(own, *self._factors(low, basis), group["error_feedback"])
-        low = -low if group["maximize"] else low
+            new |= left_out(own, *self._factors(low, columns(*now, size, dtype)), group["error_feedback"])
         new["exp_avg"], new["exp_avg_sq"] = mean, square = self._moments(held, low, before, now, size, stays and sure)
-        beta1, beta2 = map(float, group["betas"])
-        mean.lerp_(low, 1 - beta1)
-        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        count += 1
+        self._adamw(low, mean, square, count)
         if not sure:
             new = {key: _where(finite, t, held.get(key), key) for key, t in new.items()}
-            mean, square, basis = new["exp_avg"], new["exp_avg_sq"], columns(now[0], new[now[0]], size, dtype)
-
-        count += 1
-        rate = float(group["lr"])
-        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        update = (mean * (-rate / (1 - beta1**count) * group["scale"])).div_(root)
-        self._move(update, basis, 1 - rate * float(group["weight_decay"]), None if sure else finite)
+            now = now[0], new[now[0]]
+        self._move(low, now, size, 1 - float(group["lr"]) * float(group["weight_decay"]), None if sure else finite)
         self._keep(state, count, new)
         skipped = (~finite).sum()
         return int(skipped) if on_host(skipped) else skipped
+
+    def _along(self, grad, kept, dtype):
+        """G Q of the Q of the last step."""
+        if is_transformed(kept[0], grad, kept[1]):
+            return walsh_columns(grad, kept[1])
+        basis = columns(*kept, grad.shape[-1], dtype)
+        return along(grad, basis, self.processes) if kept[0] == "basis" else grad @ basis
 
     def _start(self, starts, count, size, dtype):
         """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""
@@ -142,15 +141,34 @@ class Matrix:
             return moments if in_place else tuple(t.clone() for t in moments)
         return carried(moments, before, now, size)
 
-    def _move(self, update, basis, decay, finite):
+    def _adamw(self, low, mean, square, count):
+        """Both moments with G Q, and in its place AdamW's step along Q: some rows at a time, while they are in the
+        cache, in the roundings of torch's own."""
+        beta1, beta2 = map(float, self.group["betas"])
+        rate = float(self.group["lr"]) * self.group["scale"] / (1 - beta1**count)
+        zero = low.new_zeros(())
+        for place in chunks(low):
+            part, m, v = low[place], mean[place], square[place]
+            if self.group["maximize"]:
+                part.neg_()
+            m.lerp_(part, 1 - beta1)
+            v.mul_(beta2).addcmul_(part, part, value=1 - beta2)
+            root = v.sqrt().div_(math.sqrt(1 - beta2**count)).add_(self.group["eps"])
+            torch.addcdiv(zero, m, root, value=-rate, out=part)
+
+    def _move(self, update, now, size, decay, finite):
         """W <- decay W + update Qᵀ, in one pass where all of them are finite."""
         own = self.own
+        if finite is None and self.rows is None and own.is_contiguous() and is_transformed(now[0], own, now[1]):
+            own = own.view(self.shape)
+            walsh_step_(own.mT if self.turned else own, update, now[1], decay)
+            return
         if finite is not None:
             update = _where(finite, update, None, "")
             shaped = own.view(self.shape) if own.is_contiguous() else own
             shaped.mul_(torch.where(finite, decay, 1.0).to(own.dtype).reshape(-1, *[1] * (shaped.dim() - 1)))
             decay = 1
-        a, b = (t.to(own.dtype) for t in self._factors(update, basis))
+        a, b = (t.to(own.dtype) for t in self._factors(update, columns(*now, size, update.dtype)))
         if not own.is_contiguous():
             own.mul_(decay).add_((a @ b).view(own.shape))
         else:
