@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import chunks, fed, left_out
 from .projectors import KINDS, STORED, along, carried, columns, is_transformed, project, walsh_columns, walsh_step_
+from .shards import all_finite, local, placed, sharing
 
 SIDES = ("shorter", "rows", "columns")
 
@@ -26,11 +26,6 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
         return tuple(shape) if shape[0] else None
     m, n = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
     return (m, n) if min(m, n) > rank else None
-
-
-def local(t: Tensor) -> Tensor:
-    """What this process has of it."""
-    return t.to_local() if hasattr(t, "placements") else t
 
 
 def on_host(t: Tensor) -> bool:
@@ -48,7 +43,7 @@ class Matrix:
         shape = matrix_shape(p.shape, group["rank"])
         self.weight, self.group, self.own = p, group, local(p)
         self.turned = group["side"] == "rows" or group["side"] == "shorter" and shape[-2] < shape[-1]
-        self.processes, self.rows = _sharing(name, p, len(shape)) if hasattr(p, "placements") else (None, None)
+        self.processes, self.rows = sharing(name, p, len(shape))
         if self.turned and self.processes is not None:
             self.processes = None  # of the shorter side all is known everywhere
         else:
@@ -59,7 +54,7 @@ class Matrix:
     def _turn(self, t: Tensor) -> Tensor:
         """In the orientation in which the last side is the one that is projected; all of that side."""
         if self.rows is not None:
-            t = self._placed(t).full_tensor()
+            t = placed(t, self.weight).full_tensor()
         return t.mT if self.turned else t
 
     def _factors(self, low: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,11 +120,7 @@ class Matrix:
 
     def _finite(self, low):
         """Of each matrix: what is not finite in a gradient is not in its projection either."""
-        finite = low.sum((-2, -1)).isfinite()
-        if self.processes is not None:
-            finite = finite.float()
-            dist.all_reduce(finite, dist.ReduceOp.MIN, self.processes)
-        return finite > 0
+        return all_finite(low.sum((-2, -1)).isfinite(), self.processes)
 
     def _moments(self, held, low, before, now, size, in_place):
         if "exp_avg" not in held:
@@ -180,19 +171,11 @@ class Matrix:
             del state[key]
         state["step"] = torch.tensor(float(count))
         for key, t in new.items():
-            state[key] = self._placed(t) if self._is_split(key) else t
+            state[key] = placed(t, self.weight) if self._is_split(key) else t
 
     def _is_split(self, key):
         here = key.startswith("error") if self.rows is not None else key not in KINDS
         return hasattr(self.weight, "placements") and (len(self.shape) == 3 or here)
-
-    def _placed(self, t):
-        from torch.distributed.tensor import DTensor
-
-        shape = torch.Size((self.weight.shape[0], *t.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(t.contiguous(), self.weight.device_mesh, self.weight.placements, run_check=False,
-                                  shape=shape, stride=stride)
 
 
 def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
@@ -204,17 +187,3 @@ def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
         elif key in KINDS:
             old += torch.arange(new.shape[-1], device=new.device)
     return torch.where(finite.reshape(finite.shape + (1,) * (new.dim() - finite.dim())), new, old)
-
-
-def _sharing(name: str, p: Tensor, dims: int) -> tuple[dist.ProcessGroup | None, slice | None]:
-    """The processes that have rows of a matrix, and which rows this one has; None where each has whole ones."""
-    split = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if len(split) > 1 or any(not p.placements[i].is_shard(0) for i in split) or p.grad.placements != p.placements:
-        raise RuntimeError(
-            f"{name}: a DTensor must be sharded along dimension 0, over one dimension of its mesh, as fully_shard "
-            f"does, its gradient likewise, got {p.placements} and {p.grad.placements} for shape {tuple(p.shape)}")
-    if not split or dims == 3:
-        return None, None
-    mesh, rows = p.device_mesh, p.shape[0]
-    begin = min(-(-rows // mesh.size(split[0])) * mesh.get_local_rank(split[0]), rows)  # as torch.chunk cuts
-    return mesh.get_group(split[0]), slice(begin, begin + p.to_local().shape[0])

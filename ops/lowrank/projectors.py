@@ -24,6 +24,7 @@ from ..common import WIDE
 from .cosine import basis_columns, columns_of
 from .hadamard import hadamard
 from .range_finder import largest, orthonormal, scaled
+from .shards import total
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
@@ -46,8 +47,7 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     x = g @ start
     scale_(x, group)
     y = g.mT @ x
-    if group is not None:
-        dist.all_reduce(y, group=group)
+    total(y, group)
     basis = orthonormal(scaled(y).add_(scaled(start), alpha=torch.finfo(g.dtype).eps))
     low = g @ basis
     size = scale_(low, group)
@@ -73,8 +73,7 @@ def _without_rounding(low: Tensor, size: Tensor, group: dist.ProcessGroup | None
     there, and AdamW would make steps of full length of them."""
     parts = [part.square().sum(-2, keepdim=True) for part in low.split(_rows(low.shape[-1]), -2)]
     squares = sum(parts[1:], parts[0])
-    if group is not None:
-        dist.all_reduce(squares, group=group)
+    total(squares, group)
     least = (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
     return low.mul_(torch.where(squares <= least, 0, size))
 
@@ -82,8 +81,7 @@ def _without_rounding(low: Tensor, size: Tensor, group: dist.ProcessGroup | None
 def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """LᵀL in float64, summed in L's own precision."""
     gram = (low.mT @ low).double()
-    if group is not None:
-        dist.all_reduce(gram, group=group)
+    total(gram, group)
     return gram
 
 

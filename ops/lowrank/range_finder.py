@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common import full_precision, told, whole, wide_dtype
 from ..draws import seeded_normal
 from .cosine import check_matrix
+from .shards import total
 
 
 def range_finder(g: Tensor, rank: int, *, power: int = 1, seed: int | torch.Generator | None = None) -> Tensor:
@@ -97,8 +98,7 @@ def scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 def largest(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The largest entry of a matrix, whose rows the processes of a group have; 1 where all are 0."""
     size = y.abs().amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))
-    if group is not None:
-        dist.all_reduce(size, dist.ReduceOp.MAX, group)
+    total(size, group, "MAX")
     return torch.where(size == 0, 1, size)
 
 
