@@ -35,6 +35,7 @@ from ..common import (
     whole,
     wide_dtype,
 )
+from .shards import total
 
 TRANSFORM_FROM = 128  # columns: the product below, Fourier's transform from there on
 CHUNK = 1 << 18  # entries of G that stay in a core's cache with what is made of them
@@ -234,8 +235,7 @@ def columns_of(g: Tensor, rank: int, group: dist.ProcessGroup | None = None, spe
     else:
         chunks = [spectrum(rows) for rows in g.split(max(1, CHUNK // n))]
     norms = sum(chunk.abs().sum(-2) for chunk in chunks[1:]) + chunks[0].abs().sum(-2)
-    if group is not None:
-        dist.all_reduce(norms, group=group)
+    total(norms, group)
     index = _largest(norms[..., places(torch.arange(n, device=g.device), n)[0]], rank)
     return torch.cat([_taken(chunk, *places(index, n)) for chunk in chunks], -2), index
 

@@ -30,6 +30,7 @@ from ..common import (
 )
 from .frequent_directions import merged
 from .optimiser import MatrixOptimizer, check_torchs
+from .shards import all_finite, local, owners, placed, sharing, total
 from .tasks import directions, matrix_of, off, remembered, resized
 
 OWN = ("basis", "sketch", "memory")
@@ -69,9 +70,15 @@ class CoSO(MatrixOptimizer):
     `skipped` counts them. What takes AdamW's own step does as in torch, where such entries become NaN. State is float32
     beside float32 and half types, float64 beside float64. `state_dict` has all of it, memories included.
 
+    Parameters of FSDP2 (DTensors), sharded along their first dimension, train as one process does, up to rounding: each
+    process has the moments of its rows, and all have directions, sketch and memory. Where directions are found anew
+    they exchange a sum of n c numbers and one of c², c = max(rank, sketch_rank), n the inputs; n² where n <= c, and the
+    gradient where it has no more than c rows. Matrices of a stack are whole where they are, with all that belongs to
+    them: nothing is exchanged but whether all is finite.
+
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.
-        RuntimeError: a sparse or a sharded gradient.
+        RuntimeError: a sparse gradient; a parameter sharded in another way.
 
     Source: Cheng, Wan, Wu, Hou and Zhang, Continuous Subspace Optimization for Continual Learning, NeurIPS 2025, which
     projects on the outputs' side of torch's weights and keeps one direction fewer a task.
@@ -135,11 +142,11 @@ class CoSO(MatrixOptimizer):
     def _matrix_steps(self) -> None:
         work = [(i, group, p) for i, group in enumerate(self.param_groups) for p in group["params"]
                 if p.grad is not None and matrix_of(group, p) is not None]
-        for _, _, p in work:
-            if p.grad.layout is not torch.strided or hasattr(p, "placements"):
-                what = "sharded" if hasattr(p, "placements") else f"of {p.grad.layout}"
-                raise RuntimeError(f"{type(self).__name__}: gradients must be dense and whole, got one {what} for a "
+        for _, group, p in work:
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__}: gradients must be dense, got one of {p.grad.layout} for a "
                                    f"parameter of shape {tuple(p.shape)}")
+            sharing(type(self).__name__, p, len(matrix_of(group, p)))
         projected = [self._is_projected(group, p) for _, group, p in work]
         self._adamw_step()
         for (i, group, p), moves in zip(work, projected, strict=True):
@@ -148,26 +155,29 @@ class CoSO(MatrixOptimizer):
 
     def _matrix_step(self, group: dict[str, Any], p: Tensor, moves: bool) -> int:
         """Feed the sketch, and where it `moves`, take the step; nothing, and 1, where the gradient is not finite."""
-        state, shape = self.state[p], matrix_of(group, p)
-        grad = p.grad.reshape(shape).to(wide_dtype(p.dtype))
-        if not grad.sum().isfinite() and not grad.isfinite().all():
+        state, shape, own = self.state[p], matrix_of(group, p), local(p)
+        processes, _ = sharing(type(self).__name__, p, len(shape))
+        shape = own.shape[0], *shape[1:]
+        grad = local(p.grad).reshape(shape).to(wide_dtype(p.dtype))
+        finite = grad.sum().isfinite()
+        if not all_finite(finite if finite else grad.isfinite().all(), owners(p)):
             return 1
-        held = {key: state[key].to(p.device) for key in OWN if key in state}
+        held = {key: local(state[key]).to(own.device) for key in OWN if key in state}
         memory, basis, count = held.get("memory"), held.get("basis"), int(state.get("step", 0)) - (not moves)
         turn = low = None
         if count % group["every"] == 0 or (moves and basis is None):
-            before, (basis, low, block) = basis, directions(grad, memory, group, count)
+            before, (basis, low, block) = basis, directions(grad, memory, group, count, p, processes)
             sketch = held.get("sketch")
             if sketch is None or sketch.shape[-2] != min(group["sketch_rank"], shape[-1]):
                 sketch = resized(sketch, block, min(group["sketch_rank"], shape[-1]))
-            state["sketch"] = merged(sketch, block, group["decay"]).to(grad.dtype)
+            state["sketch"] = _kept(merged(sketch, block, group["decay"]).to(grad.dtype), p)
             turn = None if before is None else before.mT @ basis
         if not moves:
             return 0
         low = grad @ basis if low is None else low
         low = -low if group["maximize"] else low
-        mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
-        if mean is not None and turn is None and mean.shape == p.shape and p.shape != low.shape:  # AdamW's
+        mean, square = (local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq"))
+        if mean is not None and turn is None and mean.shape == own.shape and own.shape != low.shape:  # AdamW's
             mean, square = mean.reshape(shape).to(low) @ basis, square.reshape(shape).to(low) @ basis.square()
         if mean is None or (turn is None and mean.shape != low.shape):
             mean, square, count = torch.zeros_like(low), torch.zeros_like(low), 0
@@ -181,14 +191,15 @@ class CoSO(MatrixOptimizer):
         rate, decay = float(group["lr"]), float(group["lr"]) * float(group["weight_decay"])
         update = (mean / root).mul_(-rate / (1 - beta1**count))
         if decay:
-            weight = p.reshape(shape).to(grad.dtype).mT
-            p.sub_((decay * off(weight, memory).mT).reshape(p.shape).to(p.dtype))
-        if p.is_contiguous() and p.dtype == grad.dtype:
-            weight = p.view(shape)
+            weight = own.reshape(shape).to(grad.dtype).mT
+            own.sub_((decay * off(weight, memory).mT).reshape(own.shape).to(own.dtype))
+        if own.is_contiguous() and own.dtype == grad.dtype:
+            weight = own.view(shape)
             (weight.baddbmm_ if len(shape) == 3 else weight.addmm_)(update, basis.mT)
         else:
-            p.add_((update @ basis.mT).reshape(p.shape).to(p.dtype))
-        state.update(step=torch.tensor(float(count)), exp_avg=mean, exp_avg_sq=square, basis=basis)
+            own.add_((update @ basis.mT).reshape(own.shape).to(own.dtype))
+        moments = {key: placed(t, p) if own is not p else t for key, t in (("exp_avg", mean), ("exp_avg_sq", square))}
+        state.update(step=torch.tensor(float(count)), basis=_kept(basis, p), **moments)
         return 0
 
     @torch.no_grad()
@@ -204,8 +215,12 @@ class CoSO(MatrixOptimizer):
                 if shape is None and "step" in state:  # torch asks for a step in every state
                     self.state[p] = {"step": torch.zeros(()), "frozen": True}
                 elif "sketch" in state:
-                    found = remembered(state["sketch"], group["threshold"], state.get("memory"))
-                    self.state[p] = {"step": torch.zeros(()), "memory": found}
+                    found = remembered(*(local(state[key]) if key in state else None for key in ("sketch", "memory")),
+                                       group["threshold"])
+                    if found.dim() == 3:  # as many columns in each process
+                        most = total(torch.tensor(found.shape[-1], device=found.device), owners(p), "MAX")
+                        found = torch.nn.functional.pad(found, (0, int(most) - found.shape[-1]))
+                    self.state[p] = {"step": torch.zeros(()), "memory": _kept(found, p)}
 
     def memory(self, parameter: Tensor) -> Tensor:
         """The directions of a matrix's inputs that are protected, orthonormal columns (n, k); k is 0 before the first
@@ -221,7 +236,14 @@ class CoSO(MatrixOptimizer):
             raise ValueError(f"{name}: parameter must be a protected matrix of this optimiser, got {told(parameter)}")
         found = self.state.get(parameter, {}).get("memory")
         dtype = wide_dtype(parameter.dtype)
-        return parameter.new_zeros((*shape[:-2], shape[-1], 0), dtype=dtype) if found is None else found.clone()
+        if found is None:
+            return local(parameter).new_zeros((*shape[:-2], shape[-1], 0), dtype=dtype)
+        return found.full_tensor() if hasattr(found, "placements") else found.clone()
+
+
+def _kept(t: Tensor, p: Tensor) -> Tensor:
+    """What belongs to each matrix of a stack is where that is; of one matrix all processes have it."""
+    return placed(t, p) if t.dim() == 3 and hasattr(p, "placements") else t
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:

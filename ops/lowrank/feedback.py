@@ -22,7 +22,7 @@ def fed(grad: Tensor, state: dict[str, Tensor]) -> Tensor:
         return grad + error
     whole = torch.empty_like(grad, memory_format=torch.contiguous_format)
     count = scale.shape[-1]
-    for place in _chunks(grad):
+    for place in chunks(grad):
         cut = error[place].to(grad.dtype).unflatten(-1, (count, -1)).mul_(scale[place][..., None])
         torch.add(cut.flatten(-2), grad[place], out=whole[place])
     return whole
@@ -35,7 +35,7 @@ def left_out(grad: Tensor, a: Tensor, b: Tensor, kind: str) -> dict[str, Tensor]
     count = blocks(grad.shape[-1])
     error = torch.empty(grad.shape, dtype=torch.int8, device=grad.device)
     scale = grad.new_empty((*grad.shape[:-1], count))
-    for place in _chunks(grad):
+    for place in chunks(grad):
         cut = _less(grad[place], a[place], b[place[:-1]]).unflatten(-1, (count, -1))
         largest = cut.abs().amax(-1, keepdim=True)
         scale[place] = largest[..., 0] / 127
@@ -50,7 +50,7 @@ def blocks(size: int) -> int:
     return next(fitting, 1)
 
 
-def _chunks(t: Tensor) -> list[tuple[int | slice, ...]]:
+def chunks(t: Tensor) -> list[tuple[int | slice, ...]]:
     """Places of some rows each that are all of t, (m, n) or (matrices, m, n)."""
     if t.device.type != "cpu":
         return [(slice(None),) * (t.dim() - 1)]

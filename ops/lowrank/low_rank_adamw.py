@@ -27,9 +27,10 @@ from ..common import (
     whole,
 )
 from .feedback import FEEDBACKS
-from .matrices import SIDES, Matrix, local, matrix_shape
+from .matrices import SIDES, Matrix, matrix_shape
 from .optimiser import MatrixOptimizer, check_torchs
 from .projectors import KINDS, PROJECTORS
+from .shards import local
 
 
 class LowRankAdamW(MatrixOptimizer):

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..common import wide_dtype
-from .feedback import fed, left_out
-from .projectors import KINDS, STORED, along, carried, columns, project
+from .feedback import chunks, fed, left_out
+from .projectors import KINDS, STORED, along, carried, columns, is_transformed, project, walsh_columns, walsh_step_
+from .shards import all_finite, local, placed, sharing
 
 SIDES = ("shorter", "rows", "columns")
 
@@ -26,11 +26,6 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
         return tuple(shape) if shape[0] else None
     m, n = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
     return (m, n) if min(m, n) > rank else None
-
-
-def local(t: Tensor) -> Tensor:
-    """What this process has of it."""
-    return t.to_local() if hasattr(t, "placements") else t
 
 
 def on_host(t: Tensor) -> bool:
@@ -48,7 +43,7 @@ class Matrix:
         shape = matrix_shape(p.shape, group["rank"])
         self.weight, self.group, self.own = p, group, local(p)
         self.turned = group["side"] == "rows" or group["side"] == "shorter" and shape[-2] < shape[-1]
-        self.processes, self.rows = _sharing(name, p, len(shape)) if hasattr(p, "placements") else (None, None)
+        self.processes, self.rows = sharing(name, p, len(shape))
         if self.turned and self.processes is not None:
             self.processes = None  # of the shorter side all is known everywhere
         else:
@@ -59,7 +54,7 @@ class Matrix:
     def _turn(self, t: Tensor) -> Tensor:
         """In the orientation in which the last side is the one that is projected; all of that side."""
         if self.rows is not None:
-            t = self._placed(t).full_tensor()
+            t = placed(t, self.weight).full_tensor()
         return t.mT if self.turned else t
 
     def _factors(self, low: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +77,11 @@ class Matrix:
         size = grad.shape[-1]
         stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
         if stays and count % group["every"]:
-            now, basis = before, columns(*before, size, dtype)
-            low = along(grad, basis, self.processes) if kind == "basis" else grad @ basis
+            now, low = before, self._along(grad, before, dtype)
         else:
             start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
             stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
-            now, stays, basis = (kind, stored), False, columns(kind, stored, size, dtype)
+            now, stays = (kind, stored), False
         finite = self._finite(low)
         sure = on_host(finite) and bool(finite.all())
         if not sure and on_host(finite) and finite.dim() == 0:
@@ -95,24 +89,24 @@ class Matrix:
 
         new = {now[0]: now[1]}
         if group["error_feedback"]:
-            new |= left_out(own, *self._factors(low, basis), group["error_feedback"])
-        low = -low if group["maximize"] else low
+            new |= left_out(own, *self._factors(low, columns(*now, size, dtype)), group["error_feedback"])
         new["exp_avg"], new["exp_avg_sq"] = mean, square = self._moments(held, low, before, now, size, stays and sure)
-        beta1, beta2 = map(float, group["betas"])
-        mean.lerp_(low, 1 - beta1)
-        square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        count += 1
+        self._adamw(low, mean, square, count)
         if not sure:
             new = {key: _where(finite, t, held.get(key), key) for key, t in new.items()}
-            mean, square, basis = new["exp_avg"], new["exp_avg_sq"], columns(now[0], new[now[0]], size, dtype)
-
-        count += 1
-        rate = float(group["lr"])
-        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        update = (mean * (-rate / (1 - beta1**count) * group["scale"])).div_(root)
-        self._move(update, basis, 1 - rate * float(group["weight_decay"]), None if sure else finite)
+            now = now[0], new[now[0]]
+        self._move(low, now, size, 1 - float(group["lr"]) * float(group["weight_decay"]), None if sure else finite)
         self._keep(state, count, new)
         skipped = (~finite).sum()
         return int(skipped) if on_host(skipped) else skipped
+
+    def _along(self, grad, kept, dtype):
+        """G Q of the Q of the last step."""
+        if is_transformed(kept[0], grad, kept[1]):
+            return walsh_columns(grad, kept[1])
+        basis = columns(*kept, grad.shape[-1], dtype)
+        return along(grad, basis, self.processes) if kept[0] == "basis" else grad @ basis
 
     def _start(self, starts, count, size, dtype):
         """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""
@@ -126,11 +120,7 @@ class Matrix:
 
     def _finite(self, low):
         """Of each matrix: what is not finite in a gradient is not in its projection either."""
-        finite = low.sum((-2, -1)).isfinite()
-        if self.processes is not None:
-            finite = finite.float()
-            dist.all_reduce(finite, dist.ReduceOp.MIN, self.processes)
-        return finite > 0
+        return all_finite(low.sum((-2, -1)).isfinite(), self.processes)
 
     def _moments(self, held, low, before, now, size, in_place):
         if "exp_avg" not in held:
@@ -142,15 +132,34 @@ class Matrix:
             return moments if in_place else tuple(t.clone() for t in moments)
         return carried(moments, before, now, size)
 
-    def _move(self, update, basis, decay, finite):
+    def _adamw(self, low, mean, square, count):
+        """Both moments with G Q, and in its place AdamW's step along Q: some rows at a time, while they are in the
+        cache, in the roundings of torch's own."""
+        beta1, beta2 = map(float, self.group["betas"])
+        rate = float(self.group["lr"]) * self.group["scale"] / (1 - beta1**count)
+        zero = low.new_zeros(())
+        for place in chunks(low):
+            part, m, v = low[place], mean[place], square[place]
+            if self.group["maximize"]:
+                part.neg_()
+            m.lerp_(part, 1 - beta1)
+            v.mul_(beta2).addcmul_(part, part, value=1 - beta2)
+            root = v.sqrt().div_(math.sqrt(1 - beta2**count)).add_(self.group["eps"])
+            torch.addcdiv(zero, m, root, value=-rate, out=part)
+
+    def _move(self, update, now, size, decay, finite):
         """W <- decay W + update Qᵀ, in one pass where all of them are finite."""
         own = self.own
+        if finite is None and self.rows is None and own.is_contiguous() and is_transformed(now[0], own, now[1]):
+            own = own.view(self.shape)
+            walsh_step_(own.mT if self.turned else own, update, now[1], decay)
+            return
         if finite is not None:
             update = _where(finite, update, None, "")
             shaped = own.view(self.shape) if own.is_contiguous() else own
             shaped.mul_(torch.where(finite, decay, 1.0).to(own.dtype).reshape(-1, *[1] * (shaped.dim() - 1)))
             decay = 1
-        a, b = (t.to(own.dtype) for t in self._factors(update, basis))
+        a, b = (t.to(own.dtype) for t in self._factors(update, columns(*now, size, update.dtype)))
         if not own.is_contiguous():
             own.mul_(decay).add_((a @ b).view(own.shape))
         else:
@@ -162,19 +171,11 @@ class Matrix:
             del state[key]
         state["step"] = torch.tensor(float(count))
         for key, t in new.items():
-            state[key] = self._placed(t) if self._is_split(key) else t
+            state[key] = placed(t, self.weight) if self._is_split(key) else t
 
     def _is_split(self, key):
         here = key.startswith("error") if self.rows is not None else key not in KINDS
         return hasattr(self.weight, "placements") and (len(self.shape) == 3 or here)
-
-    def _placed(self, t):
-        from torch.distributed.tensor import DTensor
-
-        shape = torch.Size((self.weight.shape[0], *t.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(t.contiguous(), self.weight.device_mesh, self.weight.placements, run_check=False,
-                                  shape=shape, stride=stride)
 
 
 def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
@@ -186,17 +187,3 @@ def _where(finite: Tensor, new: Tensor, old: Tensor | None, key: str) -> Tensor:
         elif key in KINDS:
             old += torch.arange(new.shape[-1], device=new.device)
     return torch.where(finite.reshape(finite.shape + (1,) * (new.dim() - finite.dim())), new, old)
-
-
-def _sharing(name: str, p: Tensor, dims: int) -> tuple[dist.ProcessGroup | None, slice | None]:
-    """The processes that have rows of a matrix, and which rows this one has; None where each has whole ones."""
-    split = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if len(split) > 1 or any(not p.placements[i].is_shard(0) for i in split) or p.grad.placements != p.placements:
-        raise RuntimeError(
-            f"{name}: a DTensor must be sharded along dimension 0, over one dimension of its mesh, as fully_shard "
-            f"does, its gradient likewise, got {p.placements} and {p.grad.placements} for shape {tuple(p.shape)}")
-    if not split or dims == 3:
-        return None, None
-    mesh, rows = p.device_mesh, p.shape[0]
-    begin = min(-(-rows // mesh.size(split[0])) * mesh.get_local_rank(split[0]), rows)  # as torch.chunk cuts
-    return mesh.get_group(split[0]), slice(begin, begin + p.to_local().shape[0])

@@ -20,12 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..common import WIDE
 from .cosine import basis_columns, columns_of
 from .hadamard import hadamard
-from .range_finder import range_basis, scaled
+from .range_finder import largest, orthonormal, scaled
+from .shards import total
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
+CHUNK = 1 << 17  # entries that stay in a core's cache
+TRANSFORM_FROM = 64  # columns: the product below, transforms from there on
 KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
@@ -38,38 +42,54 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
         low, index = columns_of(g, rank, group, *own)
         return index, low
     if projector == "svd":
-        basis = _singular(g, rank, group)
+        basis = _leading(_gram(scaled(g, group).double(), group), rank).to(g.dtype)
         return basis, along(g, basis, group)
-    basis = range_basis(g, start, 1, group)
+    x = g @ start
+    scale_(x, group)
+    y = g.mT @ x
+    total(y, group)
+    basis = orthonormal(scaled(y).add_(scaled(start), alpha=torch.finfo(g.dtype).eps))
     low = g @ basis
-    turn = _singular(low, rank, group)
-    return basis @ turn, _without_rounding(low @ turn, group)
+    size = scale_(low, group)
+    turn = _leading(_gram(low if g.device.type == "cpu" else low.double(), group), rank).to(g.dtype)
+    return basis @ turn, _without_rounding(low @ turn, size, group)
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """G Q of a basis that is no fixed one."""
-    return _without_rounding(g @ basis, group)
+    low = g @ basis
+    return _without_rounding(low, scale_(low, group), group)
 
 
-def _without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Columns that are nothing but rounding become 0: a gradient of lower rank has none there, and AdamW would make
-    steps of full length of them."""
-    squares = scaled(low, group).square().sum(-2, keepdim=True)
-    if group is not None:
-        dist.all_reduce(squares, group=group)
+def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`scaled`, in place; returns what the matrix was divided by."""
+    size = largest(y, group)
+    y.div_(size)
+    return size
+
+
+def _without_rounding(low: Tensor, size: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`size` times `low`, in place. Columns that are nothing but rounding become 0: a gradient of lower rank has none
+    there, and AdamW would make steps of full length of them."""
+    parts = [part.square().sum(-2, keepdim=True) for part in low.split(_rows(low.shape[-1]), -2)]
+    squares = sum(parts[1:], parts[0])
+    total(squares, group)
     least = (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
-    return low.masked_fill_(squares <= least, 0)
+    return low.mul_(torch.where(squares <= least, 0, size))
 
 
-def _singular(g: Tensor, rank: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Leading right singular vectors, as eigenvectors of GᵀG in float64; NaN where G is not finite."""
-    wide = scaled(g, group).double()
-    gram = wide.mT @ wide
-    if group is not None:
-        dist.all_reduce(gram, group=group)
+def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """LᵀL in float64, summed in L's own precision."""
+    gram = (low.mT @ low).double()
+    total(gram, group)
+    return gram
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues; NaN where the matrix is not finite."""
     finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     vectors = torch.linalg.eigh(torch.where(finite, gram, 0)).eigenvectors.flip(-1)[..., :rank]
-    return torch.where(finite, vectors, torch.nan).to(g.dtype)
+    return torch.where(finite, vectors, torch.nan)
 
 
 def columns(kind: str, stored: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -89,6 +109,29 @@ def _powers(size: int) -> list[int]:
 def _walsh_spectrum(g: Tensor) -> Tensor:
     parts = [hadamard(part, normalize=True) for part in g.split(_powers(g.shape[-1]), -1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def is_transformed(kind: str, weight: Tensor, stored: Tensor) -> bool:
+    """Whether products with Q take less time as transforms, both ways: of Hadamard's basis on a CPU."""
+    return (kind == "hadamard" and stored.dim() == 1 and stored.shape[0] >= TRANSFORM_FROM
+            and weight.device.type == "cpu" and weight.dtype in WIDE)
+
+
+def walsh_columns(g: Tensor, index: Tensor) -> Tensor:
+    """G Q (m, r), by transforms of some rows at a time."""
+    return torch.cat([_walsh_spectrum(rows).index_select(-1, index) for rows in g.split(_rows(g.shape[-1]))])
+
+
+def walsh_step_(weight: Tensor, low: Tensor, index: Tensor, decay: float) -> None:
+    """W <- decay W + low Qᵀ, likewise."""
+    for own, part in zip(weight.split(_rows(weight.shape[-1])), low.split(_rows(weight.shape[-1])), strict=True):
+        wide = part.new_zeros(own.shape).index_copy_(-1, index, part)
+        torch.add(_walsh_spectrum(wide), own, alpha=decay, out=own)
+
+
+def _rows(size: int) -> int:
+    """How many of that size stay in a core's cache."""
+    return max(1, CHUNK // size)
 
 
 def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common import full_precision, told, whole, wide_dtype
 from ..draws import seeded_normal
 from .cosine import check_matrix
+from .shards import total
 
 
 def range_finder(g: Tensor, rank: int, *, power: int = 1, seed: int | torch.Generator | None = None) -> Tensor:
@@ -79,25 +80,26 @@ def start(g: Tensor, rank: int, seed: int | torch.Generator | None) -> Tensor:
     return seeded_normal(shape, seed, g.device).to(g.dtype)
 
 
-def range_basis(g: Tensor, basis: Tensor, power: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on; the processes of a group have rows of each, and
-    that has no gradient."""
+def range_basis(g: Tensor, basis: Tensor, power: int) -> Tensor:
+    """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on."""
     with full_precision(g):
         for _ in range(power):
-            y = g.mT @ scaled(g @ basis, group)
-            if group is not None:
-                dist.all_reduce(y, group=group)
+            y = g.mT @ scaled(g @ basis)
             basis = orthonormal(scaled(y) + torch.finfo(g.dtype).eps * scaled(basis))
     return basis
 
 
 def scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """A matrix with entries up to 1: gradients may be so small that their squares are none. Q knows no scale."""
-    size = y.detach().abs()
-    largest = size.amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))
-    if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    return y / torch.where(largest == 0, 1, largest)
+    return y / largest(y, group)
+
+
+@torch.no_grad()
+def largest(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The largest entry of a matrix, whose rows the processes of a group have; 1 where all are 0."""
+    size = y.abs().amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))
+    total(size, group, "MAX")
+    return torch.where(size == 0, 1, size)
 
 
 def orthonormal(y: Tensor) -> Tensor:

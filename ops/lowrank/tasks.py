@@ -12,10 +12,12 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..common import FLOATS
 from .range_finder import scaled
+from .shards import gathered, total
 
 
 def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
@@ -24,7 +26,7 @@ def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
         return None
     if p.dim() == 3 and min(p.shape[1:]) > group["rank"]:
         return tuple(p.shape)
-    return p.shape[0], p[0].numel()
+    return p.shape[0], math.prod(p.shape[1:])
 
 
 def off(x: Tensor, memory: Tensor | None) -> Tensor:
@@ -32,22 +34,29 @@ def off(x: Tensor, memory: Tensor | None) -> Tensor:
     return x if memory is None else x - memory @ (memory.mT @ x)
 
 
-def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int) -> tuple[Tensor, Tensor, Tensor]:
+def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int, weight: Tensor,
+               processes: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """P (..., n, r1) of a gradient without its part in M, G P, and what is fed to the sketch, sigma_i v_i' as rows.
+    `processes` have rows of the weight's matrix each.
 
     Columns of P are orthonormal, and zero where the gradient has fewer directions: Adam would make large steps of their
     rounding.
     """
-    m, n = grad.shape[-2:]
+    m, n = grad.shape[-2] if processes is None else weight.shape[0], grad.shape[-1]
     width = min(max(group["rank"], group["sketch_rank"]), m, n)
     if width < min(m, n):
-        q = _range(grad, memory, _start(grad, width, group["seed"], count))
+        q = _range(grad, memory, _start(grad, width, group["seed"], count), processes)
         small = grad @ q
     else:  # all of them
         q = None
         small = grad if memory is None else off(grad.mT, memory).mT
     wide = small.double()  # or rounding would be as large as the square of what is small
-    energy, vectors = torch.linalg.eigh(wide.mT @ wide if q is not None or n <= m else wide @ wide.mT)
+    if q is not None or n <= m:
+        gram = total(wide.mT @ wide, processes)
+    else:  # few rows
+        wide = gathered(wide, weight, processes)
+        gram = wide @ wide.mT
+    energy, vectors = torch.linalg.eigh(gram)
     energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
     real = energy > (10 * width * torch.finfo(grad.dtype).eps) ** 2 * energy[..., :1]
     if q is not None:
@@ -74,10 +83,10 @@ def _start(grad: Tensor, width: int, seed: int, count: int) -> Tensor:
     return torch.randn((grad.shape[-1], width), generator=generator, device="cpu").to(grad)
 
 
-def _range(grad: Tensor, memory: Tensor | None, start: Tensor) -> Tensor:
+def _range(grad: Tensor, memory: Tensor | None, start: Tensor, processes: dist.ProcessGroup | None) -> Tensor:
     """`range_finder`'s basis of G (1 - M M'), which is not made: what is projected are a few columns."""
     start = off(start, memory)
-    y = off(grad.mT @ scaled(grad @ start), memory)
+    y = off(total(grad.mT @ scaled(grad @ start, processes), processes), memory)
     return off(torch.linalg.qr(scaled(y) + torch.finfo(y.dtype).eps * scaled(start))[0], memory)
 
 
@@ -90,13 +99,13 @@ def resized(sketch: Tensor | None, block: Tensor, rows: int) -> Tensor:
     return new
 
 
-def remembered(sketch: Tensor, threshold: float, memory: Tensor | None) -> Tensor:
+def remembered(sketch: Tensor, memory: Tensor | None, threshold: float) -> Tensor:
     """M with the sketch's leading directions, (..., n, k): the fewest that hold `threshold` of its energy."""
     energy = sketch.double().square().sum(-1)
     total = energy.sum(-1, keepdim=True)
     wanted = (energy.cumsum(-1) < threshold * total).sum(-1) + 1
     wanted = torch.where(total[..., 0] > 0, wanted, 0).clamp(max=sketch.shape[-2])
-    count = int(wanted.max())
+    count = int(wanted.max()) if wanted.numel() else 0
     least = (sketch.shape[-2] * torch.finfo(sketch.dtype).eps) ** 2 * energy[..., :1]  # below is rounding
     real = (torch.arange(count, device=sketch.device) < wanted[..., None]) & (energy[..., :count] > least)
     rows = sketch[..., :count, :].double() * torch.where(real, energy[..., :count], math.inf).rsqrt()[..., None]

@@ -31,6 +31,7 @@ from ..common import (
 )
 from .newton_schulz import check_steps
 from .optimiser import MatrixOptimizer, check_torchs
+from .shards import local
 from .trion_step import SCALES, check_gradient, matrices, step
 
 ALGORITHMS = ("trion", "adamw")
@@ -64,13 +65,18 @@ class Trion(MatrixOptimizer):
     The momentum is float32 for float32 and half types, float64 for float64. Parameters in half types are rounded once
     a step. Equal gradients make equal steps, so that DistributedDataParallel needs nothing more.
 
+    Parameters of FSDP2 (DTensors), sharded along their first dimension, train as one process does, up to rounding, and
+    their momentum stays in shards. Of a matrix (A, B) with A >= B processes exchange B norms and the rows of the r
+    columns, A r numbers; with A < B, or a rank of the whole shorter side, the momentum is gathered, and each process
+    orthogonalises all of it. Matrices of a stack are whole where they are: nothing is exchanged.
+
     A matrix whose gradient (or its sum) is not finite is left as it is, its momentum too, and is counted in `skipped`
     (an int, or a tensor where parameters are not on a CPU); on a CPU the first gives a RuntimeWarning. Others are not
     disturbed. Parameters that are no matrices do as in torch, where such entries become NaN.
 
     Raises:
         ValueError, TypeError: a bad value, or one of a wrong kind, by name.
-        RuntimeError: a sparse gradient of a matrix, or a DTensor as fully_shard makes: its rows are on many processes.
+        RuntimeError: a sparse gradient of a matrix; a matrix sharded in another way.
 
     Source: arXiv 2505.17967; rates and their scales: torch.optim.Muon.
 
@@ -134,9 +140,9 @@ class Trion(MatrixOptimizer):
     def _matrix_steps(self) -> None:
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
                 if p.grad is not None and matrices(p, group) is not None]
-        for _, p in work:
-            check_gradient(type(self).__name__, p)
         groups = self.param_groups
+        for i, p in work:
+            check_gradient(type(self).__name__, p, groups[i])
         try:
             self.param_groups = [group | {"lr": group["lr"] * _factor(group)} for group in groups]
             self._adamw_step()
@@ -147,10 +153,10 @@ class Trion(MatrixOptimizer):
                 self._count(i, step(p, groups[i], self.state[p]))
 
     def state_bytes(self) -> int:
-        """The memory of all tensors of the state, in bytes: 4 for each entry of a matrix (8 of float64) and 4 for its
-        number of steps, and AdamW's of the others. What a first step makes stays."""
+        """The memory of all tensors of the state that this process holds, in bytes: 4 for each entry of a matrix (8 of
+        float64) and 4 for its number of steps, and AdamW's of the others. What a first step makes stays."""
         tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------- options

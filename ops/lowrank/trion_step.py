@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common import FLOATS, wide_dtype
 from .cosine import basis_columns, columns_of
 from .newton_schulz import newton_schulz
+from .shards import all_finite, gathered, local, placed, sharing
 
 SCALES = ("original", "match_rms_adamw", "spectral_unclamped")  # torch.optim.Muon's words
 
@@ -34,13 +35,13 @@ def matrices(p: Tensor, group: dict[str, Any]) -> tuple[int, ...] | None:
     return shape[0], math.prod(shape[1:])
 
 
-def check_gradient(name: str, p: Tensor) -> None:
+def check_gradient(name: str, p: Tensor, group: dict[str, Any]) -> None:
     if p.grad.layout is not torch.strided:
         raise RuntimeError(f"{name}: gradients must be dense, got one of {p.grad.layout} for a parameter of shape "
                            f"{tuple(p.shape)}: a group with algorithm=\"adamw\", or torch.optim.SparseAdam")
-    if hasattr(p, "placements"):
-        raise RuntimeError(f"{name}: parameters must be whole in each process, as under DistributedDataParallel, got a "
-                           f"DTensor of shape {tuple(p.shape)}: LowRankAdamW takes those of fully_shard")
+    shape = matrices(p, group)
+    assert shape is not None
+    sharing(name, p, len(shape))
 
 
 def scale_of(kind: str | None, a: int, b: int, rank: int) -> float:
@@ -52,10 +53,12 @@ def scale_of(kind: str | None, a: int, b: int, rank: int) -> float:
 
 def step(p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> int | Tensor:
     """The step; how many matrices were left alone."""
-    shape, dtype = matrices(p, group), wide_dtype(p.dtype)
+    shape, dtype, own = matrices(p, group), wide_dtype(p.dtype), local(p)
     assert shape is not None
-    grad = p.grad.to(dtype).reshape(shape)
-    finite = grad.sum((-2, -1)).isfinite()
+    processes, rows = sharing("Trion", p, len(shape))
+    here = own.shape[0], *shape[1:]
+    grad = local(p.grad).to(dtype).reshape(here)
+    finite = all_finite(grad.sum((-2, -1)).isfinite(), processes)
     on_host = finite.device.type == "cpu"
     if on_host and not finite.any():
         return finite.numel()
@@ -63,30 +66,37 @@ def step(p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> int | Tenso
     if moving is not None:
         grad = torch.where(moving, grad, 0)
     held = state.get("momentum_buffer")
-    held = torch.zeros(p.shape, dtype=dtype, device=p.device) if held is None else held.to(p.device).contiguous()
-    state["momentum_buffer"], state["step"] = held, state.get("step", torch.tensor(0.0)) + 1  # as AdamW's have one
-    momentum = held.view(shape).add_(grad, alpha=-1 if group["maximize"] else 1)
+    held = torch.zeros(own.shape, dtype=dtype, device=own.device) if held is None else \
+        local(held).to(own.device).contiguous()
+    state["momentum_buffer"] = placed(held, p) if own is not p else held
+    state["step"] = state.get("step", torch.tensor(0.0)) + 1  # as AdamW's have one
+    momentum = held.view(here).add_(grad, alpha=-1 if group["maximize"] else 1)
 
     a, b = shape[-2:]
     turned, kept, rank = a < b, float(group["momentum"]), group["rank"]  # turned: the side that is projected comes last
     steps = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"]}
     if rank < min(a, b):
-        columns, index = columns_of(momentum.mT if turned else momentum, rank)
+        side = gathered(momentum, p, processes).mT if turned else momentum
+        columns, index = columns_of(side, rank, None if turned else processes)
         basis = basis_columns(min(a, b), index, dtype)
-        part, update = ((basis, t.mT) if turned else (t, basis.mT) for t in (columns, newton_schulz(columns, **steps)))
+        if turned:
+            part, update = ((basis[rows or ...], t.mT) for t in (columns, newton_schulz(columns, **steps)))
+        else:
+            orthogonal = newton_schulz(gathered(columns, p, processes), **steps)[rows or ...]
+            part, update = ((t, basis.mT) for t in (columns, orthogonal))
         _add(momentum, part, 1, kept - 1, moving)
     else:
-        update = (newton_schulz(momentum, **steps),)
+        update = (newton_schulz(gathered(momentum, p, processes), **steps)[rows or ...],)
         momentum.mul_(kept if moving is None else torch.where(moving, kept, 1.0).to(dtype))
 
     rate = float(group["lr"])
     decay, scale = 1 - rate * float(group["weight_decay"]), -rate * scale_of(group["adjust_lr_fn"], a, b, rank)
-    if p.dtype == dtype and p.is_contiguous():
-        _add(p.view(shape), update, decay, scale, moving)
+    if own.dtype == dtype and own.is_contiguous():
+        _add(own.view(here), update, decay, scale, moving)
     else:  # computed as the momentum is, and rounded once
-        wide = p.to(dtype).reshape(shape)
+        wide = own.to(dtype).reshape(here)
         _add(wide, update, decay, scale, moving)
-        p.copy_(wide.view(p.shape))
+        own.copy_(wide.view(own.shape))
     skipped = (~finite).sum()
     return int(skipped) if on_host else skipped
 
