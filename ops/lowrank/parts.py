@@ -7,7 +7,8 @@ is the same for the same numbers alone, wherever and in whichever type they lie:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,28 @@ def check_memory(name: str, module: nn.Module) -> None:
             other, q = begins.setdefault(p.data_ptr(), (what, p))
             if q is not p and (p.requires_grad or q.requires_grad):
                 raise ValueError(f"{name}: {other} and {what} are two parameters in the same memory: make them one")
+
+
+class Running(threading.local):
+    """Of this thread, P theta of the modules whose forward it is in, by their ids."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, Tensor | None] = {}
+
+
+running = Running()
+
+
+class Kept:
+    """P theta, and what it was computed of. A copy has none: it has a graph, and can be made again."""
+
+    at: tuple[nn.Parameter, tuple[Any, ...], Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: object) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
 
 
 # ------------------------------------------------------------------------------------------------- what is known of it

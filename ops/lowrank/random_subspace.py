@@ -9,16 +9,17 @@ and the gradient of theta_d is P's adjoint of the parameters' own.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..common import FLOATS, check_module, check_word, full_precision, told, transformed, whole
 from .parts import (
     CHANGED,
+    Kept,
     Known,
     Part,
     check_memory,
@@ -29,6 +30,7 @@ from .parts import (
     own_chains,
     parametrized,
     rounding,
+    running,
 )
 from .projections import KINDS
 
@@ -109,7 +111,7 @@ class RandomSubspace(nn.Module):
         with torch.inference_mode(False):
             self.theta = nn.Parameter(torch.zeros(dim, device=first.device,
                                                   dtype=torch.float64 if wide else torch.float32))
-        self._kept = _Kept()
+        self._kept = Kept()
         self._project()
         others = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self._known = {name: (known(p).bits, p.dtype) for name, p in (trained | others).items()}
@@ -171,7 +173,7 @@ class RandomSubspace(nn.Module):
                 return self.module(*args, **kwargs)
             finally:
                 self._now = None
-        inside, before = _running.steps, _running.steps.get(id(self))
+        inside, before = running.steps, running.steps.get(id(self))
         inside[id(self)] = self._step(self.theta) if self._anew() else self._current()
         try:
             return self.module(*args, **kwargs)
@@ -197,7 +199,7 @@ class RandomSubspace(nn.Module):
         theta = self.theta
         if torch.compiler.is_compiling():
             return self._step(theta) if self._now is None else self._now
-        inside = _running.steps.get(id(self))
+        inside = running.steps.get(id(self))
         if self._anew():
             return self._step(theta) if inside is None else inside
         key = (None if theta.is_inference() else theta._version, theta.data_ptr(), theta.requires_grad,
@@ -220,7 +222,7 @@ class RandomSubspace(nn.Module):
 
         Raises:
             TypeError, ValueError: theta is no floating tensor, or of another shape.
-            RuntimeError: the module has been merged.
+            RuntimeError: the module has been merged, or is sharded.
         """
         if self.module is None:
             raise RuntimeError(f"{NAME}.parameters_at: the module has been merged and is no longer held here")
@@ -229,6 +231,8 @@ class RandomSubspace(nn.Module):
         if theta is not None and theta.shape != self.theta.shape:
             raise ValueError(f"{NAME}.parameters_at: theta must have shape {tuple(self.theta.shape)}, got "
                              f"{told(theta)}")
+        if isinstance(self.theta, DTensor):
+            raise RuntimeError(f"{NAME}.parameters_at: theta is sharded: load the state into a module that is not")
         step = self._current() if theta is None else self._step(theta)
         return {name: part.moved(base, step) for name, (part, base) in self._bases().items()}
 
@@ -346,28 +350,6 @@ def _without_base(module: RandomSubspace, state: dict[str, Any], prefix: str, me
     codes = state[f"{prefix}_extra_state"][4:].tolist()
     for name in module._held(codes[: len(codes) // 2]):
         state.pop(prefix + name, None)
-
-
-class _Running(threading.local):
-    """Of this thread, P theta of the modules whose forward it is in, by their ids."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, Tensor | None] = {}
-
-
-_running = _Running()
-
-
-class _Kept:
-    """P theta, and what it was computed of. A copy has none: it has a graph, and can be made again."""
-
-    at: tuple[nn.Parameter, tuple[Any, ...], Tensor, Tensor] | None = None
-
-    def __deepcopy__(self, memo: object) -> _Kept:
-        return _Kept()
-
-    def __reduce__(self) -> Any:
-        return _Kept, ()
 
 
 class _Project(torch.autograd.Function):

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from helpers import in_two_processes
 from subspace_cases import X, each_kind, moved, network, wrapped
 from torch import nn
 from torch.nn.utils import parametrize
@@ -219,3 +220,40 @@ def test_bases_in_half_types_are_told_apart():
 
     with pytest.raises(ValueError, match="the state is of a module with other parameters theta_0"):
         whole(1).load_state_dict(whole(2).state_dict())
+
+
+def _sharded(rank, folder):
+    """A module of fully_shard trains as in one process, its state loads anywhere; what it can't do says so."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+
+    def make():
+        torch.manual_seed(0)
+        return ts.lowrank.RandomSubspace(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)), 8)
+
+    model, alone = make(), make()
+    fully_shard(model.module[0])
+    fully_shard(model)
+    for m, part in ((model, x[4 * rank :][:4]), (alone, x)):
+        opt = torch.optim.Adam([m.theta], 0.05)
+        for _ in range(3):
+            opt.zero_grad()
+            m(part).square().mean().backward()
+            opt.step()
+    torch.testing.assert_close(model.theta.full_tensor(), alone.theta)
+    torch.testing.assert_close(model(x), alone(x))
+    state = model.state_dict()
+    assert sorted(state) == ["_extra_state", "theta"]
+    other = make()
+    other.load_state_dict(state | {"theta": state["theta"].full_tensor()})
+    torch.testing.assert_close(other(x), alone(x))
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="RandomSubspace.parameters_at: theta is sharded"):
+        model.merge_and_unload()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_module_is_one_process(tmp_path):
+    in_two_processes(_sharded, tmp_path)
