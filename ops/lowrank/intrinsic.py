@@ -14,8 +14,9 @@ from torch import nn
 
 from ..common import POSITIVE, check_flag, check_module, check_number, check_word, told, whole
 from ..progress import progress
+from .parts import check_memory, check_parameter
 from .projections import KINDS
-from .random_subspace import RandomSubspace, check_parameter
+from .random_subspace import RandomSubspace
 
 NAME = "intrinsic_dimension"
 SHARE = (math.ulp(0.0), 1.0, "above 0 and at most 1")
@@ -193,6 +194,7 @@ class _Search:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for name, p in trained.items():
             check_parameter(NAME, name, p)
+        check_memory(NAME, module)
         self.size = sum(p.numel() for p in trained.values())
         if not self.size:
             raise ValueError(f"{NAME}: make must return a module with parameters that require a gradient, got "

@@ -54,7 +54,7 @@ class Dense:
     def made(self) -> dict[str, Tensor]:
         p = torch.empty(self.size * self.dim, dtype=torch.float32, device="cpu")
         for part, begin in zip(p.split(CHUNK), range(0, len(p), CHUNK)):
-            word = words(self.seed, 0, begin, begin + CHUNK).view(-1, 2)
+            word = words(self.seed, 0, begin, begin + len(part) + len(part) % 2).view(-1, 2)
             part.copy_(torch.stack(normals(word[:, 0], word[:, 1]), 1).flatten()[: len(part)])
         p = p.view(self.size, self.dim)
         return {"columns": p.div_(torch.linalg.vector_norm(p, dim=0, dtype=torch.float64).to(p.dtype))}

@@ -8,16 +8,30 @@ and the gradient of theta_d is P's adjoint of the parameters' own.
 """
 from __future__ import annotations
 
-import math
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..common import FLOATS, check_module, check_word, full_precision, told, transformed, whole
+from .parts import (
+    CHANGED,
+    Kept,
+    Known,
+    Part,
+    check_memory,
+    check_parameter,
+    coarseness,
+    code,
+    known,
+    own_chains,
+    parametrized,
+    rounding,
+    running,
+)
 from .projections import KINDS
 
 NAME = "RandomSubspace"
@@ -41,15 +55,15 @@ class RandomSubspace(nn.Module):
         theta: the `torch.nn.Parameter` (d,), zeros at first; float64 where a parameter of theta_0 is, else float32. It
             is the only parameter that requires a gradient.
         module: the module, at theta however it is called, its parts and their weights too.
-        seed: the projection's, part of the `state_dict`.
+        seed: the projection's, part of the `state_dict`; it can't be set.
 
     Optimisers, schedulers, DDP, `torch.compile`, `torch.export`, `copy.deepcopy`, checkpoints inside the module and
     several threads work as for any module; pickling the module whole does not, as for whatever is parametrized.
     Parameters of half precision are added to in float32 and rounded once.
 
     The `state_dict` holds theta, the seed with a number of each tensor of theta_0 to know it by, the module's buffers
-    (running statistics), and what has been added to the module or trained besides; nothing of theta_0. To load it, make
-    the module as before (a checkpoint, a seed), wrap it in the same kind and dim with any seed, and call
+    (running statistics), and what has been added to the module, changed or trained besides; nothing else of theta_0. To
+    load it, make the module as before (a checkpoint, a seed), wrap it in the same kind and dim with any seed, and call
     `load_state_dict`.
 
     A learning rate means something else than for the parameters: a step of length s moves theta by about s. Adam with
@@ -57,9 +71,9 @@ class RandomSubspace(nn.Module):
 
     Raises:
         TypeError: module is no module, is scripted, or has trainable parameters that are not dense and real.
-        ValueError: no parameter requires a gradient; dim is not from 1 to D; another kind, or a seed out of range;
-            loading a state of another kind or dim, or of other parameters theta_0.
-        RuntimeError: the module has been merged.
+        ValueError: no parameter requires a gradient, or two have the same memory; dim is not from 1 to D; another kind,
+            or a seed out of range; loading a state of another kind or dim, or of other parameters theta_0.
+        RuntimeError: the module has been merged; merging what has been parametrized once more.
 
     Source: Li et al., "Measuring the intrinsic dimension of objective landscapes" (2018, arXiv 1804.08838); Fastfood:
     Le, Sarlos and Smola (2013); of language models: Aghajanyan et al. (2020, arXiv 2012.13255).
@@ -80,12 +94,13 @@ class RandomSubspace(nn.Module):
         super().__init__()
         check_module(NAME, module, "module")
         check_word(NAME, "kind", kind, KINDS)
-        dim, self.seed, self.kind = whole(NAME, "dim", dim, 1), whole(NAME, "seed", seed), kind
+        dim, self._seed, self.kind = whole(NAME, "dim", dim, 1), whole(NAME, "seed", seed), kind
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for name, p in trained.items():
             check_parameter(NAME, name, p)
         if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             raise TypeError(f"{NAME}: module must not be scripted, got {type(module).__name__}")
+        check_memory(NAME, module)
         self.size = sum(p.numel() for p in trained.values())
         if not self.size:
             raise ValueError(f"{NAME}: no parameter of module requires a gradient")
@@ -93,12 +108,21 @@ class RandomSubspace(nn.Module):
             raise ValueError(f"{NAME}: dim must be at most {self.size}, the numbers that require a gradient, got {dim}")
         first = next(iter(trained.values()))
         wide = any(p.dtype == torch.float64 for p in trained.values())
-        self.theta = nn.Parameter(torch.zeros(dim, device=first.device, dtype=torch.float64 if wide else torch.float32))
+        with torch.inference_mode(False):
+            self.theta = nn.Parameter(torch.zeros(dim, device=first.device,
+                                                  dtype=torch.float64 if wide else torch.float32))
+        self._kept = Kept()
         self._project()
-        self._frozen = {name: p._version for name, p in module.named_parameters() if not p.requires_grad}
-        self._parts = _parametrize(self, module, trained)
+        others = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self._known = {name: (known(p).bits, p.dtype) for name, p in (trained | others).items()}
+        self._order = [(owner, list(owner._parameters)) for owner in module.modules()]
+        self._parts = parametrized(self, module, trained)
         self.module: nn.Module | None = module
         self.register_state_dict_post_hook(_without_base)
+
+    @property
+    def seed(self) -> int:
+        return self._seed
 
     def extra_repr(self) -> str:
         return f"dim={len(self.theta)}, size={self.size}, kind={self.kind!r}, seed={self.seed}"
@@ -106,49 +130,85 @@ class RandomSubspace(nn.Module):
     def _project(self) -> None:
         """The projection of the present seed; what it keeps are buffers, but no part of the state."""
         self._projection = KINDS[self.kind](self.size, len(self.theta), self.seed)
-        made = self._projection.made()
+        with torch.inference_mode(False):
+            made = {name: kept.to(self.theta.device) for name, kept in self._projection.made().items()}
         for name, kept in made.items():
-            self.register_buffer(name, kept.to(self.theta.device), persistent=False)
+            self.register_buffer(name, kept, persistent=False)
         self._ddp_params_and_buffers_to_ignore = list(made)  # equal on all processes
-        self._at: tuple[Any, ...] | None = None  # what P theta was computed of, and P theta
-        self._now: Tensor | None = None  # in a trace's forward
+        self._kept.at = None
+        self._now: Tensor | None = None  # in a compiled forward
 
     def _apply(self, fn: Any, recurse: bool = True) -> RandomSubspace:
+        probe = {dtype: torch.empty(0, dtype=dtype, device=self.theta.device) for dtype in FLOATS}
+        same = []
+        if self.module is not None and any(fn(t).dtype != dtype for dtype, t in probe.items()):
+            same = [name for name, (p, _) in self._base().items() if p is not None]
         super()._apply(fn, recurse)
-        self._at = None
+        now = self._now_there() if same else {}
+        for name in same:  # rounded, which is no change
+            dtypes = self._known[name][1], now[name].dtype
+            self._known[name] = known(now[name]).bits, max(dtypes, key=coarseness)
+        self._kept.at = None
         if any(kept.is_floating_point() and kept.dtype != torch.float32 for kept in self.buffers(recurse=False)):
             self._project()  # of all its digits
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_at": None}  # which has a graph, and can be made again
+    def __deepcopy__(self, memo: dict[int, Any]) -> RandomSubspace:
+        for owner in self.modules():  # weights that were read, in an LSTM's list or where weight_norm puts them
+            for value in vars(owner).values():
+                for t in value if isinstance(value, list) else (value,):
+                    if isinstance(t, Tensor) and not t.is_leaf:
+                        memo[id(t)] = t.detach().clone()
+        memo[id(self)] = new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns, at theta."""
         if self.module is None:
             raise RuntimeError(f"{NAME}: the module has been merged and is no longer held here")
-        if not (torch.compiler.is_compiling() or transformed()):
-            return self.module(*args, **kwargs)
-        self._now = self._step(self.theta)  # once for the trace
+        if torch.compiler.is_compiling():
+            self._now = self._step(self.theta)  # once for the trace
+            try:
+                return self.module(*args, **kwargs)
+            finally:
+                self._now = None
+        inside, before = running.steps, running.steps.get(id(self))
+        inside[id(self)] = self._step(self.theta) if self._anew() else self._current()
         try:
             return self.module(*args, **kwargs)
         finally:
-            self._now = None
+            inside[id(self)] = before
 
     def _step(self, theta: Tensor) -> Tensor:
         with full_precision(theta):
             return self._projection.apply(theta, dict(self.named_buffers(recurse=False)))
 
+    def _anew(self) -> bool:
+        """Whether P theta is part of what is traced or captured, or theta is none that can be looked at."""
+        return (transformed() or type(self.theta) not in (nn.Parameter, Tensor)
+                or self.theta.is_cuda and torch.cuda.is_current_stream_capturing())
+
     def _current(self) -> Tensor:
-        """P theta (D,), computed once while theta is what it is."""
+        """P theta (D,), computed once while theta is what it is.
+
+        Its numbers are compared, as there are many ways to change them that torch doesn't count: `theta.data`, fused
+        optimisers, other processes. Within a forward of ours that was done at its beginning, and a backward runs at
+        what the forward ran at: there its count is enough.
+        """
         theta = self.theta
-        if torch.compiler.is_compiling() or transformed() or type(theta) not in (nn.Parameter, Tensor):
+        if torch.compiler.is_compiling():
             return self._step(theta) if self._now is None else self._now
-        key = (theta, theta._version, theta.data_ptr(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        at = self._at
-        if at is None or at[0] is not theta or at[1:5] != key[1:]:
-            self._at = at = (*key, _Project.apply(theta, self))
-        return at[5]
+        inside = running.steps.get(id(self))
+        if self._anew():
+            return self._step(theta) if inside is None else inside
+        key = (None if theta.is_inference() else theta._version, theta.data_ptr(), theta.requires_grad,
+               torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        at = self._kept.at
+        trusted = inside is not None or torch._C._current_graph_task_id() != -1
+        if at is None or at[0] is not theta or at[1] != key or not (trusted or torch.equal(theta, at[2])):
+            self._kept.at = at = theta, key, theta.detach().clone(), _Project.apply(theta, self)
+        return at[3]
 
     def parameters_at(self, theta: Tensor | None = None) -> dict[str, Tensor]:
         """The module's parameters theta_0 + P theta_d, differentiable in theta_d.
@@ -162,7 +222,7 @@ class RandomSubspace(nn.Module):
 
         Raises:
             TypeError, ValueError: theta is no floating tensor, or of another shape.
-            RuntimeError: the module has been merged.
+            RuntimeError: the module has been merged, or is sharded.
         """
         if self.module is None:
             raise RuntimeError(f"{NAME}.parameters_at: the module has been merged and is no longer held here")
@@ -171,17 +231,18 @@ class RandomSubspace(nn.Module):
         if theta is not None and theta.shape != self.theta.shape:
             raise ValueError(f"{NAME}.parameters_at: theta must have shape {tuple(self.theta.shape)}, got "
                              f"{told(theta)}")
+        if isinstance(self.theta, DTensor):
+            raise RuntimeError(f"{NAME}.parameters_at: theta is sharded: load the state into a module that is not")
         step = self._current() if theta is None else self._step(theta)
         return {name: part.moved(base, step) for name, (part, base) in self._bases().items()}
 
-    def _bases(self) -> dict[str, tuple[_Part, nn.Parameter]]:
+    def _bases(self) -> dict[str, tuple[Part, nn.Parameter]]:
         """{name in the plain module: its parametrization, theta_0's parameter}."""
         found = {}
-        for owner in self.module.modules():
-            for chain in getattr(owner, "parametrizations", {}).values():
-                for part in chain:
-                    if isinstance(part, _Part) and part.of is self and part.name not in found:
-                        found[part.name] = part, chain.original
+        for _, _, chain in own_chains(self, self.module):
+            for part in chain:
+                if isinstance(part, Part) and part.of is self:
+                    found.setdefault(part.name, (part, chain.original))
         return {name: found[name] for name in self._parts}
 
     @torch.no_grad()
@@ -189,10 +250,19 @@ class RandomSubspace(nn.Module):
         """The module, its parameters set to theta and requiring gradients again; the wrapper is of no more use.
 
         Raises:
-            RuntimeError: it has been merged before.
+            RuntimeError: it has been merged before, or one of its parameters has been parametrized since.
         """
         at, bases, module = self.parameters_at(), self._bases(), self.module
-        _plain(self, module)
+        chains = own_chains(self, module)
+        for _, key, chain in chains:
+            if len(chain) > 1:
+                raise RuntimeError(f"{NAME}.merge_and_unload: {key} has been parametrized once more: remove that first")
+        for owner, key, _ in chains:
+            parametrize.remove_parametrizations(owner, key, leave_parametrized=False)
+        for owner, order in self._order:  # what is registered again comes last
+            for key in [*order, *(key for key in owner._parameters if key not in order)]:
+                if key in owner._parameters:
+                    owner._parameters[key] = owner._parameters.pop(key)
         for name, (_, base) in bases.items():
             base.copy_(at[name])
             base.requires_grad_()
@@ -201,58 +271,75 @@ class RandomSubspace(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- its state
 
-    def _base(self) -> list[nn.Parameter | None]:
-        """theta_0's parameters, then those that were frozen before; None for such as have been changed since."""
+    def _now_there(self) -> dict[str, nn.Parameter]:
+        """{name in the plain module: parameter}, of theta_0, and what is there under its own name."""
+        return dict(self.module.named_parameters()) | {name: base for name, (_, base) in self._bases().items()}
+
+    def _base(self) -> dict[str, tuple[nn.Parameter | None, Known]]:
+        """{name in the plain module: a parameter that a state leaves to it, what it is known by}, theta_0's first; None
+        for what has been changed since, or is trained besides."""
         if self.module is None:
             raise RuntimeError(f"{NAME}: the module has been merged and is no longer held here")
-        now = dict(self.module.named_parameters())
-        kept = [now[name] if name in now and now[name]._version == version and not now[name].requires_grad else None
-                for name, version in self._frozen.items()]
-        return [base for _, base in self._bases().values()] + kept
+        now = self._now_there()
+        found: dict[str, tuple[nn.Parameter | None, Known]] = {}
+        for name, (bits, _) in self._known.items():
+            p = now.get(name)
+            there = Known(None) if p is None else known(p)
+            same = p is not None and not p.requires_grad and there.bits == bits
+            found[name] = p if same else None, there
+        return found
 
-    def _held(self) -> dict[str, nn.Parameter]:
-        """Under all their names here, the parameters that a state leaves to the module."""
-        base = {id(p) for p in self._base() if p is not None}
+    def _held(self, codes: list[int]) -> dict[str, nn.Parameter]:
+        """Under all their names here, the parameters that a state with these codes leaves to the module."""
+        now = self._now_there()
+        base = {id(now[name]) for name, mark in zip(self._known, codes) if mark != CHANGED and name in now}
         return {f"module.{name}": p for name, p in self.module.named_parameters(remove_duplicate=False)
                 if id(p) in base}
 
     def get_extra_state(self) -> Tensor:
-        """The kind, the seed, the sizes and what theta_0 is known by, as int64: what writes tensors alone can hold."""
+        """The kind, the seed, the sizes; of each parameter of theta_0 the coarsest dtype that it has had, or that it
+        has been changed, and the sum that it is known by: as int64, for what writes tensors alone."""
         base = self._base()
-        sums = torch.tensor([_weighted(p) for p in base], dtype=torch.float64).view(torch.int64).tolist()
-        coarsest = max((p.dtype for p in base if p is not None and p.dtype in FLOATS),
-                       key=lambda dtype: torch.finfo(dtype).eps)
+        codes = [CHANGED if p is None else code(self._known[name][1]) for name, (p, _) in base.items()]
+        sums = torch.tensor([own.sum for _, own in base.values()], dtype=torch.float64, device="cpu").view(torch.int64)
         return torch.tensor([list(KINDS).index(self.kind), self.seed, self.size, len(self.theta),
-                             FLOATS.index(coarsest), *sums])
+                             *codes, *sums.tolist()], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """The seed of a state that has been checked."""
         if self.seed != (seed := int(state[1])):
-            self.seed = seed
+            self._seed = seed
             self._project()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         if f"{prefix}_extra_state" in state_dict:
-            self._check_state(state_dict[f"{prefix}_extra_state"])
-        for name, p in self._held().items():
-            state_dict.setdefault(prefix + name, p)  # nothing of the module's is missing
+            codes = self._check_state(state_dict[f"{prefix}_extra_state"])
+            for name, p in self._held(codes).items():
+                state_dict.setdefault(prefix + name, p)  # nothing of the module's is missing
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._at = None
+        self._kept.at = None
 
-    def _check_state(self, state: object) -> None:
-        """Raises unless it is of this kind and dim and of the same theta_0: before anything is changed."""
-        if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.dim() != 1 or len(state) < 5:
+    def _check_state(self, state: object) -> list[int]:
+        """Raises unless it is of this kind and dim and of the same theta_0: before anything is changed. Returns of each
+        parameter whether the state or this module's has been changed."""
+        if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.dim() != 1 or len(state) < 4:
             raise TypeError(f"{NAME}: _extra_state must be what state_dict has of it, got {told(state)}")
-        state, own = state.cpu(), self.get_extra_state()
-        kind, seed, size, dim, dtype = state[:5].tolist()
-        if [kind, size, dim] != own[[0, 2, 3]].tolist() or seed < 0 or not 0 <= dtype < len(FLOATS):
+        kind, seed, size, dim, *rest = state.tolist()
+        here = [list(KINDS).index(self.kind), self.size, len(self.theta)]
+        if [kind, size, dim] != here or seed < 0:
             raise ValueError(f"{NAME}: the state is of {_words(kind, dim, size)}, this is "
-                             f"{_words(*own[[0, 3, 2]].tolist())}")
-        there, here = (s[5:].view(torch.float64).tolist() for s in (state, own))
-        eps = max(torch.finfo(FLOATS[d]).eps for d in (dtype, int(own[4])))
-        if len(there) != len(here) or any(abs(a - b) > 8 * eps * float(torch.linalg.vector_norm(p.detach().double()))
-                                          for a, b, p in zip(there, here, self._base()) if p is not None):
+                             f"{_words(here[0], here[2], here[1])}")
+        base = self._base()
+        if len(rest) != 2 * len(base):
             raise ValueError(f"{NAME}: the state is of a module with other parameters theta_0")
+        codes = rest[: len(base)]
+        sums = state.cpu()[4 + len(base) :].view(torch.float64).tolist()
+        for i, (name, (p, own)) in enumerate(base.items()):
+            if codes[i] == CHANGED or p is None:
+                codes[i] = CHANGED
+            elif abs(sums[i] - own.sum) > rounding(codes[i], self._known[name][1]) * own.length:
+                raise ValueError(f"{NAME}: the state is of a module with other parameters theta_0")
+        return codes
 
 
 def _words(kind: int, dim: int, size: int) -> str:
@@ -260,70 +347,9 @@ def _words(kind: int, dim: int, size: int) -> str:
 
 
 def _without_base(module: RandomSubspace, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    for name in module._held():
+    codes = state[f"{prefix}_extra_state"][4:].tolist()
+    for name in module._held(codes[: len(codes) // 2]):
         state.pop(prefix + name, None)
-
-
-@torch.no_grad()
-def _weighted(p: Tensor | None) -> float:
-    """A sum of all entries with weights from 1 to 2: what p is known by, up to its rounding; NaN where it has none."""
-    if p is None or p.is_meta or p.dtype not in FLOATS:
-        return math.nan
-    place = torch.arange(p.numel(), dtype=torch.float64, device=p.device)
-    return float(p.detach().double().flatten() @ (1 + (place * 0.6180339887498949).frac_()))
-
-
-def check_parameter(name: str, what: str, p: nn.Parameter) -> None:
-    """Raises in `name`'s voice unless it can be moved."""
-    if is_lazy(p):
-        raise TypeError(f"{name}: {what} has no shape yet: run the module once before")
-    if p.is_meta:
-        raise TypeError(f"{name}: {what} is on the meta device: give the module its values before")
-    if isinstance(p, DTensor):
-        raise TypeError(f"{name}: {what} is sharded: wrap the module before it is")
-    if p.layout is not torch.strided or p.dtype not in FLOATS:
-        raise TypeError(f"{name}: {what} must be dense and float32, float64, float16 or bfloat16, got {told(p)}")
-
-
-# ------------------------------------------------------------------------------------------------ the module's tensors
-
-
-class _Part(nn.Module):
-    """A parameter's parametrization: theta_0's part as it stands there, and its part of P theta."""
-
-    def __init__(self, of: RandomSubspace, name: str, begin: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "of", of)  # which holds this one, and is no part of it
-        self.name, self.begin = name, begin
-
-    def forward(self, base: Tensor) -> Tensor:
-        return self.moved(base, self.of._current())
-
-    def moved(self, base: Tensor, step: Tensor) -> Tensor:
-        part = step[self.begin : self.begin + base.numel()].view(base.shape)
-        return (base + part.to(base.device)).to(base.dtype)
-
-
-def _parametrize(of: RandomSubspace, module: nn.Module, trained: dict[str, nn.Parameter]) -> list[str]:
-    """Every use of each parameter, and the parameters frozen. Returns their names."""
-    places = [(owner, key, p) for owner in module.modules() for key, p in owner._parameters.items()]
-    begin = 0
-    for name, p in trained.items():
-        part = _Part(of, name, begin)
-        begin += p.numel()
-        p.requires_grad_(False)
-        for owner, key, q in places:
-            if q is p:
-                parametrize.register_parametrization(owner, key, part, unsafe=True)
-    return list(trained)
-
-
-def _plain(of: RandomSubspace, module: nn.Module) -> None:
-    """Without the parametrizations."""
-    for owner in list(module.modules()):
-        for key, chain in list(getattr(owner, "parametrizations", {}).items()):
-            if any(isinstance(part, _Part) and part.of is of for part in chain):
-                parametrize.remove_parametrizations(owner, key, leave_parametrized=False)
 
 
 class _Project(torch.autograd.Function):
