@@ -30,7 +30,12 @@ from .grassmann.layers import GrassmannLinear
 from .grassmann.logits import subspace_logits
 from .grassmann.optim import RiemannianAdamW, RiemannianSGD, param_groups
 from .grassmann.rsgd import grassmann_step_
+from .isotropy import sigreg as _sigreg  # noqa: F401  (lazy families: torch.ops has a gradient from the start)
 from .library import show_config
+from .lowrank import fastfood as _fastfood  # noqa: F401
+from .lowrank import hadamard as _hadamard  # noqa: F401
+from .lowrank import newton_schulz as _newton_schulz  # noqa: F401
+from .rates import coding_rate_soft as _coding_rate_soft  # noqa: F401
 from .rates.coding_rate import coding_rate, rate_reduction
 from .rates.losses import CodingRateLoss, MCR2Loss, MLCLoss
 from .transport.sinkhorn import sinkhorn

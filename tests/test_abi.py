@@ -119,6 +119,16 @@ def test_import_loads_no_compiler():
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "triton", "sympy"))]
 
 
+def test_import_registers_all_of_every_op():
+    """Fake kernels, and with them gradients: for torch.ops, and for programs that others have exported."""
+    print_lacking = (
+        "import torch, torch_subspace; find = torch._library.simple_registry.singleton.find; "
+        "names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith('torch_subspace::')]; "
+        "print(len(names), *(n for n in names if find(n).fake_impl.kernel is None))")
+    count, *lacking = fresh_python(print_lacking).split()
+    assert int(count) > 20 and not lacking
+
+
 def test_import_is_quick():
     """Over torch's own, of a processor; the best of some, as others work here too."""
     code = ("import torch, time; begun = time.process_time(); import torch_subspace; "
