@@ -54,7 +54,10 @@ def test_what_two_threads_slow_down_is_named(tmp_path):
     assert [row["op"] for row in cost_tables.slower(rows)] == ["slow"]
     text = written(tmp_path, "threads", rows)
     assert "| `good` good | 1 ms | 0.5 ms | 2.00 × |" in text and "above 100 µs: `slow` slow (1.30 ×)." in text
-    assert "none." in cost_tables.told(rows[:4])
+    assert cost_tables.told(rows[:4]).endswith(": none.")
+    machine = {"op": "machine", "case": cost_tables.PRODUCT, "one_ms": 1.0}
+    assert "1.25 times" in cost_tables.told([machine | {"two_ms": 0.8}])
+    assert cost_tables.told([machine | {"two_ms": 0.6}]).endswith(": none.")
 
 
 # ----------------------------------------------------------------------------------------------------------- growth

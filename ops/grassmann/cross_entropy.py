@@ -148,9 +148,11 @@ def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) ->
     if target.shape != x.shape[:-1]:
         raise ValueError(f"{_NAME}: target: labels must be {tuple(x.shape[:-1])} for this x, got {tuple(target.shape)}")
     if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and target.numel():
-        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if wrong.any():
-            raise ValueError(f"{_NAME}: target: labels must be in [0, {classes}), got {target[wrong][0].item()}")
+        least, most = target.aminmax()
+        if int(least) < 0 or int(most) >= classes:  # the rarer case: labels to be ignored, or wrong ones
+            wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+            if wrong.any():
+                raise ValueError(f"{_NAME}: target: labels must be in [0, {classes}), got {target[wrong][0].item()}")
     return True
 
 

@@ -152,44 +152,49 @@ def _chain_wanted(form, x, weight, core, factors, how, dropout):
 
 
 def _check(x, weight, bias, core, factors, scale, groups, transposed, form, dropout, training):
-    def require(condition, error, words):
-        if not condition:
-            raise error(f"{_NAME}: {words}")
-
     factors = as_factors(_NAME, factors)
-    named = [("x", x), ("weight", weight), ("bias", bias), ("core", core)]
-    named += [(f"factors[{i}]", f) for i, f in enumerate(factors)]
-    for what, t in named:
-        if t is None and what not in ("x", "weight", "core"):
+    named = [("x", x, FLOATS), ("weight", weight, FLOATS), ("bias", bias, FLOATS), ("core", core, WIDE)]
+    named += [(f"factors[{i}]", f, WIDE) for i, f in enumerate(factors)]
+    for i, (what, t, allowed) in enumerate(named):
+        if t is None and (i == 2 or i > 3):
             continue
         check_dense(_NAME, what, t)
-        allowed = FLOATS if what in ("x", "weight", "bias") else WIDE
-        require(t.dtype in allowed, TypeError, f"{what} must be {' or '.join(map(str, allowed))}, got {t.dtype}")
-        require(t.device == x.device, ValueError, f"{what} must be on x's device {x.device}, got {t.device}")
-        if what in ("weight", "bias"):
-            require(t.dtype == x.dtype, TypeError, f"x and {what} must share a dtype, got {x.dtype} and {t.dtype}")
+        if t.dtype not in allowed:
+            raise TypeError(f"{_NAME}: {what} must be {' or '.join(map(str, allowed))}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{_NAME}: {what} must be on x's device {x.device}, got {t.device}")
+        if 0 < i < 3 and t.dtype != x.dtype:
+            raise TypeError(f"{_NAME}: x and {what} must share a dtype, got {x.dtype} and {t.dtype}")
     n = weight.dim()
-    require(3 <= n <= 5, ValueError, f"weight must have 3 to 5 dimensions, got shape {tuple(weight.shape)}")
-    require(x.dim() in (n, n - 1), ValueError, f"x must have {n} dimensions, or {n - 1} without a batch, as weight "
-                                               f"has, got shape {tuple(x.shape)}")
+    if not 3 <= n <= 5:
+        raise ValueError(f"{_NAME}: weight must have 3 to 5 dimensions, got shape {tuple(weight.shape)}")
+    if x.dim() not in (n, n - 1):
+        raise ValueError(f"{_NAME}: x must have {n} dimensions, or {n - 1} without a batch, as weight has, got shape "
+                         f"{tuple(x.shape)}")
     check_flag(_NAME, "transposed", transposed)
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"{_NAME}: groups must be a positive int, got {groups!r}")
-    require(weight.shape[0] % groups == 0, ValueError, f"weight's {weight.shape[0]} rows are not {groups} groups")
+    if weight.shape[0] % groups:
+        raise ValueError(f"{_NAME}: weight's {weight.shape[0]} rows are not {groups} groups")
     inputs = weight.shape[0] if transposed else weight.shape[1] * groups
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-    require(x.shape[1 - n] == inputs, ValueError, f"x has {x.shape[1 - n]} channels but weight takes {inputs}")
-    require(bias is None or bias.shape == (outputs,), ValueError, f"bias must be ({outputs},), got shape "
-            f"{None if bias is None else tuple(bias.shape)} beside weight {tuple(weight.shape)}")
-    require(core.dim() == n and len(factors) == n, ValueError, f"core must have {n} dimensions and a factor for each, "
-            f"got core {tuple(core.shape)} and {len(factors)} factors")
-    for i, f in enumerate(factors):
-        r, d = core.shape[i], weight.shape[i]
-        require(r > 0, ValueError, f"core must not be empty, got shape {tuple(core.shape)}")
-        require(r == d if f is None else f.shape == (d, r), ValueError, f"factors[{i}] must be ({d}, {r}) for this "
-                f"weight, or None where the rank is the size, got {None if f is None else tuple(f.shape)}")
+    if x.shape[1 - n] != inputs:
+        raise ValueError(f"{_NAME}: x has {x.shape[1 - n]} channels but weight takes {inputs}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"{_NAME}: bias must be ({outputs},), got shape {tuple(bias.shape)} beside weight "
+                         f"{tuple(weight.shape)}")
+    if core.dim() != n or len(factors) != n:
+        raise ValueError(f"{_NAME}: core must have {n} dimensions and a factor for each, got core {tuple(core.shape)} "
+                         f"and {len(factors)} factors")
+    if 0 in core.shape:
+        raise ValueError(f"{_NAME}: core must not be empty, got shape {tuple(core.shape)}")
+    for i, (f, r, d) in enumerate(zip(factors, core.shape, weight.shape)):
+        if r != d if f is None else f.shape != (d, r):
+            raise ValueError(f"{_NAME}: factors[{i}] must be ({d}, {r}) for this weight, or None where the rank is the "
+                             f"size, got {None if f is None else tuple(f.shape)}")
     check_word(_NAME, "form", form, FORMS)
-    require(form != "chain" or groups == 1, ValueError, f"the chain takes no groups, got groups={groups}")
+    if form == "chain" and groups > 1:
+        raise ValueError(f"{_NAME}: the chain takes no groups, got groups={groups}")
     check_options(_NAME, scale, dropout, training)
     return factors
 

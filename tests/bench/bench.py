@@ -1,6 +1,6 @@
 """Benchmarks of every op against what else there is, as ratios within one run.
 
-    python tests/bench/bench.py                       # all ops: under ten minutes on two cores
+    python tests/bench/bench.py                       # all ops: half an hour on two cores with nothing else to do
     python tests/bench/bench.py --op rsgd --quick     # a first look at one
     python tests/bench/bench.py --device cuda         # on a GPU (see gpu_timing.py): under ten minutes
     python tests/bench/bench.py --device cuda --missing   # only what the last one did not reach, or got no time of ours

@@ -37,7 +37,8 @@ def calls():
     dense, core, u, v = some(16, 16), some(2, 2), some(16, 2), some(2, 16)
     taps, small, kernel = some(16, 4, 3, 3), some(2, 2, 3, 3), [some(16, 2), some(4, 2), None, None]
     image, dy = some(1, 4, 4, 4), some(1, 4, 4, 4)
-    soft, lines = some(4, 3).softmax(1), torch.nn.functional.normalize(some(16, 4), dim=0)
+    points, groups, soft = some(16, 4), torch.arange(16) % 3, some(16, 3).softmax(1)
+    lines = torch.nn.functional.normalize(some(16, 4), dim=0)
     return {
         MM: (lambda x: torch.mm(x, w[0].T), x),
         LINEAR: (lambda x: torch.nn.functional.linear(x, dense), x),
@@ -48,8 +49,8 @@ def calls():
         "tucker_linear": (lambda x: ts.tucker_linear(x, dense, None, core, u, v, scale=1.0), x),
         "tucker_conv": (lambda x: ts.tucker_conv(x, taps, None, small, kernel, scale=1.0, padding=(1, 1)), image),
         "depthwise": (lambda x: depthwise_weight_gradient(x, dy, (3, 3), (1, 1), (1, 1), (1, 1)), image),
-        "coding_rate": (lambda z: ts.coding_rate(z, label), x),
-        "coding_rate_soft": (lambda z: ts.coding_rate(z, soft), x),
+        "coding_rate": (lambda z: ts.coding_rate(z, groups), points),
+        "coding_rate_soft": (lambda z: ts.coding_rate(z, soft), points),
         "sinkhorn": (lambda s: ts.sinkhorn(s, eta=1.0, symmetric=False), some(4, 4)),
         "sigreg": (lambda z: isotropy.sigreg(z, directions=lines), x),
         "newton_schulz": (lambda m: lowrank.newton_schulz(m), x),
@@ -120,7 +121,7 @@ def main():
                 print(what)
                 pstats.Stats(profile).sort_stats("tottime").print_stats(12)
         return
-    rows = measure(made, 200 if args.quick else 4000)
+    rows = measure(made, 50 if args.quick else 2000)
     for row in rows:
         over = "  more than wanted" if row["beyond_us"] > GOAL else ""
         print(f"{row['what']:<21} {row['op']:<22} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
