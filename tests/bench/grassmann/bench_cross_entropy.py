@@ -6,7 +6,7 @@ taken off. Peers: the formula of the logits and torch's cross-entropy, eager and
 
 import torch
 from bench_logits import GAMMA, formula
-from harness import Case, Contender, Target, compiled, relative
+from harness import Case, Contender, Target, compiled, multiplies_bfloat16, relative
 from torch.nn.functional import cross_entropy
 
 import torch_subspace as ts
@@ -61,8 +61,8 @@ def contender(name, function, shape, device, check=True):
     return Contender(name, build, error if check else None, peak=True, kept=dtype.itemsize * n * (batch + classes * k))
 
 
-def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
-    """All contenders at one size."""
+def case(batch, n, classes, k, device, compile=True, dtype=torch.float32, beside=None):
+    """All contenders at one size. beside: another dtype that ours is timed in too."""
     shape = (batch, n, classes, k, dtype)
     contenders = [
         contender("ours: fused", fused, shape, device),
@@ -75,6 +75,10 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
         Target("ours: fused", ("eager",), "<=", 1.1, 1.0),
         Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
     ]
+    if beside:
+        name = f"ours: {str(beside).removeprefix('torch.')}"
+        contenders.append(contender(name, fused, (*shape[:-1], beside), device))
+        targets = [Target("ours: fused", (name,), ">=", 1.5, 2)]
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
     size = dtype.itemsize * n * (batch + classes * k) if device == "cuda" else 0  # a CPU is far from it
     return Case(name, contenders, targets, bytes=3 * size, flops=6 * batch * n * classes * k, seconds=25, dtype=dtype)
@@ -83,6 +87,9 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
 def cases(device):
     """Two batches; on a GPU one that fills it, also in the dtype it trains in."""
     found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False)]
+    if device == "cpu" and multiplies_bfloat16():
+        found += [case(batch, 512, 1000, 8, device, compile=False, dtype=torch.bfloat16, beside=torch.float32)
+                  for batch in (256, 64)]
     if device == "cuda":
         found += [case(1024, 512, 21841, 8, device, dtype=torch.bfloat16),
                   case(1024, 512, 21841, 8, device, compile=False)]

@@ -222,9 +222,10 @@ def contender(name, make, layer, size, dtype, device, **options):
     return entry
 
 
-def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
+def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32, beside=None):
     """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor. Without `flops` it is
-    bound by memory on a GPU: the input, the output and the gradients of both."""
+    bound by memory on a GPU: the input, the output and the gradients of both. beside: another dtype that ours is timed
+    in too, which must take half as much time again."""
 
     def on(name, make, **options):
         return contender(name, make, layer, size, dtype, device, **options)
@@ -240,6 +241,10 @@ def case(name, layer, size, device, promise=None, flops=0, dtype=torch.float32):
     if promise:
         time, stretch, memory = promise
         targets = [Target(OURS, (FLOOR,), "<=", time, stretch), Target(OURS, (FLOOR,), "<=", memory, memory, "peak")]
+    if beside:
+        slower = f"ours: {str(beside).removeprefix('torch.')}"
+        contenders += [contender(slower, ours, layer, size, beside, device)]
+        targets += [Target(OURS, (slower,), ">=", 1.5, 2)]
     name = f"{name} {str(dtype).removeprefix('torch.')}"
     moved = 0
     if device == "cuda" and not flops:
