@@ -92,6 +92,13 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def multiplies_bfloat16():
+    """Whether the CPU's kernels multiply bfloat16 as such."""
+    import torch_subspace.library
+
+    return torch_subspace.library.config()["CPU"]["instruction set"] == "avx512_bf16"
+
+
 def environment(device, threads):
     """Where and with what a measurement was made."""
     try:

@@ -8,7 +8,7 @@ torch's `linear_cross_entropy` (2.13 and later), whose logits have no norm: at k
 import torch
 import work
 from bench_logits import GAMMA, formula
-from harness import Case, Contender, Target, compiled, relative
+from harness import Case, Contender, Target, compiled, multiplies_bfloat16, relative
 from torch.nn.functional import cross_entropy, normalize
 
 import torch_subspace as ts
@@ -78,8 +78,8 @@ def contender(name, function, shape, device, check=True, **options):
                      **options)
 
 
-def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
-    """All contenders at one size."""
+def case(batch, n, classes, k, device, compile=True, dtype=torch.float32, beside=None):
+    """All contenders at one size. beside: another dtype that ours is timed in too."""
     shape = (batch, n, classes, k, dtype)
     contenders = [
         contender("ours: fused", fused, shape, device),
@@ -92,6 +92,10 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
         Target("ours: fused", ("eager",), "<=", 1.1, 1.0),
         Target("ours: fused", ("eager",), ">=", 10, 10, of="peak"),
     ]
+    if beside:
+        name = f"ours: {str(beside).removeprefix('torch.')}"
+        contenders.append(contender(name, fused, (*shape[:-1], beside), device))
+        targets = [Target("ours: fused", (name,), ">=", 1.5, 2)]
     if k == 1:
         if hasattr(torch.nn.functional, "linear_cross_entropy"):
             contenders += [contender(name, linear(name), shape, device, check=False, note="no norm: another loss")
@@ -105,10 +109,13 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32):
 
 
 def cases(device):
-    """Two batches, and a direction a class, of which torch has the like; on a GPU a batch that fills it, also in the
-    dtype it trains in."""
+    """Two batches, and a direction a class, of which torch has the like; bfloat16 where it is multiplied as such; on a
+    GPU a batch that fills it, also in the dtype it trains in."""
     found = [case(256, 512, 21841, 8, device), case(64, 512, 21841, 8, device, compile=False),
              *(case(256, 512, classes, 1, device, compile=False) for classes in (21841, 128256))]
+    if device == "cpu" and multiplies_bfloat16():
+        found += [case(batch, 512, 1000, 8, device, compile=False, dtype=torch.bfloat16, beside=torch.float32)
+                  for batch in (256, 64)]
     if device == "cuda":
         found += [case(1024, 512, 21841, 8, device, dtype=torch.bfloat16),
                   case(1024, 512, 21841, 8, device, compile=False)]

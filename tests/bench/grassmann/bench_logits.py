@@ -5,7 +5,7 @@ The floor is the matrix products alone: what a linear head of C·k outputs would
 
 import torch
 import work
-from harness import Case, Contender, Target, compiled, relative
+from harness import Case, Contender, Target, compiled, multiplies_bfloat16, relative
 from torch.nn.functional import linear, normalize
 
 import torch_subspace as ts
@@ -101,8 +101,9 @@ def products(backward, shape, device):
     return Contender("floor: matrix products alone", no_grad(lambda: step))
 
 
-def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float32):
-    """Both cases of one size; `targets` takes the names of ours, the floor and the formula."""
+def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float32, beside=None):
+    """Both cases of one size; `targets` takes the names of ours, the floor and the formula. beside: another dtype that
+    ours is timed in too."""
     shape = (batch, n, classes, k, dtype)
     name = f"B={batch} n={n} C={classes} k={k} {str(dtype).removeprefix('torch.')}"
     for backward in (False, True):
@@ -114,6 +115,9 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
         else:
             contenders += [make("ours", ours(True), shape, device)]
         contenders += [make("eager formula", formula, shape, device)]
+        if beside:
+            name_of_it = f"ours: {str(beside).removeprefix('torch.')}"
+            contenders += [make(name_of_it, ours(True), (*shape[:-1], beside), device)]
         if compile:
             contenders += [make("torch.compile of the formula", compiled(formula), shape, device)]
         yield Case(f"{name}, forward{' and backward' if backward else ''}", contenders,
@@ -132,6 +136,11 @@ def small(ours, floor, eager, backward):
     return [Target(ours, (eager,), ">=", 2 if backward else 2.5, 3 if backward else 4)]
 
 
+def halves(ours, floor, eager, backward):
+    """The promise where a processor multiplies bfloat16 itself."""
+    return [Target(ours, ("ours: float32",), ">=", 1.5, 2)]
+
+
 def other(ours, floor, eager, backward):
     """No promise was made for the sizes between; eager is the measure."""
     return []
@@ -145,6 +154,9 @@ def cases(device):
         *pair(256, 128, 100, 8, device, small),
         *pair(64, 64, 10, 4, device, small, compile=False),
     ]
+    if device == "cpu" and multiplies_bfloat16():
+        for batch, n in ((256, 2048), (64, 512)):
+            found += pair(batch, n, 1000, 8, device, halves, compile=False, dtype=torch.bfloat16, beside=torch.float32)
     if device == "cuda":  # a batch that fills it, also in the dtype it trains in
         for dtype in (torch.bfloat16, torch.float32):
             found += pair(1024, 2048, 1000, 8, device, other, dtype=dtype, compile=dtype == torch.bfloat16)

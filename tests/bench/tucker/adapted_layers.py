@@ -223,8 +223,9 @@ def contender(name, make, layer, size, dtype, device, **options):
     return entry
 
 
-def case(name, layer, size, device, promise=None, dtype=torch.float32):
-    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor."""
+def case(name, layer, size, device, promise=None, dtype=torch.float32, beside=None):
+    """All contenders on one layer; `promise` is (time, its stretch, memory) against the floor. beside: another dtype
+    that ours is timed in too, which must take half as much time again."""
 
     def on(name, make, **options):
         return contender(name, make, layer, size, dtype, device, **options)
@@ -240,6 +241,10 @@ def case(name, layer, size, device, promise=None, dtype=torch.float32):
     if promise:
         time, stretch, memory = promise
         targets = [Target(OURS, (FLOOR,), "<=", time, stretch), Target(OURS, (FLOOR,), "<=", memory, memory, "peak")]
+    if beside:
+        slower = f"ours: {str(beside).removeprefix('torch.')}"
+        contenders += [contender(slower, ours, layer, size, beside, device)]
+        targets += [Target(OURS, (slower,), ">=", 1.5, 2)]
     name = f"{name} {str(dtype).removeprefix('torch.')}"
     kind, into, out, *rest = layer
     if kind is nn.Linear:
