@@ -5,8 +5,9 @@
     m, v     = AdamW's moments of g, turned with Q: m <- m R, v <- v (R ∘ R), R = Q_beforeᵀ Q
     W        <- (1 - lr wd) W - lr scale (m / (sqrt v + eps)) Qᵀ
 
-Four products of m n r each where Q is found anew, two where it stays, and one pass over W. The state of a matrix is
-r (2m + n) numbers, n the shorter side, where AdamW has 2 m n.
+Four products of m n r each where Q is found anew, two where it stays, and one pass over W; of Hadamard's basis
+transforms take their place on a CPU. The state of a matrix is r (2m + n) numbers, n the shorter side, where AdamW has
+2 m n.
 
 GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, and LDAdam, arXiv 2410.16103.
 """

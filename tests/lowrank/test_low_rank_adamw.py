@@ -9,7 +9,7 @@ from helpers import close, normal, same
 from low_rank_cases import FEEDBACKS, PROJECTORS, Reference, fixed, matrix, net, singular, stepped, train
 from torch import nn
 
-from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices
+from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices, projectors
 
 # ------------------------------------------------------------------------------------------------------- AdamW itself
 
@@ -80,6 +80,28 @@ def test_both_sides(projector):
         assert optimizer.state[p]["exp_avg"].shape == (30, 3)
         found.append(p.detach() if shape[0] == 12 else p.detach().mT)
     close(found[1:], found[:1] * 3, 1e-9)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_hadamards_basis_by_transforms(monkeypatch, side, every):
+    """From rank 64 on: there and back, some rows at a time, with feedback and what is not contiguous too."""
+    monkeypatch.setattr(projectors, "CHUNK", 1000)
+    options = {"lr": 0.01, "weight_decay": 0.1, "every": every}
+    for feedback in (None, "dense"):
+        p = matrix(72, 100, dtype=torch.float64)
+        start = p.detach().mT if side == "rows" else p.detach()
+        reference = Reference(start, fixed("hadamard", 64), feedback=bool(feedback), **options)
+        optimizer = LowRankAdamW([p], rank=64, projector="hadamard", side=side, error_feedback=feedback, **options)
+        for i in range(4):
+            p.grad = normal(72, 100, seed=i) * torch.arange(1, 101) ** -0.5
+            optimizer.step()
+            expected = reference.step(p.grad.mT if side == "rows" else p.grad)
+            close(p.detach(), expected.mT if side == "rows" else expected, 1e-9)
+    strided = nn.Parameter(p.detach().mT.contiguous().mT)
+    same_steps = [stepped(q, LowRankAdamW([q], rank=64, projector="hadamard", side=side))
+                  for q in (strided, nn.Parameter(p.detach().clone()))]
+    close(same_steps[0], same_steps[1], 1e-12)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -1,9 +1,7 @@
 """LowRankAdamW's step: ours by each projector, GaLore's, APOLLO's and Fira's own code, torch's AdamW.
 
 In steps that find directions anew, and in those between. The floor is the products with the gradient that such a step
-has, and nothing else: of directions found four, of kept ones two. Saved is the state. Peers are not in the locks:
-galore-torch and apollo-torch (which ask for bitsandbytes and transformers) and pytorch_optimizer are taken where they
-are installed.
+has, and nothing else: of directions found four, of kept ones two. Saved is the state.
 """
 
 import functools
