@@ -12,8 +12,8 @@ def cases(device):
         case("linear 4096 to 4096, T=8192", (nn.Linear, 4096, 4096), (8192, 4096), device, dtype=torch.bfloat16),
     ]
     if device == "cpu" and multiplies_bfloat16():
-        found = [case("linear 768 to 3072, T=2048", (nn.Linear, 768, 3072), (2048, 768), device,
-                      flops=4 * 2048 * 768 * 3072, dtype=torch.bfloat16, beside=torch.float32)]
+        found = [case("linear 768 to 3072, T=2048", (nn.Linear, 768, 3072), (2048, 768), device, dtype=torch.bfloat16,
+                      beside=torch.float32)]
     return found + [
         case("linear 4096 to 4096, T=512", (nn.Linear, 4096, 4096), (512, 4096), device, (1.05, 1.02, 1.05)),
         case("linear 768 to 3072, T=512", (nn.Linear, 768, 3072), (512, 768), device),
