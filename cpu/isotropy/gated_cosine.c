@@ -84,17 +84,29 @@ size_t LEVEL(subspace_gated_cosine_workspace)(const subspace_ctx *ctx, const sub
 #include "each_dtype.h"
 #endif /* ------------------------------------------- read twice: T float, then T double */
 
-/* Of a row: its largest magnitude, or the least normal number; NaN if an entry is not finite. */
+#if IS_F32
+typedef int32_t FN(bits);
+#else
+typedef int64_t FN(bits);
+#endif
+
+/* Of a row: its largest magnitude, or the least normal number; NaN if an entry is not finite. Without their signs,
+ * numbers are in the order of their bits, and what is not finite comes last. */
 static T FN(unit)(int64_t k, const T *restrict x)
 {
-    T largest = IS_F32 ? (T)FLT_MIN : (T)DBL_MIN, wrong = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : wrong)
+    const T least = IS_F32 ? (T)FLT_MIN : (T)DBL_MIN, infinite = (T)INFINITY;
+    FN(bits) largest = 0, beyond;
+    T unit;
+#pragma omp simd reduction(max : largest)
     for (int64_t l = 0; l < k; l++) {
-        const T size = fabs(x[l]);
+        FN(bits) size;
+        memcpy(&size, x + l, sizeof size);
+        size &= IS_F32 ? INT32_MAX : INT64_MAX;
         largest = size > largest ? size : largest;
-        wrong += x[l] * 0;
     }
-    return largest + wrong;
+    memcpy(&beyond, &infinite, sizeof beyond);
+    memcpy(&unit, &largest, sizeof unit);
+    return largest >= beyond ? (T)NAN : MAX(unit, least);
 }
 
 /* square^(-1/2), and 0 of one that can't be told from 0; NaN stays. */

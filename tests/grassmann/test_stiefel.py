@@ -266,3 +266,24 @@ def test_steps_of_ours_are_known():
         module.basis.grad = torch.randn(3, 8)
         optimiser.step()
         assert module.basis_error() < 1e-6 and not moved_by_others(module.basis)
+
+
+@pytest.mark.parametrize("momentum, lr", [(0.8, 0.01), (0.8, 0.05), (0.9, 0.01), (0.9, 0.05)])
+def test_tangent_momentum_takes_rates_that_ambient_momentum_does_not(momentum, lr):
+    """Decision 29, three matrices and starts: Brockett's cost by the op, and with momentum in the ambient space."""
+    order = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    for seed in range(3):
+        vectors = torch.linalg.qr(normal(8, 8, seed=3 + 10 * seed))[0].mT
+        a = vectors.mT * torch.arange(1, 9, dtype=torch.float64) @ vectors
+        start, errors = ref.orthonormal(normal(3, 8, seed=4 + 10 * seed))[None], {}
+        for kind in ("tangent", "ambient"):
+            w, buffer = start.clone(), torch.zeros_like(start)
+            for _ in range(400):
+                grad = 2 * order[:, None] * (w @ a)
+                if kind == "tangent":
+                    step(w, grad, buffer, lr=lr, momentum=momentum, retraction="polar")
+                else:
+                    buffer = momentum * buffer + grad
+                    step(w, buffer, lr=lr, retraction="polar")
+            errors[kind] = ((w[0] @ vectors[:3].mT).abs() - torch.eye(3, dtype=torch.float64)).abs().max().item()
+        assert errors["tangent"] < 1e-8 and errors["ambient"] > 0.5

@@ -100,7 +100,12 @@ def test_compile_without_graph_breaks():
 
 def test_less_of_old_digits_is_forgotten():
     """Upper and lower halves of digits are pairs; of 0 to 4 first, then of 5 to 9, with the old model's similarities or
-    without."""
+    without. Share of 300 pairs that find one another, mean (range) of seeds 0 to 4:
+
+        old pairs   .248 (.227 to .283) at first, .046 (.033 to .060) without, .111 (.100 to .120) with distillation
+        new pairs                                 .247 (.230 to .270)          .151 (.137 to .163)
+
+    What is kept is paid for."""
     image, label = load_digits(return_X_y=True)
     halves = torch.tensor(image, dtype=torch.float32).div(16).view(-1, 2, 32).transpose(0, 1)
     first, second = (halves[:, torch.tensor(label < 5) == early] for early in (True, False))
@@ -109,8 +114,8 @@ def test_less_of_old_digits_is_forgotten():
         a, b = (nn.functional.normalize(tower(half), dim=1) for tower, half in zip(towers, pairs))
         return a @ b.mT
 
-    def train(towers, pairs, old=None, alpha=0.0, steps=100):
-        draw, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(towers.parameters(), lr=3e-3)
+    def train(towers, pairs, seed, old=None, alpha=0.0, steps=100):
+        draw, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(towers.parameters(), lr=3e-3)
         for _ in range(steps):
             some = pairs[:, torch.randperm(pairs.shape[1], generator=draw)[:128]]
             with torch.no_grad():
@@ -123,19 +128,25 @@ def test_less_of_old_digits_is_forgotten():
     def towers():
         return nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(2))
 
-    def recall(model):
-        """Of old pairs, among 300."""
+    def recall(model, pairs):
+        """Among 300."""
         with torch.no_grad():
-            return (similar(model, first[:, :300]).argmax(1) == torch.arange(300)).float().mean().item()
+            return (similar(model, pairs[:, :300]).argmax(1) == torch.arange(300)).float().mean().item()
 
-    torch.manual_seed(0)
-    old, kept = train(towers(), first), {}
-    for alpha in (0.0, 20.0):
-        new = towers()
-        new.load_state_dict(old.state_dict())
-        kept[alpha] = recall(train(new, second, old, alpha))
-    print(f"recall of old pairs: {recall(old):.3f}; {kept[0.0]:.3f} without distillation, {kept[20.0]:.3f} with it")
-    assert recall(old) >= kept[20.0] > kept[0.0]
+    found = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        old = train(towers(), first, seed)
+        row = [recall(old, first)]
+        for alpha in (0.0, 20.0):
+            new = towers()
+            new.load_state_dict(old.state_dict())
+            train(new, second, seed, old, alpha)
+            row += [recall(new, first), recall(new, second)]
+        found.append(row)
+    before, without, new_without, kept, new_kept = torch.tensor(found).unbind(1)
+    assert (before > kept).all() and (kept > 1.5 * without).all() and kept.mean() > 2 * without.mean()
+    assert (new_kept < new_without).all() and (new_kept > 0.1).all()
 
 
 S = torch.randn(3, 3)

@@ -237,12 +237,14 @@ def test_the_loss_in_halves_and_compiled():
     close(compiled(z1.float(), z2.float(), *labels).detach(), wide.detach(), 1e-5)
 
 
-def test_digits_in_pairs_of_classes():
+@pytest.mark.parametrize("seed", range(3))
+def test_digits_in_pairs_of_classes(seed):
     """After training the nearest digit, of those that are not of the first class alone, is one of the second class:
-    under the pair's gate, which is told the two classes, and under no gate and another pair's as seldom as before."""
+    under the pair's gate, which is told the two classes, and under no gate and another pair's as seldom as before.
+    Of three seeds .870 to .893 with its own gate, .203 to .220 otherwise."""
     digits = optional("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     encode = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
     loss = SimLAPLoss(10, 16, width=32)
 
@@ -268,6 +270,7 @@ def test_digits_in_pairs_of_classes():
         loss(*draw(torch.arange(1200), 128)).backward()
         optimizer.step()
     own, other, without = right()
+    print(f"{own:.3f} by the pair's gate, {other:.3f} by another's, {without:.3f} by none; before {before}")
     assert max(before) < 0.3 and own > 0.8 and max(other, without) < 0.3
 
 

@@ -157,17 +157,21 @@ def foretold(z, transition, decode, states, steps=4):
     return ((decode(z[:, : true.shape[1]]) - true).square().mean() / (true - true.mean((0, 1))).square().mean()).item()
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("states, features", [(pendulum(12, 33), 8), (lorenz(12, 33), 10)], ids=["pendulum", "Lorenz"])
-def test_features_become_linear(states, features):
-    """One linear map for all trajectories foretells four steps better in features than in the states themselves."""
-    torch.manual_seed(0)
+def test_features_become_linear(states, features, seed):
+    """One linear map for all trajectories foretells four steps better in features than in the states themselves.
+
+    Error as a part of the states' variance: .0012 to .0023 against .0112 of pendulums, .010 to .013 against .282 of
+    Lorenz's system."""
+    torch.manual_seed(seed)
     states = states.float()
     x, x_next, size = states[:, :-1], states[:, 1:], states.shape[-1]
     encode = nn.Sequential(nn.Linear(size, 32), nn.Tanh(), nn.Linear(32, features))
     decode = nn.Sequential(nn.Linear(features, 32), nn.Tanh(), nn.Linear(32, size))
     optimizer = torch.optim.Adam([*encode.parameters(), *decode.parameters()], lr=1e-2)
     loss = KoopmanInformationLoss(alpha=1e-3, beta=1e-3, lam=1.0, eta=1e-3)
-    for _ in range(200):
+    for _ in range(300):
         optimizer.zero_grad()
         loss(encode(x), encode(x_next), decode=decode, states=x, next_states=x_next).backward()
         optimizer.step()
