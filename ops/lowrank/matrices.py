@@ -28,6 +28,11 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
     return (m, n) if min(m, n) > rank else None
 
 
+def is_turned(shape: Sequence[int], side: str) -> bool:
+    """Whether it is the rows that are projected."""
+    return side == "rows" or side == "shorter" and shape[-2] < shape[-1]
+
+
 def local(t: Tensor) -> Tensor:
     """What this process has of it."""
     return t.to_local() if hasattr(t, "placements") else t
@@ -47,7 +52,7 @@ class Matrix:
                                f"{tuple(p.shape)}: torch.optim.SparseAdam takes such")
         shape = matrix_shape(p.shape, group["rank"])
         self.weight, self.group, self.own = p, group, local(p)
-        self.turned = group["side"] == "rows" or group["side"] == "shorter" and shape[-2] < shape[-1]
+        self.turned = is_turned(shape, group["side"])
         self.processes, self.rows = _sharing(name, p, len(shape)) if hasattr(p, "placements") else (None, None)
         if self.turned and self.processes is not None:
             self.processes = None  # of the shorter side all is known everywhere
