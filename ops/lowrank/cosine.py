@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..common import (
     WIDE,
@@ -159,7 +160,7 @@ _cache: OrderedDict[Any, Tensor] = OrderedDict()
 
 def _kept(make: Callable[..., Tensor], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """make(size, dtype, device), of the last KEPT such calls kept; of what a trace or a mode makes nothing is."""
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or is_in_torch_dispatch_mode():
         return make(size, dtype, device)
     key = make, size, dtype, device
     found = _cache.get(key)

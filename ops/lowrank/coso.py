@@ -13,6 +13,7 @@ done instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +123,18 @@ class CoSO(MatrixOptimizer):
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         return _checked(type(self).__name__, options)
+
+    def _misfit(self, group: dict[str, Any], p: Tensor, loaded: Mapping[str, Any]) -> Sequence[int] | None:
+        shape = matrix_of(group, p)
+        if shape is None or not loaded.keys() & set(OWN):
+            return super()._misfit(group, p, loaded)
+        expected = {"basis": shape[:-2] + shape[-1:], "memory": shape[:-2] + shape[-1:],
+                    "exp_avg": shape[:-1], "exp_avg_sq": shape[:-1]}
+        found = {key: tuple(loaded[key].shape) for key in expected.keys() & loaded.keys()}
+        if "sketch" in loaded and tuple(loaded["sketch"].mT.shape[:-1]) != expected["basis"]:
+            return loaded["sketch"].shape
+        return next((own for key, own in found.items() if own[:-1] != expected[key] and
+                     not (key.startswith("exp") and own == tuple(p.shape))), None)
 
     def _steps(self, group: dict[str, Any], p: Tensor) -> bool:
         return not self._is_projected(group, p) and "frozen" not in self.state.get(p, ())

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common import POSITIVE, check_flag, check_module, check_number, check_word, told, whole
 from ..progress import progress
-from .parts import check_memory, check_parameter
+from .parts import check_dense_gradients, check_memory, check_parameter
 from .projections import KINDS
 from .random_subspace import RandomSubspace
 
@@ -195,6 +195,7 @@ class _Search:
         for name, p in trained.items():
             check_parameter(NAME, name, p)
         check_memory(NAME, module)
+        check_dense_gradients(NAME, module)
         self.size = sum(p.numel() for p in trained.values())
         if not self.size:
             raise ValueError(f"{NAME}: make must return a module with parameters that require a gradient, got "

@@ -13,7 +13,7 @@ GaLore: arXiv 2403.03507. Bases and their turns: DCT-AdamW, arXiv 2505.17967, an
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ from ..common import (
     whole,
 )
 from .feedback import FEEDBACKS
-from .matrices import SIDES, Matrix, matrix_shape
+from .matrices import SIDES, Matrix, is_turned, matrix_shape
 from .optimiser import MatrixOptimizer, check_torchs
 from .projectors import KINDS, PROJECTORS
 from .shards import local
@@ -114,6 +114,22 @@ class LowRankAdamW(MatrixOptimizer):
 
     def _keeps(self, loaded: Mapping[str, Any]) -> bool:
         return any(kind in loaded for kind in KINDS)
+
+    def _misfit(self, group: dict[str, Any], p: Tensor, loaded: Mapping[str, Any]) -> Sequence[int] | None:
+        kind = next((key for key in KINDS if key in loaded), None)
+        shape = matrix_shape(p.shape, group["rank"])
+        if kind is None:
+            return super()._misfit(group, p, loaded)
+        if shape is None:
+            return loaded["exp_avg"].shape
+        *stack, m, n = (*shape[:-2], *reversed(shape[-2:])) if is_turned(shape, group["side"]) else shape
+        expected = {"exp_avg": (*stack, m), "exp_avg_sq": (*stack, m), "error": tuple(shape)[:-1]}
+        if kind == "basis":
+            expected[kind] = *stack, n
+        elif not hasattr(loaded[kind], "placements") and int(loaded[kind].max()) >= n:
+            return loaded[kind].shape
+        return next((t.shape for key, t in loaded.items()
+                     if key in expected and tuple(t.shape[:-1]) != expected[key]), None)
 
     def _steps(self, group: dict[str, Any], p: Tensor) -> bool:
         return not self._is_projected(group, p)

@@ -28,6 +28,11 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
     return (m, n) if min(m, n) > rank else None
 
 
+def is_turned(shape: Sequence[int], side: str) -> bool:
+    """Whether it is the rows that are projected."""
+    return side == "rows" or side == "shorter" and shape[-2] < shape[-1]
+
+
 def on_host(t: Tensor) -> bool:
     """Where a look at a number need not wait for a device."""
     return t.device.type == "cpu"
@@ -42,7 +47,7 @@ class Matrix:
                                f"{tuple(p.shape)}: torch.optim.SparseAdam takes such")
         shape = matrix_shape(p.shape, group["rank"])
         self.weight, self.group, self.own = p, group, local(p)
-        self.turned = group["side"] == "rows" or group["side"] == "shorter" and shape[-2] < shape[-1]
+        self.turned = is_turned(shape, group["side"])
         self.processes, self.rows = sharing(name, p, len(shape))
         if self.turned and self.processes is not None:
             self.processes = None  # of the shorter side all is known everywhere

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -43,6 +43,10 @@ class MatrixOptimizer(torch.optim.AdamW):
         """Whether a parameter's state that is loaded keeps its dtypes: torch gives it the parameter's."""
         return True
 
+    def _misfit(self, group: dict[str, Any], p: Tensor, loaded: Mapping[str, Any]) -> Sequence[int] | None:
+        """The shape of a tensor that is loaded and can't be of p's state; None where all may be."""
+        return next((t.shape for key, t in loaded.items() if key.startswith("exp_avg") and t.shape != p.shape), None)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with options of its own.
 
@@ -72,17 +76,22 @@ class MatrixOptimizer(torch.optim.AdamW):
         """
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
+        for group, p, loaded in self._loaded(state_dict):
+            other = self._misfit(group, p, loaded)
+            if other is not None:
+                raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
+                                 f"{tuple(other)} for {tuple(p.shape)}")
         super().load_state_dict(state_dict)
-        for p, loaded in self._loaded(state_dict):
+        for _, p, loaded in self._loaded(state_dict):
             for key, t in loaded.items() if self._keeps(loaded) else ():
                 if isinstance(t, Tensor) and key != "step" and self.state[p][key].dtype != t.dtype:
                     self.state[p][key] = t.to(device=p.device, copy=True)
 
-    def _loaded(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
-        """Each parameter, and what a state has for it."""
+    def _loaded(self, state_dict: Mapping[str, Any]) -> list[tuple[dict[str, Any], Tensor, Mapping[str, Any]]]:
+        """Each parameter, what a state has for it, and before them its group's options there."""
         own = (p for group in self.param_groups for p in group["params"])
-        places = (i for group in state_dict["param_groups"] for i in group["params"])
-        return [(p, state_dict["state"].get(place, {})) for place, p in zip(places, own)]
+        places = ((group, i) for group in state_dict["param_groups"] for i in group["params"])
+        return [(self.defaults | group, p, state_dict["state"].get(i, {})) for (group, i), p in zip(places, own)]
 
     def _init_group(self, group, *lists):
         # torch's step asks this for the tensors of a group and does nothing when there are none.

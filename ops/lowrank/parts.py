@@ -85,6 +85,13 @@ def check_memory(name: str, module: nn.Module) -> None:
                 raise ValueError(f"{name}: {other} and {what} are two parameters in the same memory: make them one")
 
 
+def check_dense_gradients(name: str, module: nn.Module) -> None:
+    """Raises in `name`'s voice where a part makes sparse gradients, which no view of P theta takes."""
+    for what, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
+            raise TypeError(f"{name}: {what or type(part).__name__} makes sparse gradients: set its sparse=False")
+
+
 class Running(threading.local):
     """Of this thread, P theta of the modules whose forward it is in, by their ids."""
 

@@ -22,6 +22,7 @@ from .parts import (
     Kept,
     Known,
     Part,
+    check_dense_gradients,
     check_memory,
     check_parameter,
     coarseness,
@@ -70,7 +71,8 @@ class RandomSubspace(nn.Module):
     1e-2 to 1e-1 is where to look first.
 
     Raises:
-        TypeError: module is no module, is scripted, or has trainable parameters that are not dense and real.
+        TypeError: module is no module, is scripted, or has trainable parameters that are not dense and real, or whose
+            gradients are sparse.
         ValueError: no parameter requires a gradient, or two have the same memory; dim is not from 1 to D; another kind,
             or a seed out of range; loading a state of another kind or dim, or of other parameters theta_0.
         RuntimeError: the module has been merged; merging what has been parametrized once more.
@@ -101,6 +103,7 @@ class RandomSubspace(nn.Module):
         if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             raise TypeError(f"{NAME}: module must not be scripted, got {type(module).__name__}")
         check_memory(NAME, module)
+        check_dense_gradients(NAME, module)
         self.size = sum(p.numel() for p in trained.values())
         if not self.size:
             raise ValueError(f"{NAME}: no parameter of module requires a gradient")
@@ -178,7 +181,9 @@ class RandomSubspace(nn.Module):
         try:
             return self.module(*args, **kwargs)
         finally:
-            inside[id(self)] = before
+            del inside[id(self)]
+            if before is not None:
+                inside[id(self)] = before
 
     def _step(self, theta: Tensor) -> Tensor:
         with full_precision(theta):
@@ -243,7 +248,7 @@ class RandomSubspace(nn.Module):
             for part in chain:
                 if isinstance(part, Part) and part.of is self:
                     found.setdefault(part.name, (part, chain.original))
-        return {name: found[name] for name in self._parts}
+        return {name: found[name] for name in self._parts if name in found}  # not of a layer that was replaced
 
     @torch.no_grad()
     def merge_and_unload(self) -> nn.Module:

@@ -112,6 +112,9 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             if first:
                 self._begin(x)
+            elif self.n_components > (held := self._v.shape[1]):
+                raise ValueError(f"StreamingPCA: n_components must be at most the {held} directions held since the "
+                                 f"first rows, got {self.n_components}: fit anew")
             self._take(x.to(self._v.dtype))
             self._publish()
         return self

@@ -117,19 +117,11 @@ class Trion(MatrixOptimizer):
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         return _checked(type(self).__name__, options)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that `state_dict` has returned, to the bit.
-
-        Args:
-            state_dict: groups and state; the parameters in the order they have here.
-        """
-        if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys():
-            for p, loaded in self._loaded(state_dict):
-                buffer = loaded.get("momentum_buffer")
-                if buffer is not None and buffer.shape != p.shape:
-                    raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
-                                     f"{tuple(buffer.shape)} for {tuple(p.shape)}")
-        super().load_state_dict(state_dict)
+    def _misfit(self, group: dict[str, Any], p: Tensor, loaded: Mapping[str, Any]) -> Sequence[int] | None:
+        buffer = loaded.get("momentum_buffer")
+        if buffer is not None and buffer.shape != p.shape:
+            return buffer.shape
+        return super()._misfit(group, p, loaded)
 
     def _keeps(self, loaded: Mapping[str, Any]) -> bool:
         return "momentum_buffer" in loaded

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import close, normal, same, threads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_subspace.lowrank import cosine, cosine_basis, cosine_columns
 
@@ -42,6 +43,8 @@ def test_whose_tensor_the_basis_is():
     g = normal(3, 63).requires_grad_()  # what inference made would be refused here
     cosine_columns(g, 2)[0].sum().backward()
     assert g.grad is not None
+    with FakeTensorMode() as mode:  # what is kept is real
+        assert cosine_columns(mode.from_tensor(normal(3, 63)), 2)[0].shape == (3, 2)
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -87,3 +87,18 @@ def test_a_state_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"Trion: state_dict must be of parameters of the same shapes, got \(8"):
         second.load_state_dict(first.state_dict())
     assert not second.state[q]
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("there, here", [((12, 9), (13, 9)), ((20, 9), (9, 9)), ((12, 40), (12, 9)), ((9,), (8,)),
+                                         ((3, 8, 9), (2, 8, 9)), ((12, 9), (8,)), ((9,), (12, 9))])
+def test_states_of_other_shapes_are_refused_before_anything_changes(name, there, here):
+    """As they come of parameters in another order, or of another model."""
+    first, second = weights(*there), weights(*here, seed=1)
+    saved, opt = MAKE[name]([first]), MAKE[name]([second])
+    steps(first, saved, 1)
+    steps(second, opt, 1)
+    with pytest.raises(ValueError, match="state_dict must be of parameters of the same shapes, got .* for"):
+        opt.load_state_dict(saved.state_dict())
+    assert steps(second, opt, 1, begin=1)[0] > 0 and second.isfinite().all()
+    saved.load_state_dict(saved.state_dict())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import torch_subspace as ts
+from torch_subspace.lowrank.parts import running
 
 
 def is_at_theta(model):
@@ -145,6 +146,24 @@ def test_two_parameters_in_one_memory_are_refused():
         ts.lowrank.intrinsic_dimension(lambda: module, lambda model: 1.0)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused(kind):
+    for make in (lambda module: ts.lowrank.RandomSubspace(module, 5),
+                 lambda module: ts.lowrank.intrinsic_dimension(lambda: module, lambda model: 1.0)):
+        with pytest.raises(TypeError, match="(RandomSubspace|intrinsic_dimension): 0 makes sparse gradients: set its"):
+            make(nn.Sequential(kind(10, 6, sparse=True)))
+    module = nn.Sequential(kind(10, 6, sparse=True).requires_grad_(False), nn.Linear(6, 2))
+    assert ts.lowrank.RandomSubspace(module, 5).size == 14
+
+
+def test_nothing_is_left_of_a_forward():
+    model = moved(wrapped()).eval()
+    model.module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X)
+    assert not running.steps
+
+
 # ----------------------------------------------------------------------------------------------------- states
 
 
@@ -220,6 +239,24 @@ def test_bases_in_half_types_are_told_apart():
 
     with pytest.raises(ValueError, match="the state is of a module with other parameters theta_0"):
         whole(1).load_state_dict(whole(2).state_dict())
+
+
+def test_a_layer_that_was_replaced_is_part_of_the_state():
+    def make(seed):
+        model = wrapped(seed=seed)
+        torch.manual_seed(seed)
+        model.module[3] = nn.Linear(9, 2)
+        return model
+
+    model, other = moved(make(1)).eval(), make(2).eval()
+    model(X).square().sum().backward()
+    assert model.theta.grad.abs().sum() > 0
+    assert list(model.parameters_at()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    state = model.state_dict()
+    assert [name for name in state if name.startswith("module.3")] == ["module.3.weight", "module.3.bias"]
+    other.load_state_dict(state)
+    y = model(X)
+    assert torch.equal(other(X), y) and torch.equal(model.merge_and_unload()(X), y)
 
 
 def _sharded(rank, folder):

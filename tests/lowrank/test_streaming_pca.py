@@ -152,3 +152,7 @@ def test_what_a_fitted_one_refuses():
         with pytest.raises(ValueError, match=match):
             call(x)
     assert np.array_equal(model.components_, before) and model.n_samples_seen_ == 4
+    model = StreamingPCA(2, n_oversamples=1, random_state=0).partial_fit(np.eye(4)).set_params(n_components=4)
+    with pytest.raises(ValueError, match="n_components must be at most the 3 directions held since the .*, got 4"):
+        model.partial_fit(np.eye(4))
+    assert model.n_samples_seen_ == 4 and model.fit(np.eye(4)).components_.shape == (4, 4)
