@@ -20,8 +20,8 @@
 #include "dropout.h"
 
 enum {
-    PACKED_BYTES = 256 << 10, /* a packed block of B stays in L2 */
-    TILE_ROWS = 128,          /* rows of x in a tile of the reverse */
+    PACKED_BYTES = 64 << 10, /* a packed block of B: little beside what a step keeps, and well within L2 */
+    TILE_ROWS = 32,          /* rows of x in a tile of the reverse */
     WORTH_A_THREAD = 1 << 19
 };
 
@@ -80,25 +80,28 @@ typedef struct reverse {
     bool by_rows;                 /* slots share out the rows of x, else its columns */
     void *packed;                 /* [slots][...] scratch of multiply.h */
     void *turned;                 /* [slots][width, k] */
+    void *sums;                   /* [slots][k, width or, by rows, n] L' x on its way to be turned over */
     void *wide;                   /* [slots][height, width] half types and dropout: the tile of x */
     void *partial;                /* [slots - 1][m, k] or [k, n] */
 } reverse;
 
-static void reverse_plan(reverse *r, const subspace_ctx *ctx, const product *p, size_t item, bool wide, char *base,
-                         size_t *bytes)
+/* `over`: L' x is to be turned over, for a batch of one, and R is not. */
+static void reverse_plan(reverse *r, const subspace_ctx *ctx, const product *p, size_t item, bool wide, bool over,
+                         char *base, size_t *bytes)
 {
-    const int64_t strip = 3 * VECTOR / (int64_t)item;
+    const int64_t lanes = VECTOR / (int64_t)item, strip = 3 * lanes;
     *r = (reverse){.ctx = ctx, .slots = slots_for(ctx, p), .height = MIN(TILE_ROWS, p->m)};
     r->by_rows = p->batch == 1 && p->m > p->n;
     r->width = MIN(MULTIPLY_STRIPS * strip, r->by_rows ? p->n : CEIL_DIV(CEIL_DIV(p->n, r->slots), strip) * strip);
     r->slots = MIN(r->slots, r->by_rows ? p->m : p->batch * CEIL_DIV(p->n, r->width));
-    /* the blocks that multiply.h packs: of a tile of x, and of R */
+    /* the blocks that multiply.h packs: of a tile of x, and of R, whose last strip has no more vectors than it needs */
     const int64_t tile = MIN(MULTIPLY_DEPTH, r->height) * MIN(MULTIPLY_STRIPS, CEIL_DIV(r->width, strip)) * strip;
-    r->block = MAX(tile, MIN(MULTIPLY_DEPTH, r->width) * MIN(MULTIPLY_STRIPS, CEIL_DIV(p->k, strip)) * strip);
+    r->block = MAX(tile, MIN(MULTIPLY_DEPTH, r->width) * MIN(MULTIPLY_STRIPS * strip, CEIL_DIV(p->k, lanes) * lanes));
     r->packed = carve(base, bytes, r->slots * r->block, item);
-    r->turned = carve(base, bytes, r->slots * r->width * p->k, item);
     if (wide) r->wide = carve(base, bytes, r->slots * r->height * r->width, item);
-    r->partial = carve(base, bytes, (r->slots - 1) * p->k * (r->by_rows ? p->n : p->m), item);
+    if (over) r->sums = carve(base, bytes, r->slots * p->k * (r->by_rows ? p->n : r->width), item);
+    else r->turned = carve(base, bytes, r->slots * r->width * p->k, item);
+    r->partial = carve(base, bytes, (r->slots - 1) * p->k * (r->by_rows ? over ? 0 : p->n : p->m), item);
 }
 
 #endif
@@ -144,7 +147,8 @@ static void FN(add_base)(subspace_dtype dtype, const void *base, T scale, T *res
 typedef struct {
     const product *p;
     grid g;
-    const T *a, *b;
+    const T *a, *b; /* b: [batch][k, n], or turned over, [n, k] */
+    bool turn;
     T scale;
     subspace_dtype dtype; /* of base and out */
     const void *base;     /* or NULL */
@@ -223,6 +227,16 @@ static void FN(product_rows)(const FN(product_job) *s, int64_t i, int64_t rows, 
     }
 }
 
+/* As pack, of a B that is stored turned over, [cols, depth]. */
+static void FN(pack_turned)(const T *b, int64_t depth, int64_t cols, T *restrict out)
+{
+    for (int64_t j = 0; j < cols; j += FN(STRIP)) {
+        const int64_t here = MIN(FN(STRIP), cols - j), width = CEIL_DIV(here, FN(LANES)) * FN(LANES);
+        for (int64_t q = 0; q < width; q++)
+            for (int64_t l = 0; l < depth; l++) out[j * depth + l * width + q] = q < here ? b[(j + q) * depth + l] : 0;
+    }
+}
+
 static void FN(product_slots)(int64_t begin, int64_t end, void *arg)
 {
     const FN(product_job) *s = arg;
@@ -236,7 +250,8 @@ static void FN(product_slots)(int64_t begin, int64_t end, void *arg)
             const int64_t block = item / g->rows, b = block / g->cols, j0 = block % g->cols * g->width;
             const int64_t cols = MIN(g->width, p->n - j0), at = b * p->m * p->n + j0;
             const int64_t i0 = item % g->rows * g->height, i1 = MIN(i0 + g->height, p->m);
-            if (block != packed_for) FN(pack)(s->b + b * p->k * p->n + j0, p->n, p->k, cols, packed);
+            if (block != packed_for && s->turn) FN(pack_turned)(s->b + j0 * p->k, p->k, cols, packed);
+            else if (block != packed_for) FN(pack)(s->b + b * p->k * p->n + j0, p->n, p->k, cols, packed);
             packed_for = block;
             for (int64_t i = i0, rows; i < i1; i += rows) {
                 rows = i1 - i >= MULTIPLY_ROWS ? MULTIPLY_ROWS : i1 - i >= 4 ? 4 : 1;
@@ -246,10 +261,10 @@ static void FN(product_slots)(int64_t begin, int64_t end, void *arg)
     }
 }
 
-static void FN(multiply_add)(const subspace_ctx *ctx, const product *p, const T *a, const T *b, T scale,
+static void FN(multiply_add)(const subspace_ctx *ctx, const product *p, const T *a, const T *b, bool turn, T scale,
                              subspace_dtype dtype, const void *base, void *out, void *scratch, const mask *drop)
 {
-    FN(product_job) s = {p, product_grid(ctx, p, sizeof(T)), a, b, scale, dtype, base, out, scratch, drop};
+    FN(product_job) s = {p, product_grid(ctx, p, sizeof(T)), a, b, turn, scale, dtype, base, out, scratch, drop};
     ctx->parallel_for(s.g.slots, 1, FN(product_slots), &s);
 }
 
@@ -263,16 +278,18 @@ typedef struct {
     const T *left;        /* [m, k] */
     const T *right;       /* [n, k], or turned over: [batch][k, n] */
     bool turn;
-    T *xr, *lx;       /* [m, k] and [batch][k, n], each or NULL */
+    T *xr, *lx; /* [m, k] and [batch][k, n], each or NULL */
+    bool over;  /* lx is [n, k], times lx_scale: as planned */
+    T lx_scale;
     const mask *drop; /* or NULL: of x; the plan has room for wide tiles then */
 } FN(reverse_job);
 
-/* out[j, q] = in[q, j] for `n` columns of in */
-static void FN(turn_over)(const T *in, int64_t ld, int64_t k, int64_t n, T *restrict out)
+/* out[j, q] = scale in[q, j] for `n` columns of in */
+static void FN(turn_over)(const T *in, int64_t ld, int64_t k, int64_t n, T scale, T *restrict out)
 {
     for (int64_t j0 = 0; j0 < n; j0 += 16)
         for (int64_t q = 0; q < k; q++)
-            for (int64_t j = j0; j < MIN(j0 + 16, n); j++) out[j * k + q] = in[q * ld + j];
+            for (int64_t j = j0; j < MIN(j0 + 16, n); j++) out[j * k + q] = scale * in[q * ld + j];
 }
 
 static void FN(reverse_slots)(int64_t begin, int64_t end, void *arg)
@@ -287,12 +304,14 @@ static void FN(reverse_slots)(int64_t begin, int64_t end, void *arg)
         T *wide = r->wide ? (T *)r->wide + slot * r->height * r->width : NULL, *xr = s->xr, *lx = s->lx;
         if (r->by_rows) share(m, slot, r->slots, &top, &bottom);
         else share(p->batch * cols, slot, r->slots, &first, &last);
-        if (slot > 0 && r->by_rows && lx) lx = (T *)r->partial + (slot - 1) * k * n;
+        const int64_t lx_ld = s->over && !r->by_rows ? r->width : n;
+        if (s->over && lx) lx = (T *)r->sums + slot * k * lx_ld;
+        else if (slot > 0 && r->by_rows && lx) lx = (T *)r->partial + (slot - 1) * k * n;
         if (slot > 0 && !r->by_rows && xr) xr = (T *)r->partial + (slot - 1) * m * k;
         for (int64_t item = first; item < last; item++) {
             const int64_t b = item / cols, j0 = item % cols * r->width, w = MIN(r->width, n - j0);
             const T *right = turned;
-            if (xr && s->turn) FN(turn_over)(s->right + b * k * n + j0, n, k, w, turned);
+            if (xr && s->turn) FN(turn_over)(s->right + b * k * n + j0, n, k, w, 1, turned);
             else if (xr) right = s->right + j0 * k;
             for (int64_t i0 = top; i0 < bottom; i0 += r->height) {
                 const int64_t h = MIN(r->height, bottom - i0), at = (b * m + i0) * n + j0;
@@ -305,9 +324,11 @@ static void FN(reverse_slots)(int64_t begin, int64_t end, void *arg)
                     }
                     x = wide, ld = w;
                 }
-                if (lx) FN(multiply)(k, w, h, s->left + i0 * k, 1, k, x, ld, i0 > top, lx + b * k * n + j0, n, packed);
+                T *sums = lx && !(s->over && !r->by_rows) ? lx + b * k * n + j0 : lx;
+                if (lx) FN(multiply)(k, w, h, s->left + i0 * k, 1, k, x, ld, i0 > top, sums, lx_ld, packed);
                 if (xr) FN(multiply)(h, k, w, x, ld, 1, right, k, item > first, xr + i0 * k, k, packed);
             }
+            if (lx && s->over && !r->by_rows) FN(turn_over)(lx, lx_ld, k, w, s->lx_scale, s->lx + j0 * k);
         }
     }
 }
@@ -325,7 +346,11 @@ static void FN(reverse_product)(const FN(reverse_job) *s)
     const product *p = s->p;
     const reverse *r = s->r;
     r->ctx->parallel_for(r->slots, 1, FN(reverse_slots), (void *)s);
-    if (r->by_rows && s->lx) FN(join)(s->lx, r->partial, p->k * p->n, r->slots, 1);
+    if (r->by_rows && s->lx && s->over) {
+        T *sums = r->sums;
+        FN(join)(sums, sums + p->k * p->n, p->k * p->n, r->slots, 1);
+        FN(turn_over)(sums, p->n, p->k, p->n, s->lx_scale, s->lx);
+    } else if (r->by_rows && s->lx) FN(join)(s->lx, r->partial, p->k * p->n, r->slots, 1);
     if (!r->by_rows && s->xr) FN(join)(s->xr, r->partial, p->m * p->k, r->slots, 1);
 }
 

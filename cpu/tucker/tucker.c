@@ -107,7 +107,7 @@ static void make_plan(plan *p, const subspace_ctx *ctx, const subspace_tucker_ar
     size_t most = *bytes; /* the stages take turns with the rest */
     for (int t = 0; t < p->count; t++) {
         size_t end = *bytes;
-        reverse_plan(&p->reverse[t], ctx, &p->stage[t].p, item, half && t == p->count - 1, base, &end);
+        reverse_plan(&p->reverse[t], ctx, &p->stage[t].p, item, half && t == p->count - 1, false, base, &end);
         most = MAX(most, end);
     }
     *bytes = most;
@@ -143,7 +143,8 @@ static void FN(step)(const subspace_ctx *ctx, const subspace_tucker_args *a, con
     void *out = last ? a->out : p->partial[t + 1];
     if (s->right) FN(spread)(s, u, true, p->matrix);
     FN(multiply_add)
-    (ctx, &s->p, s->right ? x : u, s->right ? p->matrix : x, scale, last ? a->dtype : wide, base, out, p->packed, NULL);
+    (ctx, &s->p, s->right ? x : u, s->right ? p->matrix : x, false, scale, last ? a->dtype : wide, base, out, p->packed,
+     NULL);
 }
 
 typedef struct {

@@ -17,7 +17,6 @@ typedef struct buffers {
     reverse r;
     mask mask;
     const struct mask *drop; /* &mask, or NULL */
-    void *turned;            /* [r, n] channels last: f' or df' */
     void *packed;            /* of the product */
 } buffers;
 
@@ -29,8 +28,7 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_c
     *b = (buffers){.mask = {a->seed && base ? (uint64_t)*a->seed : 0, a->dropout}};
     b->p = a->last ? (product){1, a->b * a->p, a->n, a->r} : (product){a->b, a->n, a->p, a->r};
     b->drop = a->dropout > 0 ? &b->mask : NULL;
-    if (a->last) b->turned = carve(base, bytes, a->r * a->n, item);
-    reverse_plan(&b->r, ctx, &b->p, item, half || b->drop, base, bytes);
+    reverse_plan(&b->r, ctx, &b->p, item, half || b->drop, a->last, base, bytes);
     b->packed = carve(base, bytes, (int64_t)product_scratch(ctx, &b->p, item), 1);
 }
 
@@ -40,12 +38,6 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_c
 
 #include "mode_product.h"
 
-static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T *restrict out)
-{
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++) out[j * rows + i] = in[i * cols + j];
-}
-
 static subspace_status FN(project)(subspace_ctx *ctx, const subspace_tucker_conv_args *a)
 {
     size_t bytes = 0;
@@ -54,10 +46,9 @@ static subspace_status FN(project)(subspace_ctx *ctx, const subspace_tucker_conv
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "tucker_conv: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
     FN(reverse_job) job = {.p = &b.p, .r = &b.r, .dtype = a->dtype, .x = a->x, .drop = b.drop};
-    if (a->last) job.left = a->w, job.right = a->f, job.xr = a->z, job.lx = a->df ? b.turned : NULL;
+    if (a->last) job.left = a->w, job.right = a->f, job.xr = a->z, job.lx = a->df, job.over = true, job.lx_scale = 1;
     else job.left = a->f, job.right = a->w, job.turn = true, job.xr = a->df, job.lx = a->z;
     FN(reverse_product)(&job);
-    if (a->last && a->df) FN(transpose)(b.turned, a->r, a->n, a->df);
     return SUBSPACE_OK;
 }
 
@@ -68,9 +59,8 @@ static subspace_status FN(expand)(subspace_ctx *ctx, const subspace_tucker_conv_
     lay_out(&b, ctx, a, ctx->workspace, &bytes);
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "tucker_conv: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
-    if (a->last) FN(transpose)(a->f, a->n, a->r, b.turned);
     FN(multiply_add)
-    (ctx, &b.p, a->last ? a->z : a->f, a->last ? b.turned : a->z, 1, a->dtype, a->x, a->x, b.packed, b.drop);
+    (ctx, &b.p, a->last ? a->z : a->f, a->last ? a->f : a->z, a->last, 1, a->dtype, a->x, a->x, b.packed, b.drop);
     return SUBSPACE_OK;
 }
 

@@ -7,7 +7,8 @@
  *     dV = k' drop(x),  dx += drop(k V)                                   one over x, one over dx
  *
  * z1, z2, h and k have a rank's width: x is read once more for z1 in the backward, and nothing is kept but x.
- * Every product is one of mode_product.h's two passes, where V and U' stand for [k, n] and U for [n, k].
+ * Every product is one of mode_product.h's two passes, where V and U' stand for [k, n] and U for [n, k]. A step keeps
+ * few bytes beside its results, so U' and dU' are turned over piece by piece, and k takes the place of z1.
  */
 #include "cpu.h"
 
@@ -20,7 +21,6 @@ typedef struct buffers {
     mask mask;
     const struct mask *drop; /* &mask, or NULL */
     void *z1, *z2, *h, *k;   /* [t, rn], [t, rm], [t, rm], [t, rn] */
-    void *turned;            /* [rm, m] U', or dU' */
     void *scratch;           /* of the pass that runs */
 } buffers;
 
@@ -42,12 +42,11 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_l
     b->z1 = carve(base, bytes, a->t * a->rn, item);
     b->z2 = carve(base, bytes, a->t * a->rm, item);
     b->h = carve(base, bytes, a->t * a->rm, item);
-    b->k = carve(base, bytes, a->t * a->rn, item);
-    b->turned = carve(base, bytes, a->m * a->rm, item);
+    b->k = b->z1;
     for (int i = 0; i < 4; i++) {
         reverse r;
         size_t pass = 0;
-        reverse_plan(&r, ctx, &passes[i], item, is_half(a->dtype) || b->drop, NULL, &pass);
+        reverse_plan(&r, ctx, &passes[i], item, is_half(a->dtype) || b->drop, i == 3, NULL, &pass);
         most = MAX(most, MAX(pass, product_scratch(ctx, &passes[i], item)));
     }
     b->scratch = carve(base, bytes, (int64_t)most, 1);
@@ -59,19 +58,14 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_l
 
 #include "mode_product.h"
 
-static void FN(transpose)(const T *in, int64_t rows, int64_t cols, T scale, T *restrict out)
-{
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++) out[j * rows + i] = scale * in[i * cols + j];
-}
-
-/* xr = x R and lx = left' x of a matrix x [m, n], either left out; R is [k, n] (turn) or [n, k]. */
+/* xr = x R and lx = left' x of a matrix x [m, n], either left out; R is [k, n] (turn) or [n, k]. `over`: lx is turned
+ * over and scaled. */
 static void FN(pass)(const buffers *b, const product *p, subspace_dtype dtype, const void *x, const mask *drop,
-                     const T *right, bool turn, T *xr, const T *left, T *lx)
+                     const T *right, bool turn, T *xr, const T *left, T *lx, bool over, double scale)
 {
     reverse r;
     size_t bytes = 0;
-    reverse_plan(&r, b->ctx, p, sizeof(T), is_half(dtype) || drop, b->scratch, &bytes);
+    reverse_plan(&r, b->ctx, p, sizeof(T), is_half(dtype) || drop, over, b->scratch, &bytes);
     FN(reverse_product)
     (&(FN(reverse_job)){.p = p,
                         .r = &r,
@@ -82,6 +76,8 @@ static void FN(pass)(const buffers *b, const product *p, subspace_dtype dtype, c
                         .turn = turn,
                         .xr = xr,
                         .lx = lx,
+                        .over = over,
+                        .lx_scale = (T)scale,
                         .drop = drop});
 }
 
@@ -90,8 +86,8 @@ static void FN(down)(const buffers *b, const subspace_tucker_linear_args *a)
 {
     const subspace_dtype wide = IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64;
     const product first = {1, a->t, a->n, a->rn}, second = {1, a->t, a->rn, a->rm};
-    FN(pass)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL);
-    FN(pass)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL);
+    FN(pass)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL, false, 1);
+    FN(pass)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL, false, 1);
 }
 
 static subspace_status FN(forward)(subspace_ctx *ctx, const subspace_tucker_linear_args *a)
@@ -103,8 +99,7 @@ static subspace_status FN(forward)(subspace_ctx *ctx, const subspace_tucker_line
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "tucker_linear: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
     FN(down)(&b, a);
-    FN(transpose)(a->u, a->m, a->rm, 1, b.turned);
-    FN(multiply_add)(ctx, &up, b.z2, b.turned, (T)a->scale, a->dtype, a->y, a->y, b.scratch, NULL);
+    FN(multiply_add)(ctx, &up, b.z2, a->u, true, (T)a->scale, a->dtype, a->y, a->y, b.scratch, NULL);
     return SUBSPACE_OK;
 }
 
@@ -120,13 +115,12 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_lin
     CHECK(ctx, bytes <= ctx->workspace_bytes, SUBSPACE_WORKSPACE_TOO_SMALL,
           "tucker_linear_backward: workspace of %zu bytes, need %zu", ctx->workspace_bytes, bytes);
     if (a->du || a->dcore) FN(down)(&b, a);
-    FN(pass)(&b, &up, a->dtype, a->dy, NULL, a->u, false, b.h, b.z2, a->du ? b.turned : NULL);
-    if (a->du) FN(transpose)(b.turned, a->rm, a->m, (T)a->scale, a->du);
+    FN(pass)(&b, &up, a->dtype, a->dy, NULL, a->u, false, b.h, b.z2, a->du, true, a->scale);
     for (int64_t i = 0; i < a->t * a->rm; i++) ((T *)b.h)[i] *= (T)a->scale;
-    if (a->dcore) FN(pass)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore);
-    if (inner) FN(pass)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL);
-    if (a->dv) FN(pass)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv);
-    if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
+    if (a->dcore) FN(pass)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore, false, 1);
+    if (inner) FN(pass)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL, false, 1);
+    if (a->dv) FN(pass)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv, false, 1);
+    if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, false, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
     return SUBSPACE_OK;
 }
 

@@ -33,7 +33,8 @@ OP(depthwise, "depthwise(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] 
     DO(taken && require(&c, dims > 0 && dy.dim == x.dim, "expected x [b, c, ...] and dy of one to three dimensions"));
     DO(require(&c, x.dtype == dy.dtype && dtype_of(&x) >= 0, "x and dy must share a floating dtype"));
     DO(require(&c, x.device == dy.device && x.index == dy.index, "x and dy are on different devices"));
-    a.c = as_int(stack[6]);
+    const int64_t groups = as_int(stack[6]);
+    a.c = groups;
     const bool fit = a.c > 0 ? x.size[1] % a.c == 0 && dy.size[1] % a.c == 0 && x.size[1] > 0 && dy.size[1] > 0
                              : a.c == 0 && x.size[1] == 0 && dy.size[1] == 0;
     DO(require(&c, x.size[0] == dy.size[0] && fit, "dy [%lld, %lld, ...] is not of x [%lld, %lld, ...] in %lld groups",
