@@ -16,109 +16,52 @@
  * The geodesic is exp(Z) W' transposed, Cayley's transform (I - Z/2)^-1 (I + Z/2) W', with the skew n x n matrix
  * Z = T'W - W'T + W'BW, for which Z W' = T': it maps the span of W' and D' into itself. At B = 0 they are those above.
  *
- * Matrices are [ld, ld] with zeros outside [k, k]; ld is 4, 8, 16 or a larger multiple of 4, and
- * the products are compiled for the small constants.
- *
  * Included by rsgd.h; double alone, so once.
  */
 #ifndef SUBSPACE_RETRACTION_H
 #define SUBSPACE_RETRACTION_H
-#include "cpu.h"
+#include "kxk.h"
 
-typedef struct kxk { /* scratch and shape of the k x k algebra of one thread */
-    int64_t k, ld;
-    double *scratch, *spare; /* [ld, ld] */
-    double *values;          /* [3 ld] of eigenvalues */
-} kxk;
-
-static inline __attribute__((always_inline)) void product_of(int64_t ld, bool transb, const double *restrict a,
-                                                             const double *restrict b, double *restrict c)
+/* y = the sum of coefficients c[j] times the powers x^j, j up to `degree`, given x^2: two powers a product, as
+ * (c0 + c1 x) + x^2 ((c2 + c3 x) + x^2 (...)) */
+static void polynomial(const kxk *s, const double *x, const double *x2, int degree, const double *c, double *y)
 {
-    for (int64_t i = 0; i < ld; i++) {
-        for (int64_t j = 0; j < ld; j++) c[i * ld + j] = 0;
-        for (int64_t l = 0; l < ld; l++) {
-            const double x = a[i * ld + l];
-            for (int64_t j = 0; j < ld; j++) c[i * ld + j] += x * (transb ? b[j * ld + l] : b[l * ld + j]);
-        }
+    const int64_t size = s->ld * s->ld;
+    int j = degree / 2 * 2; /* of the last pair */
+    if (degree % 2 || degree == 0) affine_of(s, degree % 2 ? c[j + 1] : 0, x, c[j], y);
+    else j -= 2, affine_of(s, c[j + 1], x, c[j], y);
+    if (degree % 2 == 0 && degree)
+        for (int64_t i = 0; i < size; i++) y[i] += c[degree] * x2[i];
+    for (j -= 2; j >= 0; j -= 2) {
+        product_symmetric(s, x2, y, s->scratch);
+        for (int64_t i = 0; i < size; i++) y[i] = s->scratch[i] + c[j + 1] * x[i];
+        for (int64_t i = 0; i < s->k; i++) y[i * s->ld + i] += c[j];
     }
 }
 
-/* c = a b; c is neither a nor b */
-static void product(const kxk *s, const double *a, const double *b, double *c)
-{
-    if (s->ld == 4) product_of(4, false, a, b, c);
-    else if (s->ld == 8) product_of(8, false, a, b, c);
-    else if (s->ld == 16) product_of(16, false, a, b, c);
-    else gemm_f64(false, false, s->ld, s->ld, s->ld, 1, a, s->ld, b, s->ld, 0, c, s->ld);
-}
-
-/* c = a b' */
-static void product_t(const kxk *s, const double *a, const double *b, double *c)
-{
-    if (s->ld == 4) product_of(4, true, a, b, c);
-    else if (s->ld == 8) product_of(8, true, a, b, c);
-    else if (s->ld == 16) product_of(16, true, a, b, c);
-    else gemm_f64(false, true, s->ld, s->ld, s->ld, 1, a, s->ld, b, s->ld, 0, c, s->ld);
-}
-
-/* b = alpha a + beta I */
-static inline void affine_of(const kxk *s, double alpha, const double *a, double beta, double *b)
-{
-    for (int64_t i = 0; i < s->ld * s->ld; i++) b[i] = alpha * a[i];
-    for (int64_t i = 0; i < s->k; i++) b[i * s->ld + i] += beta;
-}
-
-/* a = alpha a + beta I */
-static inline void affine(const kxk *s, double alpha, double beta, double *a)
-{
-    affine_of(s, alpha, a, beta, a);
-}
-
-static inline void identity(const kxk *s, double *a)
-{
-    memset(a, 0, (size_t)(s->ld * s->ld) * sizeof *a);
-    for (int64_t i = 0; i < s->k; i++) a[i * s->ld + i] = 1;
-}
-
-static inline void copy(const kxk *s, const double *a, double *b)
-{
-    memcpy(b, a, (size_t)(s->ld * s->ld) * sizeof *a);
-}
-
-/* largest row sum of |a|: bounds every eigenvalue of a symmetric a */
-static inline double row_sum_norm(const kxk *s, const double *a)
-{
-    double norm = 0;
-    for (int64_t i = 0; i < s->k; i++) {
-        double sum = 0;
-        for (int64_t j = 0; j < s->k; j++) sum += fabs(a[i * s->ld + j]);
-        norm = MAX(norm, sum);
-    }
-    return norm;
-}
-
-/* f = cos sqrt X, g = sinc sqrt X, h = (cos sqrt X - 1) / X: entire functions, so a Horner series
+/* f = cos sqrt X, g = sinc sqrt X, h = (cos sqrt X - 1) / X: entire functions, so a series
  * once X is scaled below 1, then the angle is doubled:
  *     g(4X) = g f,   f(4X) = 2 f^2 - 1,   h(4X) = -g^2 / 2.          x is overwritten. */
 static void geodesic_series(const kxk *s, double *x, double tolerance, double *f, double *g, double *h)
 {
     const int64_t size = s->ld * s->ld;
-    double norm = row_sum_norm(s, x), scale = 1;
+    double norm = norm_of(s, x), scale = 1;
     int doublings = 0;
     while (norm > 1 || (h && doublings == 0)) norm *= 0.25, scale *= 0.25, doublings++;
     for (int64_t i = 0; i < size; i++) x[i] *= scale;
-    int terms = 1;
-    for (double next = norm / 2; next > tolerance; terms++) next *= norm / ((2. * terms + 1) * (2. * terms + 2));
-    affine_of(s, -1 / ((2. * terms - 1) * (2. * terms)), x, 1, f);
-    affine_of(s, -1 / ((2. * terms) * (2. * terms + 1)), x, 1, g);
-    for (int j = terms - 1; j > 0; j--) {
-        product(s, x, f, s->scratch), affine_of(s, -1 / ((2. * j - 1) * (2. * j)), s->scratch, 1, f);
-        product(s, x, g, s->scratch), affine_of(s, -1 / ((2. * j) * (2. * j + 1)), s->scratch, 1, g);
+    double cf[24] = {1, -0.5}, cg[24] = {1, -1. / 6}; /* (-1)^j / (2j)! and / (2j+1)! */
+    int degree = 1;
+    for (double next = norm / 2; next > tolerance; degree++) {
+        const double j = degree + 1;
+        next *= norm / ((2 * j - 1) * (2 * j));
+        cf[degree + 1] = -cf[degree] / ((2 * j - 1) * (2 * j)), cg[degree + 1] = -cg[degree] / ((2 * j) * (2 * j + 1));
     }
+    if (degree > 1) product_symmetric(s, x, x, s->spare);
+    polynomial(s, x, s->spare, degree, cf, f), polynomial(s, x, s->spare, degree, cg, g);
     for (; doublings > 0; doublings--) {
-        if (h && doublings == 1) product(s, g, g, h), affine(s, -0.5, 0, h);
-        product(s, g, f, s->scratch), copy(s, s->scratch, g);
-        product(s, f, f, s->scratch), affine_of(s, 2, s->scratch, -1, f);
+        if (h && doublings == 1) product_symmetric(s, g, g, h), affine(s, -0.5, 0, h);
+        product_symmetric(s, g, f, s->scratch), copy(s, s->scratch, g);
+        product_symmetric(s, f, f, s->scratch), affine_of(s, 2, s->scratch, -1, f);
     }
 }
 
@@ -203,13 +146,13 @@ static bool inverse_root(const kxk *s, double *a, double *out)
  * residual |X| squares at every step. x is overwritten by I + X. */
 static void inverse_root_series(const kxk *s, double *x, double tolerance, double *z)
 {
-    double residual = row_sum_norm(s, x);
+    double residual = norm_of(s, x);
     affine(s, 1, 1, x);
     identity(s, z);
     while (residual > tolerance) {
-        product(s, z, z, s->scratch), product(s, x, s->scratch, s->spare);
+        product_symmetric(s, z, z, s->scratch), product_symmetric(s, x, s->scratch, s->spare);
         affine(s, -0.5, 1.5, s->spare);
-        product(s, z, s->spare, s->scratch), copy(s, s->scratch, z);
+        product_symmetric(s, z, s->spare, s->scratch), copy(s, s->scratch, z);
         residual *= residual;
     }
 }
@@ -225,7 +168,7 @@ static void retraction(const kxk *s, subspace_retraction kind, bool exact, doubl
         cholesky_inverse(s, x, f), copy(s, f, g);
     } else if (!exact && kind == SUBSPACE_GEODESIC) {
         geodesic_series(s, x, tolerance, f, g, h);
-    } else if (!exact && kind == SUBSPACE_POLAR && row_sum_norm(s, x) <= 0.5) {
+    } else if (!exact && kind == SUBSPACE_POLAR && norm_of(s, x) <= 0.5) {
         inverse_root_series(s, x, tolerance, f), copy(s, f, g);
     } else if (!exact && kind == SUBSPACE_CAYLEY) { /* with A = I + X/4: g = A^-1 = L^-T L^-1, f = 2 A^-1 - I */
         affine(s, 0.25, 1, x);
@@ -255,7 +198,7 @@ static void stiefel_geodesic(const kxk *s, double tolerance, double *b, double *
                              double *u)
 {
     const int64_t size = s->ld * s->ld;
-    double norm = row_sum_norm(s, b) + sqrt(row_sum_norm(s, x));
+    double norm = norm_of(s, b) + sqrt(norm_of(s, x));
     int doublings = 0, terms = 1;
     for (; doublings < 60 && norm > 1; doublings++) norm *= 0.5;
     affine(s, ldexp(1, -doublings), 0, b), affine(s, ldexp(1, -2 * doublings), 0, x);

@@ -18,12 +18,12 @@
 
 #ifndef T /* ---------------------------------------------- read once: what the maths is about */
 
-#include "rsgd_careful.h"
+#include "rsgd_lines.h"
 
 typedef struct rsgd_run {
     const subspace_rsgd_args *a;
     rsgd_step step;
-    int64_t classes, slots, blocks;
+    int64_t classes, slots, blocks, packed;
     int64_t k, n, kp; /* the largest */
     size_t slot_bytes;
     char *base;       /* [slots][slot_bytes] */
@@ -32,19 +32,20 @@ typedef struct rsgd_run {
 
 static int64_t rounded(int64_t k)
 {
-    return k <= 4 ? 4 : k <= 8 ? 8 : k <= 16 ? 16 : CEIL_DIV(k, 4) * 4;
+    return k <= 4 ? 4 : CEIL_DIV(k, 8) * 8;
 }
 
 /* Point a slot's scratch into its piece of the workspace; returns its size. */
 static size_t lay_out(const rsgd_run *r, char *base, rsgd_slot *s)
 {
     const size_t item = r->a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const int64_t rows = r->blocks * r->kp, groups = rows / 4;
+    const int64_t rows = rows_of(r->blocks, r->k), tall = rows_of(r->packed, r->k);
     size_t at = 0;
-    s->width = r->kp > SMALL_K ? 512 : MAX(64, 6144 / rows / 32 * 32); /* float32: a pack of 24 KiB stays in L1 */
-    s->pack = carve(base, &at, rows * s->width, item);
-    s->acc = carve(base, &at, MAX(groups * (groups + 1) / 2 * 16 * VECTOR, rows * rows * (int64_t)item), 1);
-    s->coef = carve(base, &at, 2 * rows * r->kp, item);
+    s->blocks = r->blocks, s->packed = r->packed;
+    s->width = MIN(MAX(LEAST_WIDTH, TILE / tall / 32 * 32), CEIL_DIV(r->n, 32) * 32);
+    s->ld = s->width + 16; /* an odd number of lines: rows are not all in the same sets of the cache */
+    s->pack = carve(base, &at, tall * s->ld, item);
+    s->coef = carve(base, &at, 2 * r->blocks * r->k * r->kp, item);
     s->dir = carve(base, &at, r->k * r->n, item);
     s->gram = carve(base, &at, rows * rows, sizeof(double));
     s->q.values = carve(base, &at, 3 * r->kp, sizeof(double));
@@ -66,6 +67,8 @@ static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char 
     r.step.kind = a->retraction, r.step.parallel = a->parallel && mu != 0, r.step.stiefel = a->stiefel;
     r.step.tangent = a->stiefel && mu != 0;
     r.blocks = (r.step.parallel || r.step.tangent) && a->nesterov ? 3 : 2;
+    r.step.plain = !a->nesterov && r.step.mw == 0;
+    r.packed = a->nesterov ? 3 : 2;
     for (int64_t i = 0; i < a->count; i++) {
         r.classes += a->frames[i].c;
         r.k = MAX(r.k, a->frames[i].k), r.n = MAX(r.n, a->frames[i].n);
@@ -90,24 +93,36 @@ size_t LEVEL(subspace_rsgd_workspace)(const subspace_ctx *ctx, const subspace_rs
 #include "each_dtype.h"
 #endif /* ------------------------------------------- read twice: T float, then T double */
 
-#include "rsgd_careful.h"
+#include "rsgd_lines.h"
 
-/* Block (bi, bj) of the gram as a kp x kp matrix; above the diagonal it is the transpose of the one below. */
+/* Block (bi, bj), bi >= bj, of the gram as a [kp, kp] matrix. */
 static void FN(block_of)(const rsgd_slot *s, const double *gram, int64_t bi, int64_t bj, double *out)
 {
-    const int64_t kp = s->kp, ld = s->blocks * kp;
-    for (int64_t i = 0; i < kp; i++)
-        for (int64_t j = 0; j < kp; j++) {
-            const int64_t r = bi * kp + i, c = bj * kp + j;
-            out[i * kp + j] = r >= c ? gram[r * ld + c] : gram[c * ld + r];
-        }
+    const int64_t k = s->k, kp = s->kp, ld = rows_of(s->blocks, k);
+    const double *from = gram + bi * k * ld + bj * k;
+    if (k == kp) {
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j = 0; j < k; j += 4) *(fouru *)(out + i * k + j) = *(const fouru *)(from + i * ld + j);
+    } else {
+        memset(out, 0, (size_t)(kp * kp) * sizeof *out);
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j = 0; j < k; j++) out[i * kp + j] = from[i * ld + j];
+    }
+    if (bi == bj) mirror(&s->q, out);
 }
 
+/* Coefficients of an output by the rows of a block. */
 static void FN(put)(const rsgd_slot *s, const double *a, T *coef, int64_t output, int64_t block)
 {
-    const int64_t kp = s->kp, depth = s->blocks * kp;
-    for (int64_t i = 0; i < kp; i++)
-        for (int64_t j = 0; j < kp; j++) coef[(output * kp + i) * depth + block * kp + j] = (T)a[i * kp + j];
+    const int64_t k = s->k, kp = s->kp, depth = s->blocks * k;
+    coef += output * k * depth + block * k;
+    if (k == kp)
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j0 = 0; j0 < k; j0 += 4)
+                for (int64_t j = j0; j < j0 + 4; j++) coef[i * depth + j] = (T)a[i * kp + j];
+    else
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j = 0; j < k; j++) coef[i * depth + j] = (T)a[i * kp + j];
 }
 
 /* One class. False: its numbers are not finite, nothing was changed. */
@@ -123,18 +138,25 @@ static bool FN(step_class)(rsgd_slot *s)
     FN(gram_of)(s, gram);
     FN(block_of)(s, gram, 0, 0, R); /* Q for now */
     FN(block_of)(s, gram, 1, 1, S);
-    double drift = 0, trace = 0;
+    double trace = 0;
+    bool near = true;
+    for (int64_t i = 0; i < s->k; i++) trace += S[i * kp + i];
     for (int64_t i = 0; i < s->k; i++) {
-        trace += S[i * kp + i];
-        for (int64_t j = 0; j < s->k; j++) drift = MAX(drift, fabs(R[i * kp + j] - (i == j)));
+        double far = 0; /* entries of the row: a count is a sum of vectors, a largest value is not */
+        for (int64_t j = 0; j < s->k; j++) {
+            const double d = R[i * kp + j] - (i == j);
+            far += !(d * d < 1e-4);
+        }
+        near &= far == 0;
     }
     /* written so that a NaN or an infinity takes the careful path, which tells overflow from rubbish */
-    if (!(drift < 1e-2 && a * a * trace < 10)) return FN(careful)(s);
+    if (!(near && a * a * trace < 10)) return FN(careful)(s);
 
     affine(q, -0.5, 1.5, R);
     FN(block_of)(s, gram, 1, 0, E);
     product(q, E, R, P);
-    product_t(q, P, P, X);
+    transpose(q, P, E);
+    product_symmetric(q, P, E, X);
     for (int64_t i = 0; i < kp * kp; i++) S[i] -= X[i], X[i] = a * a * S[i];
     const double tolerance = IS_F32 ? 1e-10 : 1e-19;
     if (st->stiefel) skew(q, a, P, Pm), stiefel(q, st->kind, false, tolerance, Pm, X, f, g, h, Y);
@@ -145,7 +167,7 @@ static bool FN(step_class)(rsgd_slot *s)
     for (int64_t i = 0; i < kp * kp; i++) X[i] = f[i] - a * X[i];
     if (a != 0) product(q, X, R, E);
     else identity(q, E); /* a step of no length leaves every bit, drift included */
-    memset(coef, 0, (size_t)(2 * s->blocks * kp * kp) * sizeof *coef);
+    memset(coef, 0, (size_t)(2 * s->blocks * s->k * s->k) * sizeof *coef);
     FN(put)(s, E, coef, 0, 0);
     if (st->parallel) { /* M <- V + Y (a^2 h D - a g W), V = M' - Pm W horizontal, Y = V D' */
         if (s->blocks == 3) {
@@ -179,26 +201,58 @@ static bool FN(step_class)(rsgd_slot *s)
 
 #ifdef LAST_T /* ---------------------------------------------------- read once: the contract */
 
+/* Seat class c of s->frames in the slot. */
+static void seat(const rsgd_run *r, rsgd_slot *s, int64_t c)
+{
+    const subspace_rsgd_args *a = r->a;
+    const subspace_frames *p = s->frames;
+    s->row = a->start ? a->start[c] : c * p->k;
+    s->k = a->start ? a->start[c + 1] - s->row : p->k;
+    s->kp = rounded(s->k), s->q.k = s->k, s->q.ld = s->kp;
+    s->lr = a->lr ? ((const double *)a->lr)[a->lr_per_class ? c : 0] : a->lr_value;
+    /* the rows behind this class, as many as it has itself */
+    const int64_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+    const int64_t bytes = c + 1 < p->c ? s->k * p->n * item : 0, at = (s->row + s->k) * p->n * item;
+    const void *arrays[] = {p->weight, p->grad, p->buffer ? p->buffer : p->grad};
+    for (int i = 0; i < 3; i++) s->ahead[i] = (rsgd_ahead){(const char *)arrays[i] + at, bytes};
+}
+
+/* The next `count` classes of s->frames from class c on as lines; of those that are left for step_class, the bits. */
+static uint64_t lines_of(const rsgd_run *r, rsgd_slot *s, int64_t c, int64_t most, int64_t *count)
+{
+    const subspace_rsgd_args *a = r->a;
+    const bool f64 = a->dtype == SUBSPACE_F64;
+    double lr[LINES];
+    *count = 1;
+    seat(r, s, c);
+    if (s->k != 1 || r->step.parallel || r->step.stiefel) return 1;
+    if (a->start) most = 1; /* the next may be no line */
+    *count = MAX(1, MIN(MIN(most, LINES), LINES_BYTES / (s->frames->n * (f64 ? 24 : 12))));
+    for (int64_t i = 0; i < *count; i++)
+        lr[i] = a->lr ? ((const double *)a->lr)[a->lr_per_class ? c + i : 0] : a->lr_value;
+    return f64 ? LEVEL(step_lines_f64)(s, *count, lr) : LEVEL(step_lines_f32)(s, *count, lr);
+}
+
 static void step_slots(int64_t begin, int64_t end, void *arg)
 {
     const rsgd_run *r = arg;
     const subspace_rsgd_args *a = r->a;
     for (int64_t slot = begin; slot < end; slot++) {
-        rsgd_slot s = {.step = r->step, .frames = a->frames, .blocks = r->blocks};
+        rsgd_slot s = {.step = r->step, .frames = a->frames};
         int64_t first, last, before = 0; /* classes of the parameters before s.frames */
         lay_out(r, r->base + (size_t)slot * r->slot_bytes, &s);
         share(r->classes, slot, r->slots, &first, &last);
         r->skipped[slot] = 0;
-        for (int64_t i = first; i < last; i++) {
+        for (int64_t i = first, count; i < last; i += count) {
             while (i >= before + s.frames->c) before += s.frames++->c;
             const int64_t c = i - before;
-            s.row = a->start ? a->start[c] : c * s.frames->k;
-            s.k = a->start ? a->start[c + 1] - s.row : s.frames->k;
-            s.kp = rounded(s.k), s.q.k = s.k, s.q.ld = s.kp;
-            s.small = s.kp <= SMALL_K;
-            s.lr = a->lr ? ((const double *)a->lr)[a->lr_per_class ? c : 0] : a->lr_value;
-            const bool done = a->dtype == SUBSPACE_F64 ? LEVEL(step_class_f64)(&s) : LEVEL(step_class_f32)(&s);
-            r->skipped[slot] += !done;
+            const uint64_t left = lines_of(r, &s, c, MIN(last - i, s.frames->c - c), &count);
+            for (int64_t l = 0; l < count; l++) {
+                if (!(left >> l & 1)) continue;
+                seat(r, &s, c + l);
+                const bool done = a->dtype == SUBSPACE_F64 ? LEVEL(step_class_f64)(&s) : LEVEL(step_class_f32)(&s);
+                r->skipped[slot] += !done;
+            }
         }
     }
 }

@@ -67,7 +67,7 @@ static __attribute__((noinline)) bool FN(careful)(rsgd_slot *s)
         dir[i] = (T)(st->dm * m + st->dg * (double)grad[i] + st->dw * (double)w[i]);
     }
     if (!FN(gram_exact)(s, dir, dir, S) || !FN(gram_exact)(s, w, w, X)) return false;
-    if (!isfinite(a * a * row_sum_norm(q, S)) || !inverse_root(q, X, R)) return false;
+    if (!isfinite(a * a * norm_of(q, S)) || !inverse_root(q, X, R)) return false;
 
     /* from here on everything is finite, and memory may change */
     if (buffer)

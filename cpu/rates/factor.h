@@ -45,35 +45,9 @@ enum {
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
 typedef T FN(vecu) __attribute__((vector_size(VECTOR), aligned(sizeof(T)), may_alias));
 enum { FN(LANES) = VECTOR / sizeof(T) };
+#include "sums.h"
 
 /* ---------------------------------------------------------------------------- rows by rows */
-
-/* The even (odd: 1) lanes of v, then those of w. */
-static inline __attribute__((always_inline)) FN(vec) FN(every_other)(FN(vec) v, FN(vec) w, const int odd)
-{
-#if VECTOR / (IS_F32 ? 4 : 8) == 16
-    return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
-               : __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif VECTOR / (IS_F32 ? 4 : 8) == 8
-    return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15)
-               : __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14);
-#elif VECTOR / (IS_F32 ? 4 : 8) == 4
-    return odd ? __builtin_shufflevector(v, w, 1, 3, 5, 7) : __builtin_shufflevector(v, w, 0, 2, 4, 6);
-#else
-    return odd ? __builtin_shufflevector(v, w, 1, 3) : __builtin_shufflevector(v, w, 0, 2);
-#endif
-}
-
-/* Lane i of the result is the sum of the lanes of v[i]; v is overwritten. */
-static inline __attribute__((always_inline)) FN(vec) FN(sums)(FN(vec) *v)
-{
-#pragma GCC unroll 4
-    for (int n = FN(LANES); n > 1; n /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < n / 2; i++)
-            v[i] = FN(every_other)(v[2 * i], v[2 * i + 1], 0) + FN(every_other)(v[2 * i], v[2 * i + 1], 1);
-    return v[0];
-}
 
 /* x[i, j] (+)= alpha sum_l p_i[l] p_j[l], l from `from` to `to` in whole vectors, for ROWS x COLS of X */
 static inline __attribute__((always_inline)) void FN(dots)(int64_t from, int64_t to, T alpha, const T *const *pi,
