@@ -58,7 +58,7 @@ static size_t lay_out(const rsgd_run *r, char *base, rsgd_slot *s)
 
 static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char *base, size_t *bytes)
 {
-    rsgd_run r = {.a = a, .slots = MAX(ctx->threads, 1)};
+    rsgd_run r = {.a = a, .slots = MAX(ctx->threads, 1), .k = 1, .n = 1}; /* there may be no frames */
     rsgd_slot unused;
     const double mu = a->momentum, keep = mu == 0 ? 1 : 1 - a->dampening, sign = a->maximize ? -1 : 1;
     /* g = sign grad + wd W;  M' = mu M + keep g;  dir = M', or with Nesterov g + mu M' */
@@ -73,7 +73,7 @@ static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char 
         r.classes += a->frames[i].c;
         r.k = MAX(r.k, a->frames[i].k), r.n = MAX(r.n, a->frames[i].n);
     }
-    r.kp = rounded(MAX(r.k, 1));
+    r.kp = rounded(r.k);
     const int64_t worth = CEIL_DIV(r.classes * r.k * (r.n + 32 * r.k), WORTH_A_THREAD); /* the 32 for the k x k part */
     r.slots = MAX(1, MIN(r.slots, worth));
     r.slot_bytes = lay_out(&r, NULL, &unused);

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parameter_cases import Experts
+from process_cases import X, adapted, fill, gradients, near, net, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -20,7 +21,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import torch_subspace as ts
 
-X = torch.linspace(-1, 1, 24).view(4, 6)
 CHECKS = {}
 
 
@@ -43,45 +43,6 @@ def work(rank, folder):
             break  # the other process may wait for this one
     (Path(folder) / f"found{rank}").write_text(json.dumps(found))
     os._exit(0)  # a group that waits for a process that has gone is not torn down
-
-
-def net():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), nn.Linear(8, 3))
-
-
-def adapted(*names, save=()):
-    """With factors and cores at random, the same in both processes."""
-    model = net()
-    for i, name in enumerate(names or ("default",)):
-        ts.adapt(model, ts.TuckerConfig(rank=2 + i, target_modules=["0", "1.0"], save_modules=save), name=name)
-        fill(model, i)
-    return model
-
-
-def fill(model, seed=0):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in ts.adapter_parameters(model)[0]["params"]:
-            p.normal_()
-    return model
-
-
-def shard(model, mesh, **how):
-    fully_shard(model[1], mesh=mesh, **how)
-    return fully_shard(model, mesh=mesh, **how)
-
-
-def near(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def gradients(model, x=X):
-    model.zero_grad()
-    y = model(x)
-    (y**2).mean().backward()
-    return y.detach(), {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()
-                        if p.grad is not None}
 
 
 # ------------------------------------------------------------------------------------------------------- fully_shard

@@ -10,4 +10,4 @@ def test_any_number_of_processes_computes_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_loss_and_logits_are_one_graph_each(tmp_path):
-    in_a_group(2, tmp_path, "class_parallel_checks", "compiled")
+    in_a_group(2, tmp_path, "class_parallel_calls", "compiled")

@@ -38,6 +38,13 @@ def test_ragged_is_the_same_as_class_by_class(transport, dtype):
         assert torch.equal(one[0], block) and torch.equal(one_buffer[0], block_buffer)
 
 
+@pytest.mark.parametrize("dims", [None, ()], ids=["no classes", "ragged"])
+def test_frames_without_classes_are_fine(dims):
+    """As a process has them that got no classes of a head."""
+    empty = torch.empty(0, 9) if dims == () else torch.empty(0, 0, 9)
+    assert int(ts.grassmann_step_(empty, empty.clone(), empty.clone(), lr=0.1, momentum=0.9, dims=dims)) == 0
+
+
 def test_a_ragged_class_that_is_not_finite_disturbs_no_other():
     dims, n = (3, 1, 2), 9
     parts = [problem(1, k, n) for k in dims]
