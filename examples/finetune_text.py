@@ -8,7 +8,7 @@ encoder's last layer over a text's tokens.
 
     python examples/finetune_text.py                      # writes finetune_text.json and .png beside it
 
-The learning rate of each method is the best of its grid in validation, one seed with 64 texts a class, for each task by
+The learning rate of each method is the best of its grid in validation, one seed, for each task and number of texts by
 itself. Then three seeds, the same for all. What has been measured is kept and not measured again: `--output new.json`
 begins anew. It takes more than an hour of a processor.
 """
@@ -40,7 +40,7 @@ SECTIONS = ("admin", "devel", "doc", "games", "libs", "net", "python", "science"
 # Of each package the folder that is read: some have thousands of files.
 PYTHON = ("matplotlib", "networkx", "numpy", "scipy", "sklearn", "sympy", "torch/nn", "torchvision")
 HEADS, SEEDS, VALIDATION = (3e-3, 1e-2, 3e-2, 1e-1), (0, 1, 2), 100
-ADAPTERS, ALL = (3e-3, 1e-2, 3e-2), (3e-5, 1e-4, 3e-4)
+ADAPTERS, ALL = (1e-3, 3e-3, 1e-2, 3e-2), (3e-5, 1e-4, 3e-4)
 METHODS = {  # and their grids
     "frozen, linear head": HEADS, "frozen, Grassmann head": HEADS,
     "LoRA (peft), linear head": ADAPTERS, "LoRA (peft), Grassmann head": ADAPTERS,
@@ -116,9 +116,9 @@ class Texts:
 
     def data(self, seed, validate):
         """(texts, labels) to train on, `shots` of each class, and (texts, labels) to measure on."""
-        few, rest = self.pool, []
-        if self.shots < self.each - self.measured:
-            few, rest = self.split(self.pool, self.shots, self.validated, seed)
+        few, rest, most = self.pool, [], self.each - self.measured
+        if validate or self.shots < most:
+            few, rest = self.split(self.pool, min(self.shots, most - self.validated), self.validated, seed)
         held_out = rest if validate else self.held_out
         return (self.ids[few], self.label[few]), (self.ids[held_out], self.label[held_out])
 
@@ -216,25 +216,29 @@ def measured(task, method, seed, lr, progress, validate=False):
 
 def fill(found, keep):
     """Measure what is missing in `found`; `keep` is called whenever there is more."""
-    total = len(METHODS) * sum(1 + len(kind.shots_tried) for kind in (Sections, Docstrings))
+    total = 2 * len(METHODS) * sum(len(kind.shots_tried) for kind in (Sections, Docstrings))
     with tqdm(total=total, unit="method", dynamic_ncols=True) as progress:
         quiet = tqdm(disable=True)
         for kind in (Sections, Docstrings):
             entry, task = found["tasks"].setdefault(kind.name, {"validation": {}, "shots": {}}), kind()
-            for method, grid in METHODS.items():
-                progress.set_description(f"{kind.name}, rates: {method}")
-                row = entry["validation"].setdefault(method, {})
-                for lr in grid:
-                    if f"{lr:g}" not in row:
-                        row[f"{lr:g}"] = measured(task, method, VALIDATION, lr, quiet, True)["accuracy"]
-                        keep()
-                progress.update()
             for task.shots in kind.shots_tried:
+                size = f"{kind.name}, {task.shots} a class"
+                rates = entry["validation"].setdefault(str(task.shots), {})
+                for method, grid in METHODS.items():
+                    progress.set_description(f"{size}, rates: {method}")
+                    row = rates.setdefault(method, {})
+                    for lr in grid:
+                        if f"{lr:g}" not in row:
+                            row[f"{lr:g}"] = measured(task, method, VALIDATION, lr, quiet, True)["accuracy"]
+                            keep()
+                    progress.update()
                 rows = entry["shots"].setdefault(str(task.shots), {})
                 for method in METHODS:
-                    progress.set_description(f"{kind.name}, {task.shots} a class: {method}")
-                    best = max(entry["validation"][method], key=entry["validation"][method].get)
-                    row = rows.setdefault(method, {"lr": float(best), "runs": []})
+                    progress.set_description(f"{size}: {method}")
+                    best = float(max(rates[method], key=rates[method].get))
+                    row = rows.setdefault(method, {"lr": best, "runs": []})
+                    if row["lr"] != best:
+                        row.update(lr=best, runs=[])
                     for seed in SEEDS[len(row["runs"]) :]:
                         row["runs"].append(measured(task, method, seed, row["lr"], quiet))
                         keep()

@@ -57,7 +57,7 @@ def complete(found):
     for name, task in found["tasks"].items():
         for shots, rows in task["shots"].items():
             measured = [method for method, row in rows.items() if len(row["runs"]) == found["setting"]["seeds"]]
-            if measured == list(task["validation"]):
+            if measured == list(task["validation"].get(shots, ())):
                 yield name, shots, rows
 
 
