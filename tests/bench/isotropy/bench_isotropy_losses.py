@@ -33,13 +33,13 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def contender(name, function, truth, make, device):
-    """A function of some tensors, and its gradient in all of them along ones."""
+def contender(name, function, truth, make, device, share=1.0):
+    """A function of some tensors, and the gradient in all of them of its sum, or this share of it."""
 
     def step(function, given):
         leaves = [t.detach().requires_grad_() for t in given]
         value = function(*leaves)
-        return value.detach(), *torch.autograd.grad(value.sum(), leaves)
+        return value.detach(), *torch.autograd.grad(share * value.sum(), leaves)
 
     def build():
         given = [t.to(device) for t in make()]
@@ -236,7 +236,8 @@ def nearest_alone(n, d, device):
 
 
 def adapter(n, d, device):
-    """A trained map, some way from where it began; the gradients of its input and its parameters, which are theirs."""
+    """A trained map, some way from where it began, and the gradients of its mean: of a sum so long those that
+    torch.linalg.matrix_exp has in float32 are off by some 1e-4."""
 
     def make():
         return [normal(n, d), 0.5 * normal(d, d, seed=1) / d**0.5]
@@ -262,7 +263,7 @@ def adapter(n, d, device):
     ways = [("floor: a linear layer", linear, linear), (OURS, ours, exponential), (FORMULA, exponential, exponential),
             ("torch orthogonal(Linear), Cayley", called(mapped, original), cayley)]
     return Case(f"orthogonal adapter n={n} d={d} float32",
-                [*(contender(*way, make, device) for way in ways), oft(make, device)],
+                [*(contender(*way, make, device, 1 / (n * d)) for way in ways), oft(make, device)],
                 **work.orthogonal_adapter(n, d))
 
 
@@ -276,7 +277,7 @@ def oft(make, device):
         config = peft.OFTConfig(r=1, oft_block_size=0, target_modules=["0"])
         model = peft.get_peft_model(nn.Sequential(nn.Linear(x.shape[1], x.shape[1], bias=False)), config).to(device)
         leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(model(x).sum(), leaves)
+        return lambda: torch.autograd.grad(model(x).mean(), leaves)
 
     return Contender("peft OFT, one block", build, peak=True, note="a series for Cayley's inverse: unchecked")
 
