@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, linear, unfold
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_subspace as ts
-from torch_subspace import isotropy, lowrank
+from torch_subspace import grassmann, isotropy, lowrank
 from torch_subspace.lowrank.fastfood import draws, plain
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
@@ -140,6 +140,25 @@ def thin_convolutions(x, w, v, core, u, t):
          u)
 
 
+def ridge_and_back(z, after, c, t):
+    """The gradient's part in Zᵀ Z is symmetric, that in Zᵀ Z' is not."""
+    t(z.mT), z.mT @ after, z @ (c @ c), after @ c, z @ c
+
+
+def koopman_and_back(z, after, c, t):
+    """Two trajectories' ridges, the mean transition there and back, cosines with all but 2 + 2 points, the entropy."""
+    for own, following in zip(z, after):
+        ridge_and_back(own, following, c, t)
+        both(torch.matmul, own.clone(), c.clone())
+        both(lambda a, b: a @ b.mT, own[2:-2].clone(), own.clone())
+    entropy_and_back(z.flatten(0, 1), c, t)
+
+
+def entropy_and_back(z, c, t):
+    """V log(p) Vᵀ is symmetric."""
+    t(z.mT), t(c), z @ c
+
+
 COUNTED = [  # what work.py says, a formula of the op, what it is given
     (work.logits(B, N, C, K, False), lambda x, w, t: linear(x, w), (some(B, N), some(C * K, N))),
     (work.logits(B, N, C, K, True), lambda x, w, t: both(linear, x, w), (some(B, N), some(C * K, N))),
@@ -147,6 +166,23 @@ COUNTED = [  # what work.py says, a formula of the op, what it is given
     (work.rsgd(1, 64, N), products_of_step, (some(64, N), some(64, N))),
     (work.assignment(N, D, C, K), lambda x, w, t: linear(x, w), (some(N, D), some(C * K, D))),
     (work.k_subspaces(64, 256, 1, K), lambda x, w, t: (linear(x, w), t(x)), (some(64, 256), some(K, 256))),
+    (work.denoise(N, D, C, K), lambda x, w, t: x @ w.mT @ w, (some(N, D), some(C * K, D))),
+    (work.patch(N, D, K), lambda x, v, t: both(lambda x, v: x @ v.mT @ v, x, v), (some(N, D), some(K, D))),
+    (work.distances(1, 64, D, K), lambda x, v, z, t: (x @ v.mT, t(z), some(64, 64) @ z, z.mT @ x),
+     (some(64, D), some(K, D), some(64, K))),
+    (work.probe(1, N, D, K, C, B), lambda x, v, z, p, q, t: (x @ v.mT, z.mT @ x, both(linear, z[1:].clone(), p),
+                                                             both(linear, z.clone(), q)),
+     (some(N, D), some(K, D), some(N, K), some(C, K), some(B, K))),
+    (work.margin_loss(64, D, K), lambda x, w, z, t: (both(linear, x, w), t(z), some(64, 64) @ z),
+     (some(64, D), some(K, D), some(64, K))),
+    (work.entropy(640, 64), entropy_and_back, (some(640, 64), some(64, 64))),
+    (work.ridge(640, 64), ridge_and_back, (some(640, 64), some(640, 64), some(64, 64))),
+    (work.koopman(2, 640, 64, 2), koopman_and_back, (some(2, 640, 64), some(2, 640, 64), some(64, 64))),
+    (work.procrustes(N, D, False), lambda x, y, u, v, t: (x.mT @ y, u @ v),
+     (some(N, D), some(N, D), some(D, D), some(D, D))),
+    (work.procrustes(N, D, True), lambda x, y, u, v, t: (x.mT @ y, u @ v, turn := u @ (u.mT @ v @ v.mT) @ v, y @ turn,
+                                                         x @ turn), (some(N, D), some(N, D), some(D, D), some(D, D))),
+    (work.orthogonal_adapter(N, D), lambda x, q, t: both(linear, x, q), (some(N, D), some(D, D))),
     (work.gated_cosine(B, N, K),
      lambda z1, z2, g, t: (both(lambda a, b: a @ b.mT, z1, z2), both(lambda a, b: a @ b.mT, g, z2)),
      (some(B, K), some(N, K), some(B, K))),
@@ -216,12 +252,49 @@ def frozen(t):
     return t
 
 
+def with_basis(method, parameters, *given):
+    """A probe's method."""
+    probe = grassmann.OrthogonalProbe(N, K, *(len(p) for p in parameters[1:]))
+    called = torch.nn.Module()
+    called.probe, called.forward = probe, lambda *given: getattr(probe, method)(*given)
+    names = ("probe.basis", "probe.pairs", "probe.tokens")
+    return torch.func.functional_call(called, dict(zip(names, parameters)), given)
+
+
+def margin_loss(x, weight, bias, label):
+    """A learner's."""
+    model = grassmann.DynamicSubspaceLearners(D, B)
+    called = torch.nn.Module()
+    called.model, called.forward = model, model.loss
+    return torch.func.functional_call(called, {"model.embed.weight": weight, "model.embed.bias": bias}, (x, label))
+
+
 LABELS, FRAMES = torch.arange(N) % C, torch.linalg.qr(some(C, N, K)).Q.mT.contiguous()
 MOVED = [
     (work.logits(B, N, C, K, False), lambda x, w: ts.subspace_logits(x, w), (some(B, N), FRAMES), {"backward": False}),
     (work.logits(B, N, C, K, True), lambda x, w: ts.subspace_logits(x, w), (some(B, N), FRAMES.clone()), {}),
     (work.cross_entropy(N, N, C, K), ts.subspace_cross_entropy, (some(N, N), FRAMES.clone(), LABELS), {}),
     (work.assignment(B, N, C, K), lambda x, w: ts.grassmann.subspace_scores(x, w).argmax(1), (some(B, N), FRAMES),
+     {"backward": False}),
+    (work.denoise(B, N, C, K), grassmann.subspace_denoise, (some(B, N), FRAMES), {"backward": False}),
+    (work.patch(B, N, K), grassmann.subspace_patch, (some(B, N), some(B, N), some(K, N)), {}),
+    (work.distances(2, B, N, K), lambda x, v: with_basis("distances", [v], x), (frozen(some(2, B, N)), some(K, N)), {}),
+    (work.probe(2, B, N, K, C, D), lambda x, v, p, q, tree, pair, token: with_basis("loss", [v, p, q], x, tree, pair,
+                                                                                   token),
+     (frozen(some(2, B, N)), some(K, N), some(C, K), some(D, K), frozen(torch.rand(2, B - 1)),
+      torch.arange(2 * B - 2).view(2, -1) % C, torch.arange(2 * B).view(2, -1)), {}),
+    (work.grouped_normalize(B, D), lambda x: grassmann.grouped_normalize(x, (12, 8)), (some(B, D),), {}),
+    (work.margin_loss(N, D, B), margin_loss, (some(N, D), some(B, D), some(B), LABELS), {}),
+    (work.entropy(N, D), isotropy.von_neumann_entropy, (some(N, D),), {}),
+    (work.ridge(N, D), isotropy.ridge_transition, (some(N, D), some(N, D)), {}),
+    (work.koopman(2, N, D, 2), isotropy.KoopmanInformationLoss(k=2), (some(2, N, D), some(2, N, D)), {}),
+    (work.procrustes(N, D, False), isotropy.procrustes, (some(N, D), some(N, D)), {"backward": False}),
+    (work.procrustes(D, K, True), isotropy.procrustes, (some(D, K), some(D, K)), {}),
+    (work.orthogonal_adapter(N, D), linear, (some(N, D), some(D, D)), {}),
+    (work.distillation(N), lambda old, new: isotropy.similarity_distillation(old, new, tau=1.0, alpha=1.0),
+     (frozen(some(N, N)), some(N, N)), {}),
+    (work.group_lasso(N, D), lambda w: isotropy.group_lasso(w, [K] * (N // K)), (some(N, D),), {}),
+    (work.proximal(N, D), lambda w: isotropy.prox_group_lasso_(w, [K] * (N // K), 0.1), (some(N, D),),
      {"backward": False}),
     (work.gated_cosine(B, N, K), isotropy.gated_cosine, (some(B, K), some(N, K), torch.rand(B, K)), {}),
     (work.lambda_orthogonality(2, D), lambda *w: isotropy.lambda_orthogonality(w, 1.0).sum(),

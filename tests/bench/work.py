@@ -41,6 +41,42 @@ def k_subspaces(n, features, clusters, k):
             "flops": product + int(clusters * min(own, features) ** 2 * max(own, features))}
 
 
+def denoise(n, features, clusters, k):
+    """Points times all frames, and the weighted projections' way back."""
+    return {"bytes": FLOAT * (2 * n + clusters * k) * features, "flops": 4 * n * features * clusters * k}
+
+
+def patch(n, d, r):
+    """The change's coordinates and their way back; the same of the gradient; two products for the basis'."""
+    return {"bytes": FLOAT * (8 * n + 3 * r) * d, "flops": 12 * n * d * r}
+
+
+def distances(b, t, d, k):
+    """Tokens times the basis and the basis' gradient; of each sentence a triangle of inner products, and the gradient's
+    product with it. The tokens want none."""
+    return {"bytes": FLOAT * (2 * b * t * (d + t) + 3 * k * d), "flops": b * t * k * (4 * d + 3 * t)}
+
+
+def probe(b, t, d, k, pairs, tokens):
+    """The first two of these, and three products with the vectors of either kind of labels."""
+    scored = (t - 1) * pairs + t * tokens
+    numbers = b * (t * d + t - 1) + (k * d + (pairs + tokens) * k)
+    gradients = (d + pairs + tokens) * k
+    return {"bytes": FLOAT * (2 * numbers + gradients + 2) + 2 * LONG * b * (2 * t - 1),
+            "flops": b * k * (4 * t * d + 6 * scored)}
+
+
+def grouped_normalize(n, features):
+    """No product."""
+    return {"bytes": 5 * FLOAT * n * features, "flops": 0}
+
+
+def margin_loss(n, features, d):
+    """The embedding's three products; a triangle of the points' inner products, and the gradient's product with it."""
+    leaves = n * features + features * d + d
+    return {"bytes": FLOAT * (3 * leaves + 2) + 2 * LONG * n, "flops": 6 * n * features * d + 3 * n * n * d}
+
+
 def gated_cosine(b, n, k):
     """Two products forward, four backward."""
     return {"bytes": FLOAT * (3 * (2 * b + n) * k + 2 * b * n), "flops": 12 * b * n * k}
@@ -55,6 +91,51 @@ def sigreg(views, n, d, slices):
     """Points times directions, and the gradient's way back."""
     points = views * n * d
     return {"bytes": FLOAT * (3 * points + 2 * d * slices + 2), "flops": 4 * points * slices}
+
+
+def entropy(n, d):
+    """A triangle of the Gram matrix, one of what its eigenvectors make of logarithms, and a product of the points with
+    that. Eigenproblems are not counted."""
+    return {"bytes": FLOAT * (3 * n * d + 2), "flops": 3 * n * d * d + d**3}
+
+
+def ridge(n, d):
+    """A triangle of Zᵀ Z, and Zᵀ Z'; the solution's product with its gradient, and the way back to Z and Z'. Solves are
+    not counted."""
+    return {"bytes": FLOAT * (6 * n * d + 2 * d * d), "flops": 9 * n * d * d + 2 * d**3}
+
+
+def koopman(b, t, d, k):
+    """Of each trajectory this, three products with the mean transition, and three with the cosines of points that have
+    all neighbours; the entropy of all points."""
+    flops = b * (ridge(t, d)["flops"] + 6 * t * d * d + 6 * (t - 2 * k) * t * d) + entropy(b * t, d)["flops"]
+    return {"bytes": FLOAT * (6 * b * t * d + 2), "flops": flops}
+
+
+def procrustes(n, d, backward):
+    """Xᵀ Y and U Vᵀ; Uᵀ dQ V and its way back, then X and Y times that. Singular values are not counted."""
+    return {"bytes": FLOAT * ((6 if backward else 2) * n * d + (2 if backward else 1) * d * d),
+            "flops": 6 * n * d * d + 10 * d**3 if backward else 2 * n * d * d + 2 * d**3}
+
+
+def orthogonal_adapter(n, d):
+    """A linear layer's. The map from its parameters to Q is not counted."""
+    return {"bytes": FLOAT * (5 * n * d + 3 * d * d), "flops": 6 * n * d * d}
+
+
+def distillation(n):
+    """No product. The old similarities are read twice, too."""
+    return {"bytes": FLOAT * (5 * n * n + 2), "flops": 0}
+
+
+def group_lasso(rows, columns):
+    """No product."""
+    return {"bytes": FLOAT * (3 * rows * columns + 2), "flops": 0}
+
+
+def proximal(rows, columns):
+    """No product. The weight is read and written."""
+    return {"bytes": 2 * FLOAT * rows * columns, "flops": 0}
 
 
 def hadamard(v, n):
