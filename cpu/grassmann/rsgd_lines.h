@@ -29,10 +29,14 @@ static inline void turn_lines(subspace_retraction kind, lines *s)
             const double y = x / 16;
             f = g = 1;
 #pragma GCC unroll 9
-            for (int j = 9; j > 0; j--)
-                f = 1 - y * (1 / ((2. * j - 1) * (2. * j))) * f, g = 1 - y * (1 / ((2. * j) * (2. * j + 1))) * g;
-            g *= f, f = 2 * f * f - 1;
-            g *= f, f = 2 * f * f - 1;
+            for (int j = 9; j > 0; j--) {
+                g = 1 - y * (1 / ((2. * j) * (2. * j + 1))) * g;
+                if (j > 1) f = 1 - y * (1 / ((2. * j - 1) * (2. * j))) * f;
+            }
+            double v = y / 2 * f; /* 1 - cos, which doubling leaves its digits */
+            g *= 1 - v, v *= 2 * (2 - v);
+            g *= 1 - v, v *= 2 * (2 - v);
+            f = 1 - v;
         } else if (kind == SUBSPACE_CAYLEY) {
             g = 4 / (4 + x), f = 2 * g - 1;
         } else {
