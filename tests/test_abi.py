@@ -84,6 +84,14 @@ def test_how_it_is_linked(path):
     assert not elf.faults(path)
 
 
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
+def test_no_register_of_mmx_is_used():
+    """Without emms behind it, all of x87 that follows, long double that is, would be NaN."""
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library.LIB / "libtorch_subspace_cpu.so"], check=True,
+                          capture_output=True, text=True).stdout
+    assert "ret" in code and not re.findall(r".*%mm[0-7].*", code)
+
+
 def test_nothing_else_lies_beside_them():
     names = {path.name for path in library.LIB.iterdir()}
     cpu = {"libtorch_subspace_cpu.so"}
