@@ -273,7 +273,7 @@ def draw(path, found):
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     cases = [(f"{name}, {shots} texts a class", rows) for name, task in found["tasks"].items()
-             for shots, rows in task["shots"].items()]
+             for shots, rows in task["shots"].items() if len(task["validation"].get(shots, ())) == len(METHODS)]
     figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases) + 3, 3.6), layout="constrained", squeeze=False)
     colors = dict(zip(dict.fromkeys(method.partition(",")[0] for method in METHODS),
                       ("#8a8f98", "#c2410c", "#1f6fb2", "#2f855a", "#7a5195")))

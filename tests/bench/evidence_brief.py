@@ -18,7 +18,7 @@ def line(what, ours, other, mine, theirs):
 
 def write():
     """Accuracy of ours, of what one would take otherwise, and points between them."""
-    heads, texts = result(MANY)["rows"], result(TEXTS)["tasks"]["sections of Debian"]["shots"]["128"]
+    heads, texts = result(MANY)["rows"], result(TEXTS)["tasks"]
     memory, digits, sets = result("finetune_memory")["methods"], result("finetune")["rows"], result("clustering_sets")
     best = max((name for name in heads if name.startswith("Grassmann")),
                key=lambda name: max(heads[name]["validation"].values()))
@@ -26,10 +26,12 @@ def write():
     lines = ["| | ours | other | points |", "|---|---|---|---|"]
     lines += [line(what, best, "cosine head", *(shares(heads[name]["runs"], measure) for name in (best, "cosine")))
               for measure, what in where.items()]
-    for other in ("LoRA (peft), linear head", "all weights, linear head"):
-        lines.append(line("MiniLM, 128 texts a class", "adapters, Grassmann head", other,
-                          *(shares(texts[name]["runs"], "right") for name in ("ours, Grassmann head", other))))
-    lines.append(line("the same, low-rank AdamW", "LowRankAdamW, rank 8", "AdamW",
+    for task, what, other in (("sections of Debian", "package sections", "LoRA (peft), linear head"),
+                              ("packages of Python", "docstrings", "all weights, linear head")):
+        lines.append(line(f"MiniLM, {what}, 64 texts a class", "adapters, Grassmann head", other,
+                          *(shares(texts[task]["shots"]["64"][name]["runs"], "right")
+                            for name in ("ours, Grassmann head", other))))
+    lines.append(line("the same, all weights, 128 texts", "LowRankAdamW, rank 8", "AdamW",
                       *(shares(memory[name]["runs"], "right") for name in ("LowRankAdamW, rank 8", "AdamW"))))
     lines.append(line("new digits, 15 images a class", "adapters", "LoRA (peft)",
                       *([curve[-1] for curve in digits[name]["curves"]] for name in ("ours", "LoRA (peft)"))))
