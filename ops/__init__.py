@@ -30,7 +30,8 @@ from .grassmann.layers import GrassmannLinear
 from .grassmann.logits import subspace_logits
 from .grassmann.optim import RiemannianAdamW, RiemannianSGD, param_groups
 from .grassmann.rsgd import grassmann_step_
-from .isotropy import sigreg as _sigreg  # noqa: F401  (lazy families: torch.ops has a gradient from the start)
+from .isotropy import gated_cosine as _gated_cosine  # noqa: F401  (lazy families: torch.ops has gradients at once)
+from .isotropy import sigreg as _sigreg  # noqa: F401
 from .library import show_config
 from .lowrank import fastfood as _fastfood  # noqa: F401
 from .lowrank import hadamard as _hadamard  # noqa: F401

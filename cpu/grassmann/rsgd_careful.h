@@ -3,7 +3,7 @@
  * working precision. D is stored and projected twice, every sum is in double, f and g come from
  * eigenvalues, and the result is orthonormalised once more.
  *
- * Included by rsgd.c, without T and once per precision.
+ * Included by rsgd_lines.h, without T and once per precision.
  */
 #include "rsgd.h"
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */

@@ -34,8 +34,9 @@ def off(x: Tensor, memory: Tensor | None) -> Tensor:
     return x if memory is None else x - memory @ (memory.mT @ x)
 
 
-def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int, weight: Tensor,
-               processes: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int,
+               weight: Tensor | None = None, processes: dist.ProcessGroup | None = None,
+               ) -> tuple[Tensor, Tensor, Tensor]:
     """P (..., n, r1) of a gradient without its part in M, G P, and what is fed to the sketch, sigma_i v_i' as rows.
     `processes` have rows of the weight's matrix each.
 

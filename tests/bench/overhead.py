@@ -53,6 +53,7 @@ def calls():
         "coding_rate_soft": (lambda z: ts.coding_rate(z, soft), points),
         "sinkhorn": (lambda s: ts.sinkhorn(s, eta=1.0, symmetric=False), some(4, 4)),
         "sigreg": (lambda z: isotropy.sigreg(z, directions=lines), x),
+        "gated_cosine": (lambda z: isotropy.gated_cosine(z, points, points), some(16, 4)),
         "newton_schulz": (lambda m: lowrank.newton_schulz(m), x),
         "hadamard": (lambda v: lowrank.hadamard(v), x),
         "fastfood": (lambda t: lowrank.fastfood(t, 16, seed=1), some(16)),
