@@ -26,7 +26,6 @@ from ..common import (
     wide_dtype,
 )
 from .frames import as_dims
-from .logits import owners
 
 CUTOFF = 0.5  # negatives nearer than this are left out: their gradients' directions are noise
 SHARE = (0.0, 1.0, "a number from 0 to 1")
@@ -66,25 +65,17 @@ def grouped_normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
         return x.clone()
     with full_precision(x):
         wide = x.to(wide_dtype(x.dtype))
-        if len(set(sizes)) == 1:
-            groups = wide.unflatten(-1, (len(sizes), sizes[0]))
-            return _unit(groups, lambda t: t.sum(-1, keepdim=True), lambda t: t.amax(-1, keepdim=True)).flatten(
-                -2).to(x.dtype)
-        owner = owners(sizes, wide)
-        return _unit(wide, lambda t: _sums(t, owner, len(sizes))[..., owner],
-                     lambda t: torch.stack([part.amax(-1) for part in t.split(sizes, -1)], -1)[..., owner]).to(x.dtype)
+        if len(set(sizes)) == 1 and len(sizes) > 32:  # fewer are quicker one by one: what is between stays in the cache
+            return _unit(wide.unflatten(-1, (len(sizes), sizes[0]))).flatten(-2).to(x.dtype)
+        return torch.cat([_unit(part) for part in wide.split(sizes, -1)], -1).to(x.dtype)
 
 
-def _sums(t: Tensor, owner: Tensor, groups: int) -> Tensor:
-    return t.new_zeros(*t.shape[:-1], groups).index_add(-1, owner, t)
-
-
-def _unit(x: Tensor, sums, largest) -> Tensor:
-    """x over the root of its groups' sums of squares, first over their largest entry, so that no square is lost."""
-    most = largest(x.detach().abs())
+def _unit(x: Tensor) -> Tensor:
+    """x over its lengths along the last axis, first over the largest entries, so that no square is lost."""
+    most = x.detach().abs().amax(-1, keepdim=True)
     zero = most == 0
-    x = (x / most.masked_fill(zero, 1)).masked_fill(zero, 0)  # and no gradient
-    return x * sums(x.square()).masked_fill(zero, 1).rsqrt()
+    x = x / most.masked_fill(zero, torch.inf)  # zeros stay zeros, and so does their gradient
+    return x * x.square().sum(-1, keepdim=True).masked_fill(zero, 1).rsqrt()
 
 
 class DynamicSubspaceLearners(nn.Module):

@@ -84,7 +84,14 @@ class OrthogonalProbe(StiefelModule):
     def distances(self, x: Tensor) -> Tensor:
         """Squared distances of all tokens' projections, (..., T, T), of tokens (..., T, d)."""
         z = self._projected("OrthogonalProbe.distances", x)
-        return (z[..., :, None, :] - z[..., None, :, :]).square().sum(-1)
+        if z.dtype == torch.float64:
+            return (z[..., :, None, :] - z[..., None, :, :]).square().sum(-1)
+        # by inner products in double, of which float32 keeps all that the differences of its numbers would have
+        with full_precision(z):
+            wide = z.double()
+            product = wide @ wide.mT
+        square = product.diagonal(dim1=-2, dim2=-1)
+        return (square[..., :, None] + square[..., None, :] - 2 * product).clamp(min=0).to(z.dtype)
 
     def loss(self, x: Tensor, distance: Tensor, pair: Tensor | None = None, token: Tensor | None = None) -> Tensor:
         """How far the probe is from the trees, to be minimised.

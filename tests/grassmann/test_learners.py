@@ -33,6 +33,12 @@ def test_groups_are_unit_vectors(dims):
     assert grouped_normalize(x[:0].detach(), dims).shape == (0, 4, 6)
 
 
+def test_many_groups_alike_are_as_one_by_one():
+    x, dims = normal(3, 80), (2,) * 40
+    helpers.close(grouped_normalize(x, dims), torch.cat([grouped_normalize(part, (2,)) for part in x.split(2, -1)], -1),
+                  1e-15)
+
+
 @pytest.mark.parametrize("dims", DIMS[:2], ids=str)
 def test_groups_of_zeros_stay_zeros(dims):
     x = normal(4, 6, seed=1)

@@ -42,6 +42,25 @@ def test_its_values():
     assert (half(x.bfloat16()) - probe(x.bfloat16().double())).abs().max() < 1e-5
 
 
+def test_float32_distances_of_near_tokens_far_out_are_those_of_their_differences():
+    probe = OrthogonalProbe(7, 7)
+    with torch.no_grad():
+        probe.basis.copy_(torch.eye(7))
+    x = (100 + 1e-3 * normal(2, 6, 7, seed=1)).float().requires_grad_()
+    x.data[0, 3] = x.data[0, 2]
+    weight = normal(2, 6, 6, seed=2).float()
+
+    def found(distances):
+        return distances, *torch.autograd.grad((weight * distances).sum(), x)
+
+    z = x.double()
+    exact = (z[:, :, None] - z[:, None]).square().sum(-1)
+    ours = probe.distances(x)
+    assert ours.dtype == torch.float32 and not ours.diagonal(0, 1, 2).any() and ours[0, 2, 3] == 0 <= ours.min()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-9 * exact.max().item())
+    helpers.close(found(ours), found(exact), 1e-5)
+
+
 def tree(count, generator):
     """Parents of a random tree, each before its children."""
     return [None] + [int(torch.randint(max(0, i - 6), i, (1,), generator=generator)) for i in range(1, count)]
