@@ -126,9 +126,13 @@ def _weights(length: Tensor, frames: Tensor, dims: Sequence[int] | None, signal:
     """Probabilities of the subspaces, (rows, C), from the lengths of projections."""
     if noise == 0:
         return torch.nn.functional.one_hot(length.argmax(-1), length.shape[-1]).to(length) if length.numel() else length
-    most = length.double().amax(-1, keepdim=True) if length.shape[-1] else 0  # differences of squares, in float64: the
-    ratio = math.hypot(signal, noise)  # smallest noise makes them large
-    factor = min(signal / ratio / noise, 1e100)
+    if length.shape[-1] == 0:
+        return length
+    # Differences of squares, from which the largest is taken off: no more is lost than the lengths have lost already.
+    # The factor is held where the largest product still is a number: the weights beside it are 0 long before.
+    most, limit = length.detach().amax(-1, keepdim=True), torch.finfo(length.dtype).max
+    ratio = math.hypot(signal, noise)
+    factor = (math.sqrt(limit / 4) / most.double()).clamp(max=min(signal / ratio / noise, limit / 4)).to(length.dtype)
     score = (length - most) * factor * ((length + most) * factor) / 2
     if dims is not None:  # those of more dimensions are thinner spread
         thin = math.log(ratio) - math.log(noise)
