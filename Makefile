@@ -87,9 +87,10 @@ test-latest:    ## the same tests without the locks, on what the index has today
 # KERNELS, the build folder in a tree with the same sources: what was compiled there is tested, not compiled once more
 native-release: kernels := $(abspath $(wildcard $(KERNELS)))
 
+# OBJECTS, the build folder of another preset: its test programs are linked with the kernels that are compiled here
 native-%: $(VENV)/.ready # GoogleTest programs of a CMake preset: release, debug, clang, asan
 	$(if $(kernels),for folder in cpu shim; do diff -r $$folder $(kernels)/../../$$folder || exit; done)
-	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py)) -DTS_KERNELS=$(kernels)
+	cmake --preset $* -DPython3_EXECUTABLE=$(abspath $(py)) -DTS_KERNELS=$(kernels) -DTS_TEST_OBJECTS=$(abspath $(OBJECTS))
 	cmake --build --preset $* --parallel
 	ctest --preset $*
 
