@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, one_hot
 
 from ..common import (
     FLOATS,
@@ -49,7 +50,7 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
         (..., C), of x's dtype: ||frames[c] @ x||^2. What a subspace does not hold is ||x||^2 less that, so the nearest
         subspace has the largest score, of those of one dimension the likeliest too.
 
-    Differentiable as `torch_subspace.subspace_logits` is, whose squares these are; under autocast in its dtype too.
+    Differentiable in ``x`` and ``frames`` any number of times; under autocast in its dtype, as a linear layer.
 
     Raises:
         TypeError: x or frames is no dense floating tensor, or their dtypes differ.
@@ -64,7 +65,24 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
     """
     x, frames = autocast(x, frames)
     dims = check_frames("subspace_scores", x, frames, dims, "frames")
+    if _differentiated(x, frames):
+        with torch.autocast(x.device.type, enabled=False):
+            wide = wide_dtype(x.dtype)
+            proj = linear(x.to(wide), frames.to(wide).flatten(0, -2))
+            return _by_class(proj.square(), frames, dims).to(x.dtype)
     return subspace_logits(x, frames, gamma=1.0, normalize=False, dims=dims).square()
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether derivatives may be asked for: those of lengths are 0 where a length is, those of squares are right."""
+    return transformed() or exporting() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _by_class(rows: Tensor, frames: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """Sums over each class's rows, (..., C), of (..., all rows)."""
+    if dims is None:
+        return rows.unflatten(-1, frames.shape[:2]).sum(-1)
+    return rows.new_zeros(*rows.shape[:-1], len(dims)).index_add(-1, owners(dims, frames), rows)
 
 
 def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: float = 1.0, *,
@@ -86,7 +104,7 @@ def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: floa
         The mean of the point, shaped like x, of its dtype; float16 and bfloat16 are computed in float32. By Tweedie's
         formula it is (x + noise^2 grad log p(x)) / signal, with p the density of what is seen.
 
-    Differentiable in ``x`` and ``frames``. Autocast does not change its precision, as weights that differ by powers of
+    Differentiable in ``x`` and ``frames`` any number of times. Autocast does not change its precision, as weights that differ by powers of
     e are no matter for eight bits.
 
     Raises:
@@ -111,45 +129,63 @@ def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: floa
         flat, w = x.reshape(-1, x.shape[-1]).to(wide), frames.to(wide)
         ratio = math.hypot(signal, noise)
         shrink = signal / ratio / ratio
-        if transformed() or exporting():
+        if _differentiated(x, frames):
             mean = _plain(flat, w, dims, signal, noise)
         else:
             rows = w.numel() // max(1, w.shape[-1])
             start, keep = starts(dims, w.device), flat.shape[0] * rows <= KEEP_PROJECTIONS
             length, proj = _op.logits(flat, w, start, 1.0, False, keep)
-            dlogits = length * _weights(length, w, dims, signal, noise)
-            mean, _ = _op.logits_backward(dlogits, flat, w, start, proj.detach(), 1.0, False, True, False)
+            dlogits = length * _weights(length, dims, signal, noise)
+            mean, _ = _op.logits_backward(dlogits, flat, w, start, proj, 1.0, False, True, False)
         return (shrink * mean).to(x.dtype).view(x.shape)
 
 
-def _weights(length: Tensor, frames: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
+def _weights(length: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
     """Probabilities of the subspaces, (rows, C), from the lengths of projections."""
-    if noise == 0:
-        return torch.nn.functional.one_hot(length.argmax(-1), length.shape[-1]).to(length) if length.numel() else length
     if length.shape[-1] == 0:
         return length
+    if noise == 0:
+        return one_hot(length.argmax(-1), length.shape[-1]).to(length)
     # Differences of squares, from which the largest is taken off: no more is lost than the lengths have lost already.
-    # The factor is held where the largest product still is a number: the weights beside it are 0 long before.
-    most, limit = length.detach().amax(-1, keepdim=True), torch.finfo(length.dtype).max
-    ratio = math.hypot(signal, noise)
-    factor = (math.sqrt(limit / 4) / most.double()).clamp(max=min(signal / ratio / noise, limit / 4)).to(length.dtype)
-    score = (length - most) * factor * ((length + most) * factor) / 2
+    most = length.amax(-1, keepdim=True)
+    factor = _factor(most, signal, noise)
+    return _softmax((length - most) * factor * ((length + most) * factor) / 2, dims, signal, noise)
+
+
+def _factor(most: Tensor, signal: float, noise: float) -> Tensor:
+    """The root of what squares of lengths are multiplied by, given a bound of the lengths: held where the largest
+    product still is a number, as the weights beside it are 0 long before."""
+    limit = torch.finfo(most.dtype).max
+    factor = min(signal / math.hypot(signal, noise) / noise, limit / 4)
+    return (math.sqrt(limit / 4) / most.double()).clamp(max=factor).to(most.dtype)
+
+
+def _softmax(score: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
     if dims is not None:  # those of more dimensions are thinner spread
-        thin = math.log(ratio) - math.log(noise)
+        thin = math.log(math.hypot(signal, noise)) - math.log(noise)
         score = score - thin * torch.tensor(dims, dtype=score.dtype, device=score.device)
-    return score.softmax(-1).to(length.dtype)
+    return score.softmax(-1)
 
 
 def _plain(x: Tensor, frames: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
-    """The sum of projections by the plain formula, for torch.func and programs that are exported."""
-    proj = torch.nn.functional.linear(x, frames.reshape(-1, frames.shape[-1]))
-    length = subspace_logits(x, frames, gamma=1.0, normalize=False, dims=dims)
-    weights = _weights(length, frames, dims, signal, noise)
+    """The sum of projections by the plain formula, which has all derivatives, and from squares: at a projection of 0
+    a length has none."""
+    flat = frames.flatten(0, -2)
+    proj = linear(x, flat)
+    if proj.shape[-1] == 0:
+        return proj @ flat
+    bound = proj.detach().abs().amax(-1, keepdim=True) * math.sqrt(proj.shape[-1])
+    if noise == 0:
+        size = _by_class((proj.detach() / bound.masked_fill(bound == 0, 1)).square(), frames, dims)
+        weights = one_hot(size.argmax(-1), size.shape[-1]).to(proj)
+    else:
+        squares = _by_class((proj * _factor(bound, signal, noise)).square(), frames, dims)
+        weights = _softmax(squares / 2, dims, signal, noise)
     if dims is None:
         weights = weights.repeat_interleave(frames.shape[1], -1)
     else:
         weights = weights[:, owners(dims, frames)]
-    return (proj * weights) @ frames.reshape(-1, frames.shape[-1])
+    return (proj * weights) @ flat
 
 
 @torch.no_grad()
@@ -168,7 +204,8 @@ def class_subspaces(x: Tensor, y: Tensor, k: int, *, num_classes: int | None = N
         generator: draws the random directions, on x's device.
 
     Returns:
-        frames, (C, k, n), on x's device, of its dtype (float32 for half types), rows in the order of their energy.
+        frames, (C, k, n), on x's device, of its dtype, rows in the order of their energy. For half types float32, since
+        rows rounded to halves are not orthonormal: beside half points they are to be cast, ``frames.to(x.dtype)``.
         Eigenproblems are torch.linalg.eigh's, in float64, of the smaller Gram matrix.
 
     Raises:

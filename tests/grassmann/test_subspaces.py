@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import frame_error, normal
+from helpers import close, frame_error, normal
 from sklearn.datasets import load_digits
 
 from torch_subspace.grassmann import class_subspaces, subspace_denoise, subspace_scores
@@ -78,6 +78,31 @@ def test_other_ways_to_call_it(dims):
     torch.testing.assert_close((forward * tangent).sum(), (backward * tangent).sum())
     assert denoise(x[:0]).shape == (0, 7)
     assert not subspace_denoise(x, torch.zeros(0, 2, 7, dtype=x.dtype)).any()
+
+
+@pytest.mark.parametrize("dims", [None, (3, 1)], ids=["alike", "ragged"])
+def test_derivatives_where_a_projection_is_zero(dims):
+    """Of a dead row, or a point that a subspace is orthogonal to: there a length has no derivative, and its square has."""
+    frames = torch.eye(4, dtype=torch.float64).reshape((2, 2, 4) if dims is None else (4, 4)).requires_grad_()
+    x = torch.tensor([[0.3, 0.4, 0, 0], [0, 0, 0, 0.2], [0, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
+    for function in (lambda x, w: subspace_scores(x, w, dims=dims),
+                     lambda x, w: subspace_denoise(x, w, noise=0.5, dims=dims)):
+        assert torch.autograd.gradcheck(function, (x, frames))
+        assert torch.autograd.gradgradcheck(function, (x, frames))
+        with torch.no_grad():
+            values = function(x, frames)
+        close(function(x, frames), values, 1e-14)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e18])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_denoising_does_not_depend_on_the_unit(size, noise):
+    x, frames = normal(5, 7), frames_of(None)
+    given = ((x * size).float(), frames.float())
+    expected = subspace_denoise(given[0].double(), given[1].double(), size, noise * size)
+    for x in (given[0], given[0].requires_grad_()):
+        found = subspace_denoise(x, given[1], size, noise * size)
+        close(found.double(), expected, 1e-5)
 
 
 def test_half_types_are_computed_in_float32():
