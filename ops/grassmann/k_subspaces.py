@@ -7,10 +7,18 @@ principal directions of a cluster's points. Either step lowers the sum or leaves
 minimum, for which several starts are made. A start draws its first subspace about a point, and each further one about
 a point that the ones before hold least of (k-means++ with the residual for the distance): the point's nearest by
 |cosine|.
+
+A score is good to eps ||x||^2, so a distance by the difference of squares to sqrt(eps) ||x|| only: enough to assign by.
+The distances that are given out or summed at the end, by which starts are compared too, are lengths of residuals
+x - U'U x, in float64, a few rows at a time: to a point's own subspace, and to others that hold more than half of it. To
+those that hold less the difference is good to eps ||x||.
 """
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,6 +39,8 @@ try:
 except ImportError as error:
     raise ImportError(f"KSubspaces needs scikit-learn >= 1.6 (pip install scikit-learn): {error}") from None
 
+CHUNK = 1 << 17  # entries of the points whose residuals are formed at a time: 1 MiB
+
 
 class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Clusters points that lie near some low-dimensional subspaces through the origin.
@@ -50,7 +60,7 @@ class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     Attributes:
         frames_: (n_clusters, dim, n_features), orthonormal rows in the order of their energy.
         labels_: (n_samples,), a cluster of each point.
-        inertia_: the squared lengths of what the points' subspaces don't hold, summed.
+        inertia_: the squared lengths of what the points' subspaces don't hold, summed; inf above what a float holds.
         n_iter_: alternations of the best start.
         n_features_in_: features seen in `fit`.
 
@@ -89,41 +99,43 @@ class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             raise ValueError(f"KSubspaces: dim must be at most n_features={x.shape[1]}, got {dim}")
         draw = self._generator()
         best = None
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            longest = x.abs().amax()
-            scaled = x / longest if longest > 0 else x  # so that no square is lost
+        with _plainly():
+            scaled, _ = _scaled(x, (0, 1))  # all alike, as the longer points count for more
             energy = scaled.square().sum(1)
             for seed in draw.randint(np.iinfo(np.int32).max, size=starts):
                 found = _alternate(scaled, energy, count, dim, most, self.tol, torch.Generator().manual_seed(int(seed)))
-                if best is None or found[2] < best[2]:
-                    best = found
-        frames, labels, inertia, self.n_iter_, ended = best
+                left = float(_left(scaled, found[1], found[0]).square().sum())
+                if best is None or left < best[0]:
+                    best = left, *found
+            _, frames, _, self.n_iter_, ended = best
+            labels, self.inertia_ = _assigned(x, frames)  # as `predict` and `score` will say
         if not ended:
             warnings.warn(f"KSubspaces: labels still changed after max_iter={most} alternations", ConvergenceWarning,
                           stacklevel=2)
         self.frames_, self.labels_ = frames.numpy(), labels.numpy().astype(np.int32)
-        self.inertia_ = inertia * float(longest) ** 2
         return self
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """The subspace that holds most of each point, (n_samples,)."""
-        return self._scores(X)[1].argmax(1).numpy().astype(np.int32)
+        x, frames = self._given(X)
+        with _plainly():
+            return _scores(_scaled(x)[0], frames).argmax(1).numpy().astype(np.int32)
 
     def transform(self, X: npt.ArrayLike) -> npt.NDArray[np.floating]:
-        """Distances of the points to the subspaces, (n_samples, n_clusters)."""
-        x, scores = self._scores(X)
-        return (x.square().sum(1, keepdim=True) - scores).clamp_(min=0).sqrt_().numpy()
+        """Distances of the points to the subspaces, (n_samples, n_clusters); inf above what X's dtype holds."""
+        x, frames = self._given(X)
+        with _plainly():
+            return _distances(x, frames).numpy()
 
     def score(self, X: npt.ArrayLike, y: Any = None) -> float:
         """Less the squared distances of the points to the subspaces nearest to them, summed."""
-        x, scores = self._scores(X)
-        return -float((x.square().sum(1) - scores.amax(1)).clamp(min=0).sum(dtype=torch.float64))
+        x, frames = self._given(X)
+        with _plainly():
+            return -_assigned(x, frames)[1]
 
-    def _scores(self, X) -> tuple[Tensor, Tensor]:
+    def _given(self, X) -> tuple[Tensor, Tensor]:
         check_is_fitted(self, "frames_")
-        x = self._checked(X, reset=False)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return x, subspace_scores(x, torch.from_numpy(self.frames_).to(x.dtype))
+        return self._checked(X, reset=False), torch.from_numpy(self.frames_)
 
     def _checked(self, X, reset) -> Tensor:
         if isinstance(X, Tensor):
@@ -134,7 +146,8 @@ class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             X = (X.float() if X.dtype in HALF else X).numpy()
         elif X is None:  # numpy's nan
             raise TypeError("KSubspaces: X must be points (n, f), got None")
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
+        with np.errstate(invalid="ignore"):  # it first adds up all entries: of large ones that may be inf - inf
+            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
         return torch.from_numpy(np.require(X, None, ["C", "W"]))
 
     def _generator(self) -> np.random.RandomState:
@@ -156,6 +169,72 @@ class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Numbers in their own precision, without derivatives, whatever torch is set to."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _scaled(x: Tensor, dim: int | tuple[int, int] = 1) -> tuple[Tensor, Tensor]:
+    """Each point, or with dim=(0, 1) all alike, over a power of two near its largest entry, and the power.
+
+    So no square is lost, and as powers of two change no digit, no label depends on a size. Powers are held where they
+    and their inverses are normal numbers, 2^-126 to 2^126 in float32: beyond, entries are small or large by a few bits.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    size = torch.linalg.vector_norm(x, math.inf, dim, keepdim=True).clamp(tiny, 1 / tiny)
+    power = size / (2 * torch.frexp(size).mantissa)  # exact, which torch's 2^exponent need not be
+    return x / power, power
+
+
+def _scores(x: Tensor, frames: Tensor) -> Tensor:
+    """(points, subspaces), by which points are assigned, of scaled points in their dtype."""
+    return subspace_scores(x, frames.to(x.dtype))
+
+
+def _bases(frames: Tensor) -> Tensor:
+    """Bases (count, n, dim) of the frames' subspaces, orthonormal in float64: a frame in float32 is so to eps only."""
+    return torch.linalg.qr(frames.double().mT).Q
+
+
+def _residuals(x: Tensor, rows: Tensor, basis: Tensor) -> Tensor:
+    """Lengths, in float64, of what a subspace doesn't hold of some of the points."""
+    found = [x.new_empty(0, dtype=torch.float64)]
+    for some in rows.split(max(1, CHUNK // x.shape[1])):
+        points = x[some].double()
+        found.append(torch.addmm(points, points @ basis, basis.mT, alpha=-1).norm(dim=1))
+    return torch.cat(found)
+
+
+def _left(x: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
+    """The points' distances to their own subspaces, in float64."""
+    left = x.new_empty(len(x), dtype=torch.float64)
+    for label, basis in enumerate(_bases(frames)):
+        rows = (labels == label).nonzero()[:, 0]
+        left[rows] = _residuals(x, rows, basis)
+    return left
+
+
+def _assigned(x: Tensor, frames: Tensor) -> tuple[Tensor, float]:
+    """(labels, the sum of the squared distances to the points' own subspaces), of points of any size."""
+    x, power = _scaled(x)
+    labels = _scores(x, frames).argmax(1)
+    return labels, float((_left(x, labels, frames) * power[:, 0]).square().sum())
+
+
+def _distances(x: Tensor, frames: Tensor) -> Tensor:
+    """Of all points, of any size, to all subspaces: sqrt(||x||^2 - score) where at most half of ||x||^2 is held."""
+    x, power = _scaled(x)
+    scores, energy = _scores(x, frames), x.square().sum(1, keepdim=True)
+    near = (scores > energy / 2).mT.contiguous()
+    far = scores.sub_(energy).neg_().clamp_(min=0).sqrt_()
+    for label, basis in enumerate(_bases(frames)):
+        rows = near[label].nonzero()[:, 0]
+        far[rows, label] = _residuals(x, rows, basis).to(far.dtype)
+    return far.mul_(power)
 
 
 def _start(x: Tensor, energy: Tensor, count: int, dim: int, generator: torch.Generator) -> Tensor:
@@ -183,15 +262,14 @@ def _frames_of(x: Tensor, labels: Tensor, left: Tensor, count: int, dim: int, ge
 
 
 def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: float, generator: torch.Generator):
-    """(frames, labels, what is left, alternations, whether it ended) of one start."""
+    """(frames, labels, alternations, whether it ended) of one start."""
     frames, labels, before = _start(x, energy, count, dim, generator), None, float("inf")
     for turn in range(1, most + 1):
         held, found = subspace_scores(x, frames).max(1)
         left = (energy - held).clamp_(min=0)
         now = float(left.sum(dtype=torch.float64))
         if labels is not None and (before - now <= tol * before or torch.equal(found, labels)):
-            return frames, found, now, turn, True
+            return frames, found, turn, True
         labels, before = found, now
         frames = _frames_of(x, labels, left, count, dim, generator)
-    held, labels = subspace_scores(x, frames).max(1)
-    return frames, labels, float((energy - held).clamp_(min=0).sum(dtype=torch.float64)), most, False
+    return frames, subspace_scores(x, frames).argmax(1), most, False

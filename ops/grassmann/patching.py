@@ -24,7 +24,7 @@ def subspace_patch(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
         source: vectors to take from, of the same shape, or one that broadcasts with it.
         basis: (r, d), orthonormal rows, or (..., r, d), whose leading dimensions broadcast with those of base: a
             subspace each. Or a single direction v of any length, (d,): then patched is
-            base + (<source, v> - <base, v>) / <v, v> v.
+            base + (<source, v> - <base, v>) / <v, v> v; along v = 0, which is no direction, nothing is taken.
 
     Returns:
         base + (source - base) V' V, of base's dtype; float16 and bfloat16 are computed in float32, also under autocast,
@@ -71,12 +71,23 @@ def subspace_patch(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
         start, v = base.to(wide), basis.to(wide)
         change = source.to(wide) - start
         if v.dim() == 1:
-            part = ((change @ v) / (v @ v))[..., None] * v
+            part = _along(change, v)
         elif v.dim() == 2:
             part = change @ v.mT @ v
         else:
             part = (v.mT @ (v @ change[..., None]))[..., 0]
         return (start + part).to(base.dtype)
+
+
+def _along(change: Tensor, v: Tensor) -> Tensor:
+    """<change, v> / <v, v> v. Of a long or a short v the square would be infinite or 0: as lengths don't matter, it is
+    first divided by its largest entry, a constant to all derivatives."""
+    if not v.shape[0]:
+        return torch.zeros_like(change)
+    largest = v.detach().abs().amax()
+    v = v / torch.where(largest == 0, 1, largest)
+    square = v @ v
+    return ((change @ v) / torch.where(square == 0, 1, square))[..., None] * v
 
 
 class SubspacePatch(StiefelModule):
@@ -133,7 +144,8 @@ def rowspace_split(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (row, null), shaped like v and of its dtype: v = row + null with row in the span of the rows of weight and
-        ``weight @ null`` zero. Singular values below max(m, d) eps of the largest count as zero. Computed in float64;
+        ``weight @ null`` zero. Singular values below max(m, d) eps of the largest count as zero, with weight's dtype's
+        eps, but float32's for half types: bfloat16's would make all of them zero from d = 128 on. Computed in float64;
         differentiable in v, not in weight.
 
     A patch along v that moves behaviour, where along ``null`` alone and along ``row`` alone it moves nothing, is an
@@ -163,7 +175,7 @@ def rowspace_split(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name}: need v (..., d) and weight (m, d), got {tuple(v.shape)} and {tuple(weight.shape)}")
     with full_precision(v):
         wide = torch.float32 if v.device.type == "mps" else torch.float64
-        rows = _row_space(name, weight.detach().to(wide), torch.finfo(weight.dtype).eps)
+        rows = _row_space(name, weight.detach().to(wide), torch.finfo(wide_dtype(weight.dtype)).eps)
         row = v.to(wide) @ rows.mT @ rows
         return row.to(v.dtype), (v.to(wide) - row).to(v.dtype)
 

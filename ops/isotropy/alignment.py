@@ -17,7 +17,7 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         Q, (..., d, d): U Vᵀ of the singular value decomposition xᵀ y = U S Vᵀ. Of x's dtype; float32 for half types,
-        which are widened first (also under autocast). NaN where x or y has NaN or infinity.
+        which are widened first (also under autocast); y is taken in that, too. NaN where x or y has NaN or infinity.
 
     Differentiable in both, once; the gradient has sums of two singular values in denominators, never differences, so
     repeated ones are nothing special. Where both are 0 Q is not unique: any one is returned, and the gradient has no
@@ -41,12 +41,19 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"{name}: x and y must be alike, got {tuple(x.shape)} on {x.device} and {tuple(y.shape)} on "
                          f"{y.device}")
     wide = wide_dtype(x.dtype)
-    moments = product(x.to(wide), y.to(wide))
+    moments = product(_scaled(x.to(wide)), _scaled(y.to(wide)))
     with full_precision(moments):
         if not transformed():
             return _Polar.apply(moments)
         u, _, vt = torch.linalg.svd(moments)
         return u @ vt
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """The largest entry is 1: products neither overflow nor vanish whatever the units. As Q doesn't depend on it, the
+    divisor is a constant to all derivatives."""
+    largest = x.detach().abs().amax((-2, -1), keepdim=True)
+    return x / torch.where(largest == 0, 1, largest)
 
 
 class _Polar(torch.autograd.Function):

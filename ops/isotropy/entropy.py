@@ -60,6 +60,7 @@ def von_neumann_entropy(z: Tensor, *, of: str = "points", process_group: dist.Pr
     check_word(name, "of", of, OF)
     check_group(name, process_group)
     wide, n = z.to(wide_dtype(z.dtype)), z.shape[-2]
+    wide = wide / _largest(wide, -1 if of == "directions" else (-2, -1), process_group)
     if of == "directions":
         wide = torch.nn.functional.normalize(wide, dim=-1)
     elif of == "covariance" and process_group is None:
@@ -73,6 +74,19 @@ def von_neumann_entropy(z: Tensor, *, of: str = "points", process_group: dist.Pr
     if not z.is_cuda and not count:
         raise ValueError(f"{name}: z must have points in one process at least, got {tuple(z.shape)} in each")
     return _entropy(moments)
+
+
+def _largest(z: Tensor, dim: int | tuple[int, int], group: dist.ProcessGroup | None) -> Tensor:
+    """The largest entry of each row or view, by which it is divided: squares neither overflow nor vanish whatever the
+    units. As the entropy doesn't depend on it, it is a constant to all derivatives. 1 where all are 0."""
+    z = z.detach()
+    if dim == -1 or z.shape[-2]:
+        largest = z.abs().amax(dim, keepdim=True)
+    else:  # a process without points
+        largest = z.new_zeros((*z.shape[:-2], 1, 1))
+    if dim != -1 and group is not None:  # all parts of a view by the same
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    return torch.where(largest == 0, 1, largest)
 
 
 def _entropy(moments: Tensor) -> Tensor:

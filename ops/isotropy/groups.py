@@ -54,7 +54,7 @@ def prox_group_lasso_(weight: Tensor, groups: Iterable[int], step: float) -> Ten
     Returns:
         weight.
 
-    Raises: TypeError, ValueError as `group_lasso`, before anything is changed.
+    Raises: TypeError, ValueError as `group_lasso`, or where elements of weight share memory; before any change.
 
     Example:
         >>> weight = torch.tensor([[3.0, 0], [0, 4], [0, 0], [1, 0]])
@@ -66,6 +66,9 @@ def prox_group_lasso_(weight: Tensor, groups: Iterable[int], step: float) -> Ten
     """
     check_number("prox_group_lasso_", "step", step, NOT_NEGATIVE)
     index, norm = _norms("prox_group_lasso_", weight, groups)
+    if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape)):
+        raise ValueError(f"prox_group_lasso_: weight must have no elements that share memory, got strides "
+                         f"{weight.stride()} for shape {tuple(weight.shape)}")
     factor = torch.where(norm <= step, 0, 1 - step / norm)[index].to(wide_dtype(weight.dtype))
     scaled = weight * factor.view(-1, *[1] * (weight.dim() - 1))
     return weight.copy_(torch.where(scaled == 0, 0, scaled))  # no -0
@@ -82,7 +85,7 @@ def _norms(name: str, weight: Tensor, groups: Iterable[int]) -> tuple[Tensor, Te
                          f"{told(groups)} for shape {tuple(weight.shape)}")
     index = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)], dtype=torch.int64,
                          device=weight.device)
-    square = weight.to(wide_dtype(weight.dtype)).reshape(len(index), -1).square().sum(1, dtype=torch.float64)
+    square = weight.to(torch.float64).reshape(len(index), -1).square().sum(1)  # float32's would overflow or vanish
     square = square.new_zeros(len(sizes)).index_add(0, index, square)
     some = square > 0  # of a group of zeros the square root has no slope; NaN is no number above 0 either
     return index, torch.where(some, torch.where(some, square, 1).sqrt(), square)

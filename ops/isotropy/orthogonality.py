@@ -115,15 +115,21 @@ def _excess_in_strips(weight: Tensor) -> Tensor:
     return found
 
 
-def _distance(excess: Tensor, rows: int) -> Tensor:
-    """f; at 0 without a slope."""
-    square = excess.square().sum((-2, -1)) + (rows - excess.shape[-1])
+def _squares(excess: Tensor) -> torch.dtype:
+    """What squares are summed in: float32 ends long before f does."""
+    return torch.float32 if excess.device.type == "mps" else torch.float64
+
+
+def _distance(excess: Tensor, square: Tensor, rows: int) -> Tensor:
+    """f, of the excess and the sum of its squares; at 0 without a slope."""
+    square = square + (rows - excess.shape[-1])
     off = square != 0
-    return torch.where(off, torch.where(off, square, 1).sqrt(), 0)
+    return torch.where(off, torch.where(off, square, 1).sqrt(), 0).to(excess.dtype)
 
 
 def _plain(weight: Tensor, lam: float, alpha: float) -> Tensor:
-    f = _distance(_excess(weight), weight.shape[-2])
+    excess = _excess(weight)
+    f = _distance(excess, excess.to(_squares(excess)).square().sum((-2, -1)), weight.shape[-2])
     return torch.sigmoid(alpha * (f - lam)) * f
 
 
@@ -132,7 +138,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, weight, lam, alpha):
         ctx.lam, ctx.alpha = lam, alpha
         excess = _excess_in_strips(weight)
-        f = _distance(excess, weight.shape[-2])
+        norm = torch.linalg.vector_norm(excess, dim=(-2, -1), dtype=_squares(excess))  # one pass, nothing held
+        f = _distance(excess, norm.square(), weight.shape[-2])
         ctx.save_for_backward(weight, excess, f)
         return torch.sigmoid(alpha * (f - lam)) * f
 

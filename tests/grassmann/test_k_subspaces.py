@@ -6,10 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import close, normal
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from torch_subspace.grassmann import KSubspaces
+from torch_subspace.grassmann import KSubspaces, k_subspaces
 from torch_subspace.metrics import clustering_accuracy
 
 
@@ -19,6 +20,13 @@ def planted(seed, clusters=5, dim=3, features=16, each=50, noise=0.0, dtype=np.f
     x = np.concatenate(points)
     order = draw.permutation(len(x))
     return (x + noise * draw.randn(*x.shape))[order].astype(dtype), np.repeat(np.arange(clusters), each)[order]
+
+
+def distances(x, frames):
+    """The truth, in float64: of points to the rows' subspaces."""
+    bases = torch.linalg.qr(torch.as_tensor(frames).double().mT).Q
+    x = torch.as_tensor(x).double()
+    return torch.stack([(x - x @ basis @ basis.mT).norm(dim=1) for basis in bases], 1)
 
 
 @parametrize_with_checks([KSubspaces(n_clusters=3, dim=1, n_init=2)])
@@ -52,6 +60,70 @@ def test_what_it_says_of_points_agrees():
     assert list(model.get_feature_names_out()) == [f"ksubspaces{i}" for i in range(5)]
     again = pickle.loads(pickle.dumps(model))
     assert np.array_equal(again.transform(x), far)
+
+
+@pytest.mark.parametrize("dtype, size", [
+    *((np.float32, size) for size in (1e-38, 1e-30, 3e19, 1e30, 2e37)),
+    *((np.float64, size) for size in (1e-300, 1e-200, 1e-100, 1e155, 1e200, 1e306)),
+])
+def test_points_of_any_size(dtype, size):
+    eps = float(np.finfo(dtype).eps)
+    x = (planted(1, noise=0.1)[0] * size).astype(dtype)
+    model = KSubspaces(5, 3, n_init=2, random_state=0).fit(x)
+    assert np.array_equal(model.predict(x), model.labels_)
+    true, far = distances(x.astype(float) / size, model.frames_), model.transform(x)
+    assert far.dtype == dtype and np.array_equal(far.argmin(1), model.labels_)
+    close(torch.from_numpy(far.astype(float) / size), true, 8 * eps)
+    wanted = size * (size * true.amin(1).square().sum().item())  # no exception where it is inf
+    assert model.inertia_ == -model.score(x) == pytest.approx(wanted, rel=8 * eps)
+
+
+def test_what_no_float_holds_is_infinite():
+    x = planted(1, noise=0.1)[0]
+    x = (x * (3.4e38 / np.abs(x).max())).astype(np.float32)
+    model = KSubspaces(5, 3, n_init=2, random_state=0).fit(x)
+    true, far = distances(x, model.frames_), torch.from_numpy(model.transform(x))
+    beyond = true > torch.finfo(torch.float32).max
+    assert beyond.any() and not beyond.all() and torch.equal(far == np.inf, beyond)
+    close(far[~beyond], true[~beyond], 1e-6)
+    assert model.inertia_ == -model.score(x) == pytest.approx(true.amin(1).square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype, most", [(np.float32, 100), (np.float64, 900)])
+def test_small_points_beside_large_ones(dtype, most):
+    x, _ = planted(1, noise=0.1, dtype=dtype)
+    model = KSubspaces(5, 3, n_init=2, random_state=0).fit(x)
+    sizes = 2.0 ** np.random.RandomState(0).randint(-most, most, (len(x), 1))
+    mixed = x * sizes.astype(dtype)
+    assert np.array_equal(model.predict(mixed), model.labels_)
+    assert np.array_equal(model.transform(mixed), model.transform(x) * sizes.astype(dtype))
+    again = KSubspaces(5, 3, n_init=2, random_state=0).fit(mixed)
+    assert np.array_equal(again.predict(mixed), again.labels_) and again.inertia_ == -again.score(mixed)
+
+
+@pytest.mark.parametrize("dtype, length, away, rel", [
+    (np.float32, 100, 1e-2, 1e-6), (np.float32, 100, 1e-4, 1e-6), (np.float64, 100, 1e-8, 1e-4),
+])
+def test_small_distances_of_long_points(dtype, length, away, rel, monkeypatch):
+    axes = torch.linalg.qr(normal(3, 16, 16)).Q
+    unit = [torch.nn.functional.normalize(normal(3, 50, n, seed=n), dim=2) for n in (2, 14)]
+    points = length * unit[0] @ axes[:, :2] + away * unit[1] @ axes[:, 2:]
+    x = points.flatten(0, 1).numpy().astype(dtype)
+    model = KSubspaces(3, 2, random_state=0).fit(x)
+    assert clustering_accuracy(np.repeat(range(3), 50), model.labels_) == 1
+    eps, true = float(np.finfo(dtype).eps), distances(x, model.frames_)
+    far = torch.from_numpy(model.transform(x))
+    own = far.amin(1)
+    close(far, true, 4 * eps * length, absolute=True)  # not sqrt(eps): in float32 that is .03
+    close(own, true.amin(1), rel)  # of the distance
+    close(own, torch.full_like(own, away), away / 5 + 4 * eps * length, absolute=True)
+    assert model.inertia_ == -model.score(x) == pytest.approx(true.amin(1).square().sum().item(), rel=rel)
+    other = np.float64 if dtype is np.float32 else np.float32
+    asked = x.astype(other)
+    close(torch.from_numpy(model.transform(asked)), distances(asked, model.frames_), 4e-7 * length, absolute=True)
+    monkeypatch.setattr(k_subspaces, "CHUNK", 100)  # six points at a time
+    assert -model.score(x) == pytest.approx(model.inertia_, rel=rel)
+    close(torch.from_numpy(model.transform(x)).amin(1), own, rel)
 
 
 def test_starts_and_seeds():

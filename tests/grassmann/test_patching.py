@@ -43,10 +43,41 @@ def test_a_subspace_each():
     helpers.close(subspace_patch(base, source[:1], v)[0], expected[0], 1e-14, absolute=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [-200, -30, -20, 0, 20, 30, 200])
+def test_a_direction_of_any_length(power, dtype):
+    """Its square may overflow or vanish; the gradient in v is of degree -1 in its length."""
+    if abs(power) > 30 and dtype == torch.float32:
+        power = {-200: -36, 200: 37}[power]
+    inputs = [normal(4, 7, seed=i) for i in (1, 2)]
+    v = normal(7, seed=3)
+
+    def of(dtype, size):
+        leaves = [t.to(dtype).requires_grad_() for t in (*inputs, v.double() * size)]
+        patched = subspace_patch(*leaves)
+        *others, dv = torch.autograd.grad(patched.sin().sum(), leaves)
+        return [patched.detach(), *others, dv.double() * size]
+
+    helpers.close(of(dtype, 10.0**power), of(torch.float64, 1.0), 1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_no_direction():
+    """v = 0 takes nothing, like an empty `null`; what it does to others has a gradient, and of no NaN."""
+    leaves = [t.requires_grad_() for t in (normal(4, 7, seed=1), normal(4, 7, seed=2), normal(7) * 0)]
+    patched = subspace_patch(*leaves)
+    assert torch.equal(patched, leaves[0])
+    found = torch.autograd.grad(patched.sin().sum(), leaves)
+    helpers.close(found[0], leaves[0].detach().cos(), 1e-14)
+    assert not found[1].any() and not found[2].any()
+    assert subspace_patch(leaves[0], leaves[1], leaves[2] / 0).isnan().all()
+    assert subspace_patch(normal(4, 0), normal(4, 0), normal(0)).shape == (4, 0)
+
+
 def test_its_gradients():
     inputs = [t.requires_grad_() for t in (normal(2, 5, seed=1), normal(2, 5, seed=2), rows(2, 5))]
     assert torch.autograd.gradcheck(subspace_patch, inputs) and torch.autograd.gradgradcheck(subspace_patch, inputs)
-    assert torch.autograd.gradcheck(subspace_patch, [*inputs[:2], normal(5, seed=3).requires_grad_()])
+    along = [*inputs[:2], normal(5, seed=3).requires_grad_()]
+    assert torch.autograd.gradcheck(subspace_patch, along) and torch.autograd.gradgradcheck(subspace_patch, along)
     weight = normal(3, 5, seed=4)
     assert torch.autograd.gradcheck(lambda v: rowspace_split(v, weight), inputs[:1])
 
@@ -208,6 +239,21 @@ def test_rows_of_any_rank(weight, rank):
     assert rank != 6 or null.abs().max() < 1e-13
     assert rank != 0 or row.abs().max() == 0
     assert torch.linalg.matrix_rank(row) == min(rank, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m, d", [(64, 768), (512, 1024)])
+def test_rows_of_halves(m, d, dtype):
+    """Their own eps, of so many features, would take all singular values for zero."""
+    weight, v = normal(m, d, seed=1).to(dtype), normal(3, d, seed=2).to(dtype)
+    row, null = rowspace_split(v, weight)
+    assert row.dtype == null.dtype == dtype
+    expected = rowspace_split(v.double(), weight.double())
+    helpers.close((row, null), expected, torch.finfo(dtype).eps)
+    rounding = torch.finfo(dtype).eps / 2 * torch.linalg.matrix_norm(weight.double(), 2) * null.double().norm(dim=-1)
+    assert ((weight.double() @ null.double().mT).norm(dim=0) < rounding).all()
+    twice = torch.cat((weight[:5], 2 * weight[:5]))  # of rank 5
+    helpers.close(rowspace_split(v, twice), rowspace_split(v, weight[:5]), torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("call, message", [

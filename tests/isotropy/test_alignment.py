@@ -52,6 +52,21 @@ def test_derivatives_of_procrustes(case):
     assert torch.autograd.gradcheck(procrustes, (x.requires_grad_(), y.requires_grad_()))
 
 
+@pytest.mark.parametrize("sizes", [(1e-21, 1e-21), (1e-35, 1e-35), (3e18, 3e18), (1e37, 1e37), (1e37, 1e-35)])
+def test_units_do_not_matter(sizes):
+    x, y, weight = normal(2, 20, 4), normal(2, 20, 4, seed=1), normal(4, 4, seed=2)
+    x[1] *= 1e-3
+
+    def found(x, y):
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        q = procrustes(x, y)
+        return [q.detach(), *torch.autograd.grad((weight.to(q.dtype) * q).sum(), (x, y))]
+
+    q, dx, dy = found(*((t * size).float() for t, size in zip((x, y), sizes)))
+    close([q, dx.double() * sizes[0], dy.double() * sizes[1]], found(x, y), 1e-4)
+    close([torch.vmap(procrustes)((x * sizes[0]).float(), (y * sizes[1]).float())], [procrustes(x, y)], 1e-5)
+
+
 def test_second_derivatives_of_procrustes_are_refused():
     x = normal(6, 3).requires_grad_()
     (dx,) = torch.autograd.grad(procrustes(x, normal(6, 3, seed=1)).sum(), x, create_graph=True)

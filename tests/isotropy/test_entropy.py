@@ -66,6 +66,32 @@ def test_known_values():
     close([von_neumann_entropy(lengths * z, of="directions")], [von_neumann_entropy(z, of="directions")], 1e-12)
 
 
+@pytest.mark.parametrize("kind", PREPARED)
+@pytest.mark.parametrize("size", [1e-35, 1e-23, 1e-13, 1e19, 1e20, 1e37])
+def test_units_do_not_matter(size, kind):
+    z = normal(2, 30, 4)
+    z[1] *= 1e-2
+    expected = of(von_neumann_entropy, z, of=kind)
+    entropy, dz = of(von_neumann_entropy, (z * size).float(), of=kind)
+    close([entropy, dz.double() * size], expected, 1e-5)
+    few = von_neumann_entropy((z[:, :3] * size).float(), of=kind)
+    close([few], [von_neumann_entropy(z[:, :3], of=kind)], 1e-5)
+    plain = torch.vmap(lambda z: von_neumann_entropy(z, of=kind))((z * size).float())
+    close([plain], [expected[0]], 1e-5)
+
+
+def test_rows_of_all_lengths():
+    """As directions they weigh the same."""
+    z, lengths = normal(30, 4), 10.0 ** torch.linspace(-30, 30, 30, dtype=torch.float64)[:, None]
+    expected, dz = of(von_neumann_entropy, z, of="directions")
+    found = of(von_neumann_entropy, (z * lengths).float(), of="directions")
+    close([found[0], found[1] * lengths], [expected, dz], 1e-5)
+    z[3] = 0
+    entropy, dz = of(von_neumann_entropy, z, of="directions")
+    close([entropy], [von_neumann_entropy(torch.cat((z[:3], z[4:])), of="directions")], 1e-13)
+    assert dz.isfinite().all() and not dz[3].any()
+
+
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 2, 1), (1, 1 + 1e-9, 0.5), (1, 1.01, 0.99), (3, 1e-3, 1e-3)])
 def test_derivatives_where_eigenvalues_repeat(lengths):
     z = turned(*lengths).requires_grad_()

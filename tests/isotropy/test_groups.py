@@ -77,6 +77,22 @@ def test_edges_of_the_step():
                 [prox_group_lasso_(strided.contiguous(), GROUPS, 0.5)])
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e19, 1e37])
+def test_units_do_not_matter(size):
+    """Squares are beyond float32."""
+    weight = normal(6, 4)
+    single = (weight * size).float().requires_grad_()
+    expected = sum((part.norm() for part in weight.split(GROUPS)), torch.zeros(()).double())
+    found = group_lasso(single, GROUPS)
+    close([found.detach().double() / size], [expected], 1e-6)
+    (dweight,) = torch.autograd.grad(found, single)
+    close([dweight], [torch.cat([part / part.norm() for part in weight.split(GROUPS)])], 1e-6)
+    single = single.detach()
+    assert torch.equal(prox_group_lasso_(single.clone(), GROUPS, 0.0), single)
+    after = prox_group_lasso_(single.clone(), GROUPS, 1.5 * size)
+    close([after.double() / size], [prox_group_lasso_(weight.clone(), GROUPS, 1.5)], 1e-6)
+
+
 def test_planted_groups_are_recovered():
     """Three of eight groups of features matter: proximal gradient finds them, and exactly those."""
     sizes = [1, 2, 3, 4, 1, 2, 3, 4]
@@ -126,5 +142,8 @@ def test_bad_input_is_named(weight, groups, error, words):
         group_lasso(weight, groups)
     with pytest.raises(error, match=words):
         prox_group_lasso_(weight, groups, 0.1)
+    with pytest.raises(ValueError, match=r"prox_group_lasso_: weight must have no elements that share memory, got "
+                                         r"strides \(0, 1\) for shape \(6, 4\)"):
+        prox_group_lasso_(W[:1].expand(6, 4), (6,), 0.1)
     with pytest.raises(ValueError, match="prox_group_lasso_: step must be finite and >= 0, got -1"):
         prox_group_lasso_(W, (6,), -1)

@@ -234,6 +234,7 @@ PARTS = [(0, 2, 5), (0, 0, 5)]
 CALLS = {  # of features (B, T, d)
     "entropy": lambda z, group: von_neumann_entropy(z.flatten(0, 1), process_group=group),
     "of the covariance": lambda z, group: von_neumann_entropy(z.flatten(0, 1), of="covariance", process_group=group),
+    "in tiny units": lambda z, group: von_neumann_entropy(1e-200 * z.flatten(0, 1), process_group=group),
     "of views": lambda z, group: von_neumann_entropy(torch.stack([z.flatten(0, 1), z.flatten(0, 1) + 1]),
                                                      of="directions", process_group=group).sum(),
     "transition": lambda z, group: ridge_transition(z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1),

@@ -128,6 +128,16 @@ def test_halves_autocast_and_not_a_number():
     assert loss.isnan().tolist() == [False, True] and dweight[0].isfinite().all() and dweight[1].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 3, 5)], ids=str)
+def test_a_distance_whose_square_is_beyond_float32(shape):
+    weight = normal(*shape)
+    expected = of(lambda_orthogonality, 1e10 * weight, 1.0)
+    close(of(lambda_orthogonality, 1e10 * weight.float(), 1.0), expected, 1e-5)
+    leaf = 1e10 * weight.float()
+    close([torch.func.grad(lambda w: lambda_orthogonality(w, 1.0).sum())(leaf)],
+          [torch.func.grad(lambda w: lambda_orthogonality(w, 1.0).sum())(leaf.double())], 1e-5)
+
+
 def test_torch_func_takes_the_plain_formula():
     weight = normal(3, 4, 6)
     loss, dweight = of(lambda_orthogonality, weight[0], 1.0)
