@@ -53,6 +53,40 @@ def test_every_module(name):
         torch.testing.assert_close(compiled(*given), module(*given))
 
 
+def sentences(z):
+    return z.unflatten(0, (-1, 4))
+
+
+PROBE, LEARNERS = ts.grassmann.OrthogonalProbe(8, 3, 4, 5), ts.grassmann.DynamicSubspaceLearners(8, 6)
+MATRIX = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1))).Q
+FUNCTIONS = {  # of points, which are as many as they like
+    **{f"von_neumann_entropy, {of}": lambda z, of=of: ts.isotropy.von_neumann_entropy(z, of=of)
+       for of in ("points", "covariance", "directions")},
+    "ridge_transition": lambda z: ts.isotropy.ridge_transition(z[:-1], z[1:], eta=0.1),
+    "procrustes": lambda z: ts.isotropy.procrustes(z, z @ MATRIX + 0.1 * z.square()),
+    "similarity_distillation": lambda z: ts.isotropy.similarity_distillation((z @ z.mT).detach(), (z + 1) @ z.mT,
+                                                                             tau=2.0, alpha=1.0),
+    "group_lasso": lambda z: ts.isotropy.group_lasso(z.mT, (3, 4, 1)),
+    "SIGRegLoss": lambda z: ts.isotropy.SIGRegLoss(5)(z[None], seed=0),
+    "LeJEPALoss": lambda z: ts.isotropy.LeJEPALoss(0.1, num_slices=5)(torch.stack([z, z.square()]), seed=0),
+    "KoopmanInformationLoss": lambda z: ts.isotropy.KoopmanInformationLoss(k=2)(z[None, :-1], z[None, 1:]),
+    "subspace_scores": lambda z: ts.grassmann.subspace_scores(z, MATRIX.unflatten(0, (2, 4))),
+    "OrthogonalProbe.distances": lambda z: PROBE.distances(sentences(z)),
+    "OrthogonalProbe.loss": lambda z: PROBE.loss(sentences(z), sentences(z)[:, 1:, 0].abs()),
+    "DynamicSubspaceLearners": lambda z: LEARNERS(z),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function(name):
+    compiled = torch.compile(FUNCTIONS[name], dynamic=True, fullgraph=True, backend="aot_eager")
+    for count in (24, 16):
+        z = Z[:count].clone().requires_grad_()
+        results = compiled(z), FUNCTIONS[name](z)
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), z)[0] for t in results))
+
+
 @pytest.mark.parametrize("kind", [ts.RiemannianSGD, ts.RiemannianAdamW], ids=lambda kind: kind.__name__)
 def test_both_optimisers(kind):
     """A step may break the graph, where it counts; its values are those of plain code."""
