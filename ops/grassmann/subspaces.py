@@ -104,8 +104,8 @@ def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: floa
         The mean of the point, shaped like x, of its dtype; float16 and bfloat16 are computed in float32. By Tweedie's
         formula it is (x + noise^2 grad log p(x)) / signal, with p the density of what is seen.
 
-    Differentiable in ``x`` and ``frames`` any number of times. Autocast does not change its precision, as weights that differ by powers of
-    e are no matter for eight bits.
+    Differentiable in ``x`` and ``frames`` any number of times. Autocast does not change its precision, as weights that
+    differ by powers of e are no matter for eight bits.
 
     Raises:
         TypeError: x or frames is no dense floating tensor, their dtypes differ, or signal or noise is no number.

@@ -82,7 +82,7 @@ def test_other_ways_to_call_it(dims):
 
 @pytest.mark.parametrize("dims", [None, (3, 1)], ids=["alike", "ragged"])
 def test_derivatives_where_a_projection_is_zero(dims):
-    """Of a dead row, or a point that a subspace is orthogonal to: there a length has no derivative, and its square has."""
+    """Of a dead row, or a point that a subspace is orthogonal to: a length has no derivative there, its square has."""
     frames = torch.eye(4, dtype=torch.float64).reshape((2, 2, 4) if dims is None else (4, 4)).requires_grad_()
     x = torch.tensor([[0.3, 0.4, 0, 0], [0, 0, 0, 0.2], [0, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
     for function in (lambda x, w: subspace_scores(x, w, dims=dims),
