@@ -84,7 +84,7 @@ class OrthogonalProbe(StiefelModule):
     def distances(self, x: Tensor) -> Tensor:
         """Squared distances of all tokens' projections, (..., T, T), of tokens (..., T, d)."""
         z = self._projected("OrthogonalProbe.distances", x)
-        if z.dtype == torch.float64:
+        if z.dtype == torch.float64 or z.device.type == "mps":  # which has no float64
             return (z[..., :, None, :] - z[..., None, :, :]).square().sum(-1)
         # by inner products in double, of which float32 keeps all that the differences of its numbers would have
         with full_precision(z):

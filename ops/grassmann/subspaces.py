@@ -157,7 +157,7 @@ def _factor(most: Tensor, signal: float, noise: float) -> Tensor:
     product still is a number, as the weights beside it are 0 long before."""
     limit = torch.finfo(most.dtype).max
     factor = min(signal / math.hypot(signal, noise) / noise, limit / 4)
-    return (math.sqrt(limit / 4) / most.double()).clamp(max=factor).to(most.dtype)
+    return (math.sqrt(limit / 4) / most).clamp(max=factor)
 
 
 def _softmax(score: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
