@@ -61,6 +61,8 @@ def test_trainer_resumes_with_the_same_bits(tmp_path):
 
 def test_accelerate_resumes_with_the_same_bits(tmp_path):
     accelerate = optional("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # what the page's example has left in this process, as its own
+    accelerate.state.GradientState._reset_state()         # tests do
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     x, y = torch.randn(8, 4, 20, generator=torch.Generator().manual_seed(1)), torch.arange(4)
 
