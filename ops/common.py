@@ -27,6 +27,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def over_largest(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """x over its largest entry along `dim`, so that its squares neither overflow nor vanish; zeros stay zeros. For what
+    does not depend on the unit: the divisor is a constant to all derivatives."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    return x / torch.where(largest == 0, 1, largest)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast the tensors as a linear layer or a convolution would get them; the first one's device decides.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import check_floating, full_precision, wide_dtype
+from ..common import check_floating, full_precision, over_largest, wide_dtype
 from .stiefel import StiefelModule
 
 
@@ -80,12 +80,10 @@ def subspace_patch(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
 
 
 def _along(change: Tensor, v: Tensor) -> Tensor:
-    """<change, v> / <v, v> v. Of a long or a short v the square would be infinite or 0: as lengths don't matter, it is
-    first divided by its largest entry, a constant to all derivatives."""
+    """<change, v> / <v, v> v, of a v of any length."""
     if not v.shape[0]:
         return torch.zeros_like(change)
-    largest = v.detach().abs().amax()
-    v = v / torch.where(largest == 0, 1, largest)
+    v = over_largest(v)
     square = v @ v
     return ((change @ v) / torch.where(square == 0, 1, square))[..., None] * v
 

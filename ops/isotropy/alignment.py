@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..common import WIDE, check_floating, full_precision, told, transformed, whole, wide_dtype
+from ..common import WIDE, check_floating, full_precision, over_largest, told, transformed, whole, wide_dtype
 from .products import check_points, product
 
 
@@ -41,19 +41,12 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"{name}: x and y must be alike, got {tuple(x.shape)} on {x.device} and {tuple(y.shape)} on "
                          f"{y.device}")
     wide = wide_dtype(x.dtype)
-    moments = product(_scaled(x.to(wide)), _scaled(y.to(wide)))
+    moments = product(over_largest(x.to(wide), (-2, -1)), over_largest(y.to(wide), (-2, -1)))
     with full_precision(moments):
         if not transformed():
             return _Polar.apply(moments)
         u, _, vt = torch.linalg.svd(moments)
         return u @ vt
-
-
-def _scaled(x: Tensor) -> Tensor:
-    """The largest entry is 1: products neither overflow nor vanish whatever the units. As Q doesn't depend on it, the
-    divisor is a constant to all derivatives."""
-    largest = x.detach().abs().amax((-2, -1), keepdim=True)
-    return x / torch.where(largest == 0, 1, largest)
 
 
 class _Polar(torch.autograd.Function):
