@@ -2,7 +2,7 @@
  *
  *     p[i,l]     = <z_i, direction_l>                            one GEMM a tile
  *     u[i,l]     = exp(i step p)                                 one sine and cosine an entry
- *     off[j-1,l] = root_j sum_i (u[i,l]^j - normal_j)            knots - 2 complex products an entry
+ *     off[j-1,l] = root_j sum_i (u[i,l]^j - 1 + 1 - normal_j)    knots - 2 complex products an entry
  *
  *     dp[i,l]    = Re sum_j q[j,l] u[i,l]^j                      Horner's rule, q = root_j t_j (doff_im + i doff_re)
  *     dz_i       = sum_l dp[i,l] direction_l                     one GEMM a tile
@@ -10,7 +10,8 @@
  * with t_j = j step, normal_j = exp(-t_j^2/2) and root_j the root of the trapezoidal rule's weight.
  *
  * Rounding grows with every product, so each GROUP of knots begins with a sine and cosine of its own. Only tiles of p
- * and u exist; the backward makes them again. Sums are in T within a tile, in double beyond.
+ * and u exist; the backward makes them again. Sums are in T within a tile, in double beyond. Where t is small, all
+ * cosines are nearly 1 and so is normal_j: u^j - 1 is what is summed, 1 - normal_j is added in double.
  *
  * Forward: a slot takes a block of directions and a part of a view's points, whose tiles it adds in order; the parts
  * are the same for any number of threads, and are added in order too. Backward: a slot takes some points, all
@@ -47,8 +48,8 @@ typedef struct sigreg_run {
     int64_t powers, blocks; /* knots - 1; blocks of directions */
     int64_t parts, chunks;  /* of a view's points: parts that are summed, tiles of the backward */
     int64_t slots;
-    double *part;          /* [v, parts, 2, powers, s], or off itself */
-    double *normal, *root; /* [powers] */
+    double *part;         /* [v, parts, 2, powers, s], or off itself */
+    double *below, *root; /* [powers]: 1 - normal, root */
     char *scratch;
     size_t slot_bytes;
 } sigreg_run;
@@ -82,7 +83,7 @@ static void plan(sigreg_run *run, const subspace_ctx *ctx, const subspace_sigreg
     run->slots = MAX(1, ctx->threads);
     run->part = a->off;
     if (run->parts > 1) run->part = carve(base, bytes, a->v * run->parts * 2 * run->powers * a->s, sizeof(double));
-    run->normal = carve(base, bytes, run->powers, sizeof(double));
+    run->below = carve(base, bytes, run->powers, sizeof(double));
     run->root = carve(base, bytes, run->powers, sizeof(double));
     lay_out(a, NULL, &run->slot_bytes);
     run->scratch = carve(base, bytes, run->slots * (int64_t)run->slot_bytes, 1);
@@ -151,7 +152,7 @@ static void FN(begin)(const sigreg_run *run, const sigreg_slot *own, int64_t row
     *cosine = base, *sine = base + ROWS * COLS;
 }
 
-/* Sums over a tile's points of `count` powers from u^(first + 1) on, lane by lane. */
+/* Sums over a tile's points of `count` powers from u^(first + 1) on, less 1 each, lane by lane. */
 static void FN(sum_powers)(const sigreg_slot *own, int64_t rows, int64_t first, int64_t count, int64_t powers,
                            const T *cosine, const T *sine)
 {
@@ -170,7 +171,7 @@ static void FN(sum_powers)(const sigreg_slot *own, int64_t rows, int64_t first, 
             for (int64_t j = 0; j < count; j++) {
                 FN(vec) a = x[0], b = y[0];
                 for (int k = 1; k < TOGETHER; k++) a += x[k], b += y[k];
-                re[j] += a, im[j] += b;
+                re[j] += a - (T)TOGETHER, im[j] += b;
                 for (int k = 0; k < TOGETHER; k++) {
                     const FN(vec) next = x[k] * c[k] - y[k] * s[k];
                     y[k] = x[k] * s[k] + y[k] * c[k], x[k] = next;
@@ -203,14 +204,12 @@ static void FN(sum_part)(const sigreg_run *run, const sigreg_slot *own, int64_t 
             FN(begin)(run, own, padded, first, &cosine, &sine);
             FN(sum_powers)(own, padded, first, MIN(GROUP, powers - first), powers, cosine, sine);
         }
-        for (int64_t j = 0; j < 2 * powers; j++) {
-            const double none = j < powers ? (double)(padded - rows) : 0; /* the cosines of zero */
-            for (int64_t l = 0; l < cols; l++) to[j * a->s + l] += (double)sums[j * COLS + l] - none;
-        }
+        for (int64_t j = 0; j < 2 * powers; j++)
+            for (int64_t l = 0; l < cols; l++) to[j * a->s + l] += (double)sums[j * COLS + l];
     }
     for (int64_t j = 0; j < 2 * powers; j++) {
-        const double normal = j < powers ? points * run->normal[j] : 0, root = run->root[j % powers];
-        for (int64_t l = 0; l < cols; l++) to[j * a->s + l] = root * (to[j * a->s + l] - normal);
+        const double below = j < powers ? points * run->below[j] : 0, root = run->root[j % powers];
+        for (int64_t l = 0; l < cols; l++) to[j * a->s + l] = root * (to[j * a->s + l] + below);
     }
 }
 
@@ -327,8 +326,8 @@ static subspace_status prepare(sigreg_run *run, subspace_ctx *ctx, const subspac
     run->slots = MAX(1, MIN(run->slots, (int64_t)(work / WORTH_A_THREAD)));
     for (int64_t j = 0; j < run->powers; j++) {
         const double t = (double)(j + 1) * a->step;
-        run->normal[j] = exp(-t * t / 2);
-        run->root[j] = sqrt((j + 1 < run->powers ? 2 : 1) * a->step * run->normal[j]); /* half a step at the end */
+        run->below[j] = -expm1(-t * t / 2);
+        run->root[j] = sqrt((j + 1 < run->powers ? 2 : 1) * a->step * exp(-t * t / 2)); /* half a step at the end */
     }
     return SUBSPACE_OK;
 }

@@ -1,7 +1,8 @@
 /* sigreg.cu - the empirical characteristic function along directions, less that of a standard normal, on the GPU.
  *
  *     p[i,l]     = <z_i, direction_l>                            one GEMM a chunk of points
- *     off[j-1,l] = root_j sum_i (exp(i t_j p) - normal_j)        one sine and cosine an entry, knots - 2 products
+ *     off[j-1,l] = root_j sum_i (u^j - 1 + 1 - normal_j)         u = exp(i step p): one sine and cosine an entry,
+ *                                                                knots - 2 products
  *
  *     dp[i,l]    = Re sum_j q[j,l] exp(i t_j p)                  Horner's rule, q = root_j t_j (doff_im + i doff_re)
  *     dz_i       = sum_l dp[i,l] direction_l                     one GEMM a chunk
@@ -63,15 +64,15 @@ static __device__ inline void turn(double angle, double *sine, double *cosine)
     sincos(angle, sine, cosine);
 }
 
-/* The trapezoidal rule: the root of knot j's weight, and the standard normal's value there. */
-static __device__ inline double rule(const subspace_sigreg_args &a, int64_t j, double *normal)
+/* The trapezoidal rule: the root of knot j's weight, and what the standard normal's value there is below 1. */
+static __device__ inline double rule(const subspace_sigreg_args &a, int64_t j, double *below)
 {
     const double t = (double)(j + 1) * a.step;
-    *normal = exp(-t * t / 2);
-    return sqrt((j + 2 < a.knots ? 2 : 1) * a.step * *normal);
+    *below = -expm1(-t * t / 2);
+    return sqrt((j + 2 < a.knots ? 2 : 1) * a.step * exp(-t * t / 2));
 }
 
-/* The sums of a slice of points along WARP directions, GROUP powers. */
+/* The sums of a slice of points along WARP directions, GROUP powers, less 1 each. */
 template <typename A>
 __global__ void __launch_bounds__(WARP *LINES)
     sum_powers(subspace_sigreg_args a, sigreg_plan s, sigreg_chunk chunk, const A *__restrict__ p, double *part)
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(WARP *LINES)
         if (first > 0) turn(x * start, &w, &u);
 #pragma unroll
         for (int j = 0; j < GROUP; j++) {
-            re[j] += u, im[j] += w;
+            re[j] += u - 1, im[j] += w;
             const A next = u * c - w * d;
             w = u * d + w * c, u = next;
         }
@@ -115,11 +116,11 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 {
     const int64_t size = 2 * s.powers * a.s, i = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x;
     const int64_t v = i / size, at = i % size, j = at / a.s;
-    double sum = 0, normal;
+    double sum = 0, below;
     if (i >= a.v * size) return;
     for (int64_t slice = 0; slice < s.slices; slice++) sum += part[(v * s.slices + slice) * size + at];
-    const double root = rule(a, j % s.powers, &normal);
-    off[i] = root * (sum - (j < s.powers ? (double)a.n * normal : 0));
+    const double root = rule(a, j % s.powers, &below);
+    off[i] = root * (sum + (j < s.powers ? (double)a.n * below : 0));
 }
 
 /* q, a thread each: real parts of doff's sines, imaginary ones of its cosines */
@@ -129,9 +130,9 @@ __global__ void __launch_bounds__(ROW_THREADS)
 {
     const int64_t half = s.powers * a.s, i = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x;
     const int64_t j = i % half / a.s;
-    double normal;
+    double below;
     if (i >= a.v * 2 * half) return;
-    const double root = rule(a, j, &normal);
+    const double root = rule(a, j, &below);
     q[i] = (A)(root * (double)(j + 1) * a.step * doff[i / half % 2 ? i - half : i + half]);
 }
 
