@@ -154,7 +154,7 @@ def basis_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 Spectrum = Callable[[Tensor], Tensor]
-Places = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Places = Callable[[Tensor, int], tuple[Tensor, "Tensor | None"]]
 _cache: OrderedDict[Any, Tensor] = OrderedDict()
 
 
@@ -202,10 +202,10 @@ def _spectrum(g: Tensor) -> Tensor:
     return torch.view_as_real(torch.fft.rfft(v) * _kept(_factors, n, g.dtype, g.device)).flatten(-2)
 
 
-def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Where the columns of S are in `_spectrum`'s, and which of them are there with the other sign."""
+def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+    """Where the columns of S are in `_spectrum`'s, and which of them are there with the other sign, if any are."""
     if n < TRANSFORM_FROM:
-        return index, torch.zeros_like(index, dtype=torch.bool)
+        return index, None
     mirrored = index > n // 2
     return torch.where(mirrored, 2 * (n - index) + 1, 2 * index), mirrored
 
@@ -215,11 +215,16 @@ def _largest(norms: Tensor, rank: int) -> Tensor:
     return norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank].sort(dim=-1).values
 
 
-def _taken(spectrum: Tensor, places: Tensor, mirrored: Tensor) -> Tensor:
-    sign = torch.where(mirrored, -1, 1).to(spectrum.dtype)[..., None, :]
-    if places.dim() == 1:  # the quicker of the two
-        return spectrum.index_select(-1, places) * sign
-    return spectrum.take_along_dim(places[..., None, :], -1) * sign
+def _taken(spectrum: Tensor, places: Tensor, mirrored: Tensor | None) -> Tensor:
+    columns = taken(spectrum, places)
+    return columns if mirrored is None else columns * torch.where(mirrored, -1, 1).to(columns)[..., None, :]
+
+
+def taken(t: Tensor, index: Tensor) -> Tensor:
+    """Columns (..., m, r) of t by index (..., r)."""
+    if index.dim() == 1:  # the quicker of the two; neither makes an index as large as t, as take_along_dim does
+        return t.index_select(-1, index)
+    return t.gather(-1, index[..., None, :].expand(*t.shape[:-1], index.shape[-1]))
 
 
 def columns_of(g: Tensor, rank: int, group: dist.ProcessGroup | None = None, spectrum: Spectrum = _spectrum,

@@ -12,7 +12,8 @@ a matter of looking up. Before there is a Q it is the identity.
 What the range finder finds is turned to the singular vectors of G Q (Rayleigh and Ritz): AdamW is not invariant under
 rotations, and in coordinates that are not correlated it leaves on digits what it leaves with singular vectors.
 
-Hadamard's basis is H / sqrt n for n a power of two, and else block-diagonal, of the powers of two that make n up.
+Hadamard's basis is H / sqrt n for n a power of two, and else block-diagonal: of equal blocks, as long as the power of
+two in n, where that is long, and of the powers of two that make n up where it is not.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common import WIDE
-from .cosine import basis_columns, columns_of
+from .cosine import basis_columns, columns_of, taken
 from .hadamard import hadamard
 from .range_finder import largest, orthonormal, scaled
 from .shards import total
@@ -30,6 +31,7 @@ PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
 CHUNK = 1 << 17  # entries that stay in a core's cache
 TRANSFORM_FROM = 64  # columns: the product below, transforms from there on
+BLOCK = 64  # entries that a block has at least, if all are to be equal
 KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
@@ -101,14 +103,19 @@ def columns(kind: str, stored: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return _walsh_columns(size, stored, dtype)
 
 
-def _powers(size: int) -> list[int]:
-    """The powers of two that make it up, the largest first."""
+def _blocks(size: int) -> list[int]:
+    """The lengths of the basis's blocks."""
+    length = size & -size
+    if length >= BLOCK:
+        return [length] * (size // length)
     return [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
 
 
 def _walsh_spectrum(g: Tensor) -> Tensor:
-    parts = [hadamard(part, normalize=True) for part in g.split(_powers(g.shape[-1]), -1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    lengths = _blocks(g.shape[-1])
+    if lengths[0] == lengths[-1]:
+        return hadamard(g.unflatten(-1, (-1, lengths[0])), normalize=True).flatten(-2)
+    return torch.cat([hadamard(part, normalize=True) for part in g.split(lengths, -1)], -1)
 
 
 def is_transformed(kind: str, weight: Tensor, stored: Tensor) -> bool:
@@ -137,7 +144,7 @@ def _rows(size: int) -> int:
 def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Entry j of column k: (-1) to the number of bits that j and k share, in the block that both are in."""
     entries, begin = torch.zeros((*index.shape[:-1], size, index.shape[-1]), dtype=dtype, device=index.device), 0
-    for length in _powers(size):
+    for length in _blocks(size):
         k = (index - begin)[..., None, :]
         shared = torch.arange(length, device=index.device)[:, None] & k
         for shift in (16, 8, 4, 2, 1):
@@ -148,8 +155,8 @@ def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
     return entries
 
 
-def _in_order(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return index, torch.zeros_like(index, dtype=torch.bool)
+def _in_order(index: Tensor, size: int) -> tuple[Tensor, None]:
+    return index, None
 
 
 def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, now: tuple[str, Tensor],
@@ -159,7 +166,7 @@ def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, n
     if before is not None and before[0] == now[0] != "basis":
         place = torch.searchsorted(before[1], now[1]).clamp_(max=before[1].shape[-1] - 1)
         gone = (before[1].gather(-1, place) != now[1])[..., None, :]
-        return tuple(t.take_along_dim(place[..., None, :], -1).masked_fill_(gone, 0) for t in moments)
+        return tuple(taken(t, place).masked_fill_(gone, 0) for t in moments)
     turn = columns(*now, size, mean.dtype)
     if before is not None:
         turn = columns(*before, size, mean.dtype).mT @ turn

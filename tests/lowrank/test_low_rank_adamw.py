@@ -104,6 +104,16 @@ def test_hadamards_basis_by_transforms(monkeypatch, side, every):
     close(same_steps[0], same_steps[1], 1e-12)
 
 
+@pytest.mark.parametrize("size, blocks", [(256, 1), (384, 3), (320, 5), (100, 3), (7, 3), (1, 1)])
+def test_hadamards_basis_of_any_size(size, blocks):
+    """Orthonormal and symmetric, in blocks of powers of two, whichever way it is applied."""
+    entries = projectors.columns("hadamard", torch.arange(size), size, torch.float64)
+    eye = torch.eye(size, dtype=torch.float64)
+    close([entries @ entries, entries.mT], [eye, entries], 1e-14)
+    close(projectors._walsh_spectrum(eye), entries, 1e-14)
+    assert len(projectors._blocks(size)) == blocks and sum(projectors._blocks(size)) == size
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("projector", ["range", "svd"])
