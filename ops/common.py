@@ -34,6 +34,14 @@ def over_largest(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
     return x / torch.where(largest == 0, 1, largest)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows over their lengths, whatever their unit. Rows of zeros stay, and so does their gradient, where
+    torch.nn.functional.normalize has one of 1e12 and leaves rows shorter than 1e-12 short."""
+    x = over_largest(x)
+    square = x.square().sum(-1, keepdim=True)
+    return x * square.masked_fill(square == 0, torch.inf).rsqrt()
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast the tensors as a linear layer or a convolution would get them; the first one's device decides.
 

@@ -30,7 +30,8 @@ def subspace_logits(x: Tensor, weight: Tensor, *, gamma: float = 25.0, normalize
         x: features, (..., n), any number of leading batch dimensions.
         weight: frames, (C, k, n), the k rows of a class orthonormal; or (sum(dims), n) with ``dims``.
         gamma: scale of the logits (25 in the paper).
-        normalize: divide each feature by its length first, so that 0 <= logits <= gamma.
+        normalize: divide each feature by its length first, or by 1e-12 where that is more, so that
+            0 <= logits <= gamma.
         dims: subspace dimension of each class (a sequence of C ints) for ragged frames.
 
     Returns:
@@ -114,8 +115,10 @@ def owners(ragged: Sequence[int] | Tensor, weight: Tensor) -> Tensor:
 # Of ragged frames it asks dims, or the first rows that the op was given.
 def eager_logits(x: Tensor, weight: Tensor, ragged: Sequence[int] | Tensor | None, gamma: float,
                  normalize: bool) -> Tensor:
-    if normalize:
-        x = torch.nn.functional.normalize(x, dim=-1)
+    if normalize:  # as the op: no square overflows, and float16 has neither a floor of 1e-12 nor lengths above 65504
+        wide = x.to(wide_dtype(x.dtype))
+        wide = wide / wide.detach().abs().amax(-1, keepdim=True).clamp(min=1)
+        x = torch.nn.functional.normalize(wide, dim=-1).to(x.dtype)
     squares = torch.nn.functional.linear(x, weight.reshape(-1, weight.shape[-1])).square()
     if weight.dim() == 3:
         squares = squares.view(x.shape[0], weight.shape[0], -1).sum(-1)

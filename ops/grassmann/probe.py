@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
-from ..common import check_dense, check_floating, full_precision, told, whole, wide_dtype
+from ..common import check_dense, check_floating, full_precision, told, transformed, whole, wide_dtype
 from .stiefel import StiefelModule
 
 IGNORED = -100  # a label that counts for nothing, as in torch
@@ -67,7 +67,7 @@ class OrthogonalProbe(StiefelModule):
                 vectors.normal_(std=0.1, generator=generator)
             self.register_parameter(what, None if vectors is None else nn.Parameter(vectors))
 
-    def _projected(self, name: str, x: Tensor) -> Tensor:
+    def _check(self, name: str, x: Tensor) -> None:
         check_floating(name, "x", x)
         if x.dim() < 2 or x.shape[-1] != self.basis.shape[1] or x.shape[-2] < 1:
             raise ValueError(f"{name}: need x (..., T, {self.basis.shape[1]}), got {tuple(x.shape)}")
@@ -75,6 +75,9 @@ class OrthogonalProbe(StiefelModule):
             raise ValueError(f"{name}: x must be with the basis, on {self.basis.device}, got {x.device}")
         if x.dtype == torch.float64 and self.basis.dtype != torch.float64:
             raise TypeError(f"{name}: x and the basis must share a dtype, got {x.dtype} and {self.basis.dtype}")
+
+    def _projected(self, name: str, x: Tensor) -> Tensor:
+        self._check(name, x)
         with full_precision(x):
             return x.to(torch.promote_types(wide_dtype(x.dtype), self.basis.dtype)) @ self.basis.mT
 
@@ -98,7 +101,8 @@ class OrthogonalProbe(StiefelModule):
 
         Args:
             x: tokens, (..., T, d), T at least 2.
-            distance: of neighbours in the tree, (..., T - 1). A NaN counts for nothing: padding.
+            distance: of neighbours in the tree, (..., T - 1). A NaN counts for nothing: padding. Tokens without a known
+                distance or a label take no part, whatever stands in their place, NaN too.
             pair: labels of pairs of neighbours, (..., T - 1), int64; -100 counts for nothing.
             token: labels of tokens, (..., T), int64, likewise.
 
@@ -109,37 +113,59 @@ class OrthogonalProbe(StiefelModule):
         """
         name = "OrthogonalProbe.loss"
         check_floating(name, "distance", distance)
-        z = self._projected(name, x)
-        step = z.diff(dim=-2)
-        if distance.shape != step.shape[:-1] or x.shape[-2] < 2:
+        self._check(name, x)
+        if distance.shape != (*x.shape[:-2], x.shape[-2] - 1) or x.shape[-2] < 2:
             raise ValueError(f"{name}: need x (..., T, d), T >= 2, and distance (..., T - 1), got {tuple(x.shape)} and "
                              f"{tuple(distance.shape)}")
         if distance.device != x.device:
             raise ValueError(f"{name}: x and distance must be on one device, got {x.device} and {distance.device}")
         known = ~distance.isnan()
+        used = _ends(known)
+        if pair is not None:
+            used = used | _ends(self._known(name, "pair", pair, self.pairs, distance))
+        if token is not None:
+            used = used | self._known(name, "token", token, self.tokens, x[..., 0])
+        if not _seen(used) or not bool(used.all()):
+            x = torch.where(used[..., None], x, 0)  # before products: 0 times NaN is NaN
+        z = self._projected(name, x)
+        step = z.diff(dim=-2)
         off = (step.square().sum(-1) - distance.to(z.dtype).masked_fill(~known, 0)).abs()
         loss = off.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
-        for what, label, vectors, at in (("pair", pair, self.pairs, step), ("token", token, self.tokens, z)):
-            if label is not None:
-                loss = loss + self._entropy(name, what, label, vectors, at)
+        for label, vectors, at in ((pair, self.pairs, step), (token, self.tokens, z)):
+            if label is not None and vectors is not None:
+                loss = loss + _entropy(label, vectors, at)
         return loss
 
     @staticmethod
-    def _entropy(name: str, what: str, label: Tensor, vectors: Tensor | None, at: Tensor) -> Tensor:
+    def _known(name: str, what: str, label: Tensor, vectors: Tensor | None, like: Tensor) -> Tensor:
+        """Which labels count, all checked."""
         check_dense(name, what, label)
         if label.dtype != torch.int64:
             raise TypeError(f"{name}: {what} must be int64, got {label.dtype}")
         if vectors is None:
             raise ValueError(f"{name}: {what} labels need a probe of {what}_labels > 0, got {told(label)}")
-        if label.shape != at.shape[:-1] or label.device != at.device:
-            raise ValueError(f"{name}: {what} must be {tuple(at.shape[:-1])} on {at.device}, got {tuple(label.shape)} "
+        if label.shape != like.shape or label.device != like.device:
+            raise ValueError(f"{name}: {what} must be {tuple(like.shape)} on {like.device}, got {tuple(label.shape)} "
                              f"on {label.device}")
         known = label != IGNORED
-        looked_at = label.device.type == "cpu" and not torch.compiler.is_compiling() and label.numel() > 0
-        if looked_at and not bool(((label >= 0) & (label < len(vectors)) | ~known).all()):
+        if _seen(label) and label.numel() > 0 and not bool(((label >= 0) & (label < len(vectors)) | ~known).all()):
             raise ValueError(f"{name}: need 0 <= {what} < {len(vectors)}, got labels {int(label.min())} to "
                              f"{int(label.max())}")
-        with full_precision(at):
-            score = (at @ vectors.mT).flatten(0, -2)
-            total = cross_entropy(score, label.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / known.sum().clamp(min=1)
+        return known
+
+
+def _seen(t: Tensor) -> bool:
+    """Whether a look at its entries waits for nothing."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def _ends(pairs: Tensor) -> Tensor:
+    """Tokens, (..., T), that are in one of these pairs of neighbours, (..., T - 1)."""
+    return pad(pairs, (1, 0)) | pad(pairs, (0, 1))
+
+
+def _entropy(label: Tensor, vectors: Tensor, at: Tensor) -> Tensor:
+    with full_precision(at):
+        score = (at @ vectors.mT).flatten(0, -2)
+        total = cross_entropy(score, label.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (label != IGNORED).sum().clamp(min=1)

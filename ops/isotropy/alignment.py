@@ -17,7 +17,8 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         Q, (..., d, d): U Vᵀ of the singular value decomposition xᵀ y = U S Vᵀ. Of x's dtype; float32 for half types,
-        which are widened first (also under autocast); y is taken in that, too. NaN where x or y has NaN or infinity.
+        which are widened first (also under autocast). Between float32 and float64, x decides. NaN where x or y has NaN
+        or infinity.
 
     Differentiable in both, once; the gradient has sums of two singular values in denominators, never differences, so
     repeated ones are nothing special. Where both are 0 Q is not unique: any one is returned, and the gradient has no

@@ -23,6 +23,7 @@ from ..common import (
     check_word,
     full_precision,
     told,
+    unit,
     whole,
     wide_dtype,
 )
@@ -44,8 +45,9 @@ def ridge_transition(z: Tensor, z_next: Tensor, *, eta: float = 0.1,
             None.
 
     Returns:
-        K, (..., d, e), of z's dtype; float32 for half types, which are widened first (also under autocast). NaN where
-        z has NaN or infinity, or Zᵀ Z + eta 1 is not positive definite in its dtype.
+        K, (..., d, e), of z's dtype; float32 for half types, which are widened first (also under autocast). Between
+        float32 and float64, z decides. NaN where z has NaN or infinity, or Zᵀ Z + eta 1 is not positive definite in its
+        dtype.
 
     Differentiable in both any number of times. In a process group the gradient is that of the sum of all processes'
     (equal) functions of K.
@@ -106,7 +108,7 @@ class KoopmanInformationLoss(nn.Module):
         detach: K is taken for a constant in the gradient, as in the public trainer.
         process_group: a torch.distributed group whose processes each hold a part of the trajectories, or None.
 
-    Shape: z, z_next (B, T, d), T at least 2 k + 2. A scalar; float32 for half inputs.
+    Shape: z, z_next (B, T, d), T at least 2 k + 2. A scalar of z's dtype; float32 for half types.
 
     ``loss(z, z_next, decode=decoder, states=x, next_states=x_next)`` measures errors in states of any shape; without a
     decoder nothing keeps features from becoming short, which makes the error of prediction small.
@@ -152,7 +154,7 @@ class KoopmanInformationLoss(nn.Module):
         wide, after = z.to(wide_dtype(z.dtype)), z_next.to(wide_dtype(z.dtype))
         transition = self._mean(ridge_transition(wide, after, eta=self.eta), (0,))  # of trajectories, each with its own
         with full_precision(z):
-            ahead = wide @ (transition.detach() if self.detach else transition)
+            ahead = product(wide.flatten(0, 1).mT, transition.detach() if self.detach else transition).view_as(after)
             loss = self.alpha * self._mean(neighbour_nce(wide, self.k, self.tau))
         if decode is None:
             loss = loss + self._mean((ahead - after).square())
@@ -201,7 +203,7 @@ class KoopmanInformationLoss(nn.Module):
 
 def neighbour_nce(z: Tensor, k: int, tau: float) -> Tensor:
     """-log of the share that a point's neighbours have of exp(cosine / tau), (B, T - 2 k), for z (B, T, d)."""
-    z = nn.functional.normalize(z, dim=-1)
+    z = unit(z)
     t = torch.arange(z.shape[1], device=z.device)
     away = (t[k : len(t) - k, None] - t).abs()  # of those with all neighbours
     cosine = product(z[:, k : len(t) - k].mT, z.mT).masked_fill(away == 0, -torch.inf) / tau

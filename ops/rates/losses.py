@@ -26,6 +26,7 @@ from ..common import (
     full_precision,
     gather_rows,
     transformed,
+    unit,
 )
 from ..transport.sinkhorn import sinkhorn
 from .coding_rate import check, coding_rate, log_pivots, rate_reduction
@@ -166,7 +167,7 @@ class MLCLoss(nn.Module):
         if c.dim() < 2 or 0 in c.shape[-2:]:
             raise ValueError(f"MLCLoss: c must be (..., n, h) with n > 0 and h > 0, got {tuple(c.shape)}")
         with full_precision(c):
-            c = nn.functional.normalize(c if c.dtype == torch.float64 else c.float(), dim=-1)
+            c = unit(c if c.dtype == torch.float64 else c.float())
             cosines = c @ c.mT if transformed() else _Products.apply(c)
             return sinkhorn(cosines.abs(), eta=self.eta, symmetric=True, mode=self.mode)
 

@@ -1,5 +1,6 @@
 """The layer under other people's tools: tracing, feature extraction, pruning."""
 
+import helpers
 import pytest
 import torch
 from torch import nn
@@ -42,6 +43,43 @@ def test_a_trace_runs_without_us(grad, tmp_path):
     torch.testing.assert_close(traced(more), layer(more))
     traced.save(tmp_path / "head.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "head.pt")(more), layer(more))
+
+
+LENGTHS = 1e-30, 1e-20, 1.0, 1e19, 1e30
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 1e-2)], ids=str)
+def test_programs_for_others_take_features_of_any_length(dtype, tolerance):
+    """As the op does, which sums squares in double and computes halves in float32."""
+    layer, x = head(), torch.randn(7, 8).to(dtype)
+    x[3] = 0
+    if dtype == torch.float16:
+        x[0], x[1] = 6e4, 1e-7
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    for call in (program, torch.jit.trace(layer, x, check_trace=False), torch.vmap(layer)):
+        for length in LENGTHS if dtype == torch.float32 else (1.0,):
+            given = length * x
+            torch.testing.assert_close(call(given), layer(given), rtol=tolerance, atol=0)
+
+
+def test_plain_derivatives_of_features_of_any_length():
+    """Under torch.func as by the op; second ones, of a gradient penalty on directions, as of any other length."""
+    layer, x, dlogits = head(), torch.randn(7, 8), torch.randn(7, 5)
+
+    def loss(x):
+        return (dlogits * layer(x)).sum()
+
+    def penalty(length):
+        leaf = (length * x).requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        return torch.autograd.grad((length * slope).square().sum(), layer.weight)
+
+    for length in LENGTHS:
+        leaf = (length * x).requires_grad_()
+        helpers.close([torch.func.grad(loss)(leaf.detach())], torch.autograd.grad(loss(leaf), leaf), 1e-5)
+        if length > 1:
+            helpers.close(penalty(length), penalty(1.0), 1e-5)
 
 
 def test_there_is_no_bias():

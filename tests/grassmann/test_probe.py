@@ -140,7 +140,8 @@ def embedded(words, size=24, window=2):
 
 
 def test_syntax_of_the_standard_library():
-    """In modules held out, distances in the trained subspace go with those of the trees; in a random one they don't."""
+    """In modules held out, distances in the trained subspace go with those of the trees; in a random one and in that
+    of PCA they don't."""
     import argparse
     import calendar
     import configparser
@@ -166,6 +167,9 @@ def test_syntax_of_the_standard_library():
         with torch.no_grad():
             return torch.corrcoef(torch.stack([probe(other)[known], truth[known]]))[0, 1].item()
 
+    principal, tokens = OrthogonalProbe(120, 16), x[x.any(-1)]
+    with torch.no_grad():
+        principal.basis.copy_(torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False).Vh[:16])
     for seed in range(3):
         probe = OrthogonalProbe(120, 16, generator=torch.Generator().manual_seed(seed))
         before = correlation(probe)
@@ -177,7 +181,7 @@ def test_syntax_of_the_standard_library():
             optimiser.step()
         assert probe.basis_error() < 1e-6
         after = correlation(probe)
-        assert after > before + 0.15 and after > 0.2, (before, after)
+        assert after > max(before, correlation(principal)) + 0.15 and after > 0.2, (before, after)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -192,3 +196,33 @@ def test_syntax_of_the_standard_library():
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(OrthogonalProbe(6, 2, token_labels=3))
+
+
+def test_tokens_that_nothing_is_known_of_take_no_part():
+    """NaN or infinity there, at the end or in between, changes no bit of the loss or of a gradient."""
+    probe = OrthogonalProbe(7, 3, 4, 5, dtype=torch.float64)
+    x, distance = normal(2, 6, 7, seed=1), normal(2, 5, seed=2).abs()
+    distance[0, 3:], distance[1, 1:3] = torch.nan, torch.nan
+    pair, token = (torch.full(shape, -100) for shape in ((2, 5), (2, 6)))
+    pair[0, 1], token[0, 0], token[1, 1] = 3, 4, 2
+
+    def found(x, *labels):
+        leaf, (basis, *vectors) = x.clone().requires_grad_(), probe.parameters()
+        loss = probe.loss(leaf, distance, *labels)
+        return loss, *torch.autograd.grad(loss, [leaf, basis, *vectors[: 2 * bool(labels)]])
+
+    for labels in ((), (pair, token)):
+        clean = found(x, *labels)
+        assert all(t.isfinite().all() for t in clean)
+        for bad in (torch.nan, torch.inf):
+            padded = x.clone()
+            padded[0, 5] = padded[1, 2] = bad  # of which no distance and no label is known
+            assert helpers.same(found(padded, *labels), clean)
+    padded[0, 4:] = torch.nan
+    assert found(padded, pair, token)[0].isfinite()
+    token[0, 5] = 1  # a label makes it count
+    assert found(padded, pair, token)[0].isnan() and found(torch.full_like(x, torch.nan))[0].isnan()
+    half = OrthogonalProbe(7, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half.loss(padded.bfloat16(), distance.bfloat16()).backward()
+    assert half.basis.grad.isfinite().all()

@@ -9,7 +9,7 @@ from helpers import close, in_two_processes, normal, same
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace.isotropy import KoopmanInformationLoss, ridge_transition, von_neumann_entropy
+from torch_subspace.isotropy import KoopmanInformationLoss, procrustes, ridge_transition, von_neumann_entropy
 from torch_subspace.isotropy.koopman import neighbour_nce
 
 SHAPES = [((7, 4), 4), ((3, 6), 6), ((1, 1), 2), ((2, 5, 3), 3), ((2, 2, 3, 8), 5)]
@@ -86,6 +86,17 @@ def test_halves_and_autocast():
         assert same(torch.autograd.grad(found.square().sum(), leaves), expected)
 
 
+@pytest.mark.parametrize("function", [ridge_transition, procrustes], ids=lambda f: f.__name__)
+def test_the_first_of_two_dtypes_decides(function):
+    """As of gated cosines; each has its gradient in its own."""
+    given = normal(9, 4), normal(9, 4, seed=1)
+    for first, second in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        x, y = (t.to(dtype).requires_grad_() for t, dtype in zip(given, (first, second)))
+        found = function(x, y)
+        assert torch.equal(found, function(x, y.to(first))) and found.dtype == first
+        assert [d.dtype for d in torch.autograd.grad(found[0, 1], (x, y))] == [first, second]
+
+
 def test_not_a_number_stays_in_its_view():
     z, after = normal(2, 6, 3), normal(2, 6, 3, seed=1)
     z[1, 0, 0] = math.nan
@@ -127,6 +138,34 @@ def test_neighbours():
         close([neighbour_nce(z, k, 0.5)], [torch.stack([ref.neighbour_nce(t, k, 0.5) for t in z])], 1e-12)
 
 
+@pytest.mark.parametrize("lengths", [1e-30, 1e-20, 1e19, 1e30, "all"])
+def test_neighbours_have_no_unit(lengths):
+    """Cosines of points of any lengths, and their gradients; one of 0 has cosines of 0 and no gradient."""
+    z, weight = normal(2, 11, 3), normal(2, 7, seed=1)
+    if lengths == "all":
+        lengths = 10.0 ** torch.linspace(-30, 30, 11, dtype=torch.float64)[:, None]
+
+    def found(z):
+        z = z.detach().requires_grad_()
+        nce = neighbour_nce(z, 2, 0.5)
+        return nce.detach(), torch.autograd.grad((weight.to(nce) * nce).sum(), z)[0]
+
+    expected, dz = found(z)
+    nce, slope = found((z * lengths).float())
+    close([nce, slope * lengths], [expected, dz], 1e-5)
+    z[0, 5] = 0
+    nce, slope = found((z * lengths).float())
+    assert nce.isfinite().all() and slope.isfinite().all() and not slope[0, 5].any()
+    close([nce, slope * lengths], found(z), 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20])
+def test_of_tiny_features_neighbours_and_entropy_are_left(size):
+    z, after = normal(3, 9, 4), normal(3, 9, 4, seed=1)
+    expected = 2.0 * neighbour_nce(z, 3, 0.07).mean() - 0.1 * von_neumann_entropy(z.flatten(0, 1), of="covariance")
+    close([KoopmanInformationLoss()(*((t * size).float() for t in (z, after)))], [expected], 1e-5)
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_derivatives_of_the_loss(detach):
     z, after = normal(2, 5, 3).requires_grad_(), normal(2, 5, 3, seed=1).requires_grad_()
@@ -145,8 +184,11 @@ def test_halves_of_the_loss():
     wide = KoopmanInformationLoss()(z.float(), after.float())
     assert wide.dtype == torch.float32
     assert torch.equal(KoopmanInformationLoss()(z, after), wide)
+    leaves = [t.float().requires_grad_() for t in (z, after)]
+    expected = torch.autograd.grad(KoopmanInformationLoss()(*leaves), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(KoopmanInformationLoss()(z.float(), after.float()), wide)
+        found = KoopmanInformationLoss()(*leaves)
+        assert torch.equal(found, wide) and same(torch.autograd.grad(found, leaves), expected)
 
 
 def foretold(z, transition, decode, states, steps=4):

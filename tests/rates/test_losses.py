@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import in_two_processes
+from helpers import close, in_two_processes, normal
 from torch.nn.functional import normalize
 
 import torch_subspace as ts
@@ -61,6 +61,30 @@ class TestValues:
     def test_rows_of_c_are_normalised(self):
         z, c = points(), points(d=5, seed=1)
         assert torch.allclose(ts.MLCLoss()(z, c), ts.MLCLoss()(z, 7 * c), rtol=1e-10)
+
+    @pytest.mark.parametrize("mode", ["implicit", "cpp"])
+    @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e19, 1e30])
+    def test_the_unit_of_c_does_not_matter(self, size, mode):
+        z, loss, weight = points(), ts.MLCLoss(eps=0.3, eta=0.3, mode=mode), normal(40, 40)
+        c = points(d=5, seed=1) * torch.linspace(0.1, 10, 40, dtype=torch.float64)[:, None]
+
+        def found(z, c):
+            c = c.detach().requires_grad_()
+            gamma, total = loss.membership(c), loss(z, c)
+            of_gamma = torch.autograd.grad((weight.to(gamma) * gamma).sum(), c)
+            return gamma, total, *of_gamma, *torch.autograd.grad(total, c)
+
+        gamma, total, *gradients = found(z.float(), (c * size).float())
+        expected = found(z, c)
+        close([gamma, total, *(dc.double() * size for dc in gradients)], expected, 1e-4)
+        close([torch.vmap(loss.membership)((c * size).float()[None])[0]], expected[:1], 1e-5)
+
+    def test_a_row_of_zeros_has_no_gradient(self):
+        c = points(d=5, seed=1)
+        c[3] = 0
+        c.requires_grad_()
+        (dc,) = torch.autograd.grad(ts.MLCLoss().membership(c).square().sum(), c)
+        assert dc.isfinite().all() and dc.any() and not dc[3].any()
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_views(self, reduction):
