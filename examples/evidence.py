@@ -34,9 +34,13 @@ SCRIPTS = {  # what it writes, the other file beside it: the script and its argu
     "cluster.png": ("cluster.py", "--seeds 1 --init-epochs 2 --epochs 2"),
     "represent.png": ("represent.py", "--seeds 1"),
     "denoise.png": ("denoise.py", "--seeds 1"),
+    "phase_transition.png": ("phase_transition.py", "--sets 1 --unions 2 --starts 5"),
+    "patching.png": ("patching.py", "--seeds 1 --steps 20"),
+    "retrieve.json": ("retrieve.py", "--seeds 1 --epochs 6"),
     "compatible.png": ("compatible.py", "--seeds 1 --steps 50"),
     "singular_values.json": ("singular_values.py", "--seeds 2"),
     "lejepa.png": ("lejepa.py", "--seeds 1 --epochs 10"),
+    "four_losses.png": ("four_losses.py", "--seeds 1 --steps 20 --draws 4"),
     "intrinsic_dimension.png": ("intrinsic_dimension.py", "--seeds 1 --epochs 2"),
 }
 

@@ -162,20 +162,27 @@ def denoise_table():
 
 
 def phase_table():
-    """Shares of unions that examples/phase_transition.py finds."""
+    """Points that unions take which examples/phase_transition.py finds: of all unions, and of each set of them."""
     found = json.loads((ROOT / "examples/phase_transition.json").read_text())
     setting, rows = found["setting"], found["rows"]
-    lines = ["| k | half are found from | nine of ten from | all from |", "|---|---|---|---|"]
+    lines = ["| k | at k points | half are found from | nine of ten from | all from |", "|---|---|---|---|---|"]
+
+    def first(shares, least):
+        """The number of points from which on no share is less."""
+        short = [points for points, share in shares.items() if share < least]
+        return next((points for points in sorted(shares) if not short or points > max(short)), None)
+
     for k in dict.fromkeys(row["k"] for row in rows):
-        own = sorted((row["points"], row["found"]) for row in rows if row["k"] == k)
-        cells = []
-        for share in (0.5, 0.9, 1.0):  # from there on
-            short = [points for points, found in own if found < share]
-            first = next((points for points, _ in own if not short or points > max(short)), None)
-            cells.append(f"{first} points, {first / k:.2g} per dimension" if first else "–")
+        own = {row["points"]: row["found"] for row in rows if row["k"] == k}
+        cells = [f"{statistics.mean(own[k]):.0%}"]
+        for least in (0.5, 0.9, 1.0):
+            sets = [first({points: share[i] for points, share in own.items()}, least) for i in range(setting["sets"])]
+            whole = first({points: statistics.mean(share) for points, share in own.items()}, least)
+            among = " to ".join(map(str, sorted({min(sets), max(sets)}))) if all(sets) else "–"
+            cells.append(f"{whole} points (sets: {among}), {whole / k:.2g} per dimension" if whole else "–")
         lines.append(f"| {k} | {' | '.join(cells)} |")
-    lines += ["", f"{setting['clusters']} subspaces of R^{setting['features']}, {setting['unions']} random unions of "
-              f"each size, {setting['starts']} starts. Numbers in "
+    lines += ["", f"{setting['clusters']} subspaces of R^{setting['features']}, {setting['sets']} sets of "
+              f"{setting['unions']} random unions of each size, at most {setting['starts']} starts. Numbers in "
               "[phase_transition.json](../examples/phase_transition.json)."]
     return "\n".join(lines)
 

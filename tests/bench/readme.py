@@ -9,6 +9,7 @@ import cost_tables
 import evidence_brief
 import evidence_heads
 import evidence_tables
+import four_losses_table
 import gpu_table
 import lejepa_table
 import lowrank_tables
@@ -16,6 +17,7 @@ import overview
 import processors
 import projectors_table
 import spectral_table
+import subspace_tables
 from example_tables import (
     cluster_table,
     demo_table,
@@ -276,14 +278,17 @@ def gpu_mark():
 PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /name -->
     "README.md": {"evidence": evidence_brief.write, "peers": peers_table, "gpu": gpu_mark},
     "docs/heads.md": {"gamma": gamma_table, "demo": demo_table},
-    "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table},
+    "docs/subspaces.md": {"phase": phase_table, "denoise": denoise_table, "retrieve": retrieve_table,
+                          "patching": subspace_tables.patching_table, "illusion": subspace_tables.illusion_table,
+                          "probing": subspace_tables.probing_table},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/distributed.md": {"plan": plan_table, "class_parallel": class_parallel_table},
     "docs/adapters.md": {"finetune": lambda: finetune_table("finetune"), "spectral": spectral_table.write},
     "docs/rates.md": {"cluster": cluster_table, "represent": represent_table},
     "docs/evidence.md": {**evidence_heads.TABLES, "finetune_glyphs": lambda: finetune_table("finetune_glyphs"),
                          **evidence_tables.TABLES},
-    "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write},
+    "docs/isotropy.md": {"lejepa": lejepa_table.write, "compatible": compatible_table.write,
+                         **four_losses_table.TABLES},
     "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table, "projectors": projectors_table.write,
                         "memory": lowrank_tables.memory_table},
     "docs/performance.md": {"bench": bench_table, "processors": lambda: processors.table(SHOWN, place),

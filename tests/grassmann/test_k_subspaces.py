@@ -1,7 +1,9 @@
 """Planted unions of subspaces are found exactly, with scikit-learn's manners."""
 
 import pickle
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +136,17 @@ def test_starts_and_seeds():
     assert one.inertia_ <= np.median(few)
     with pytest.warns(ConvergenceWarning, match="max_iter=1 "):
         KSubspaces(5, 3, n_init=1, max_iter=1, random_state=0).fit(x)
+
+
+def test_the_transition():
+    """examples/phase_transition.py: with k points of a subspace any fit is luck, with four per dimension all is found;
+    random unions of three subspaces of R^64."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from phase_transition import found
+
+    assert not any(found(3, 3, seed, starts=5) for seed in range(4))
+    assert all(found(3, 12, seed, starts=10) for seed in range(4))
 
 
 @pytest.mark.parametrize("x", [np.zeros((6, 4)), np.ones((6, 4)), np.eye(4)[[0, 0, 1, 1, 2, 2]]], ids=range(3))

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -227,6 +229,34 @@ def test_the_illusion():
     assert (flipped(genuine), flipped(row), flipped(null)) == (1.0, 1.0, 0.0)
     moved = subspace_patch(base, source, null) @ weight.mT
     helpers.close(moved, base @ weight.mT, 1e-14, absolute=True)
+
+
+def test_the_turn_of_real_digits():
+    """examples/patching.py, briefly: a network on digits, upright or turned, and patches of its last hidden layer."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import patching
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    image, digit = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
+    torch.manual_seed(0)
+    order = torch.randperm(len(digit))
+    (x, *labels), (other, *truth) = (patching.both_ways(image[part], digit[part]) for part in order.split(1200))
+    net = patching.learn(x, *labels, steps=300)
+    base, source = patching.pairs(*truth, 1000)
+    h, asked, read = net[:6](x), net[:6](other), net[6:]
+
+    def interchanged(basis):
+        return patching.right(read(subspace_patch(asked[base], asked[source], basis)), truth[0][base], truth[1][source])
+
+    found = {r: interchanged(patching.align(read, h, *labels, r, steps=60)) for r in (1, 4)}
+    alone = patching.right(net(other), *truth)
+    assert alone[2] > 0.85 and all(both > alone[2] - 0.05 for _, _, both in found.values()), (alone, found)
+    principal = torch.linalg.svd(h - h.mean(0), full_matrices=False).Vh
+    assert interchanged(principal[:4])[2] < 0.5 and interchanged(rows(4, 32, dtype=torch.float32))[2] < 0.5
+    whole = interchanged(torch.eye(32))
+    assert whole[0] < 0.1 and whole[1] > 0.95  # all of the source, its digit too
 
 
 @pytest.mark.parametrize("weight, rank", [(torch.zeros(3, 6), 0), (torch.ones(3, 6), 1), (normal(9, 6), 6),
