@@ -80,9 +80,11 @@ def test_a_sweep(clock):
 
 
 def test_slopes_in_a_table(tmp_path):
-    row = {"op": "op", "what": "n", "rest": "k=1", "sizes": [2, 8], "slope": 1.04, "formula": 1.0}
-    text = written(tmp_path, "growth", [row, row | {"slope": 1.5}])
-    assert "| 1.04 | 1.00 |  |" in text and "| 1.50 | 1.00 | +50% |" in text and "1 of 2 slopes" in text
+    row = {"op": "op", "what": "n", "rest": "k=1", "sizes": [2, 4, 8, 16], "slope": 1.04, "formula": 1.0,
+           "ms": [9.0, 10.0, 20.0, 40.0], "least_ms": [1.0, 2.0, 4.0, 8.0]}
+    text = written(tmp_path, "growth", [row, row | {"slope": 1.5, "ms": [2.0, 4.0, 16.0, 64.0]}])
+    assert "| 1.04 | 1.00 |  | 1.00 | 1.00 |  |" in text and "| 1.50 | 1.00 | +50% | 2.00 | 1.00 | +100% |" in text
+    assert "Of 2 slopes 1 are" in text and "and 1 at the end" in text
 
 
 @pytest.mark.parametrize("op, make, sizes, grown", growth.SWEEPS, ids=[op for op, *_ in growth.SWEEPS])

@@ -12,12 +12,11 @@ that of the least-squares line. Where the op's differs by more than a twentieth,
 import argparse
 import json
 import math
-import statistics
 import warnings
 
 import harness
 import torch
-from cost_tables import RESULTS, within
+from cost_tables import RESULTS, slope, within
 
 # harness finds these
 # isort: split
@@ -74,11 +73,6 @@ def limits():
     found = harness.bounds(harness.Case("", [], bytes=3 << 26, flops=2 * 1536**3))
     times = {name: min(harness.timed(f, 1) for _ in range(5)) for name, (f, _) in found.items()}
     return (3 << 26) / times["bandwidth"], 2 * 1536**3 / times["product"]
-
-
-def slope(sizes, costs):
-    """Of the line through the logarithms."""
-    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope
 
 
 def sweep(op, make, sizes, what, values, rounds, rates):
