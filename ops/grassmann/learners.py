@@ -22,6 +22,7 @@ from ..common import (
     check_number,
     full_precision,
     told,
+    unit,
     whole,
     wide_dtype,
 )
@@ -66,16 +67,8 @@ def grouped_normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
     with full_precision(x):
         wide = x.to(wide_dtype(x.dtype))
         if len(set(sizes)) == 1 and len(sizes) > 32:  # fewer are quicker one by one: what is between stays in the cache
-            return _unit(wide.unflatten(-1, (len(sizes), sizes[0]))).flatten(-2).to(x.dtype)
-        return torch.cat([_unit(part) for part in wide.split(sizes, -1)], -1).to(x.dtype)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x over its lengths along the last axis, first over the largest entries, so that no square is lost."""
-    most = x.detach().abs().amax(-1, keepdim=True)
-    zero = most == 0
-    x = x / most.masked_fill(zero, torch.inf)  # zeros stay zeros, and so does their gradient
-    return x * x.square().sum(-1, keepdim=True).masked_fill(zero, 1).rsqrt()
+            return unit(wide.unflatten(-1, (len(sizes), sizes[0]))).flatten(-2).to(x.dtype)
+        return torch.cat([unit(part) for part in wide.split(sizes, -1)], -1).to(x.dtype)
 
 
 class DynamicSubspaceLearners(nn.Module):

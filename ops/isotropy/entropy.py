@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common import check_group, check_word, full_precision, transformed, wide_dtype
+from ..common import check_group, check_word, full_precision, transformed, unit, wide_dtype
 from .products import check_points, gram, summed
 
 OF = ("points", "covariance", "directions")
@@ -62,7 +62,7 @@ def von_neumann_entropy(z: Tensor, *, of: str = "points", process_group: dist.Pr
     wide, n = z.to(wide_dtype(z.dtype)), z.shape[-2]
     wide = wide / _largest(wide, -1 if of == "directions" else (-2, -1), process_group)
     if of == "directions":
-        wide = torch.nn.functional.normalize(wide, dim=-1)
+        wide = unit(wide)
     elif of == "covariance" and process_group is None:
         wide = wide - wide.mean(-2, keepdim=True)
     elif of == "covariance":

@@ -29,6 +29,20 @@ def turned(*lengths, n=9, seed=0):
     return q * torch.tensor(lengths, dtype=torch.float64) @ v.mT
 
 
+@pytest.mark.parametrize("kind", ["points", "directions"])
+def test_a_point_of_zeros_is_as_none(kind):
+    """Derivatives too, the second ones as well: there is no direction to change."""
+    def found(z):
+        z = z.requires_grad_()
+        entropy = von_neumann_entropy(z, of=kind)
+        (first,) = torch.autograd.grad(entropy, z, create_graph=True)
+        return entropy.detach(), first[:7].detach(), torch.autograd.grad(first[:7].square().sum(), z)[0]
+
+    z = normal(7, 4)
+    value, first, second = found(z.clone())
+    close(found(torch.cat([z, torch.zeros(1, 4)])), [value, first, torch.cat([second, torch.zeros(1, 4)])], 1e-12)
+
+
 @pytest.mark.parametrize("kind", PREPARED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_reference(shape, kind):
