@@ -25,8 +25,8 @@ def same_threads():
     torch.set_num_threads(before)
 
 
-def written(folder, script, rows):
-    (folder / f"{script}.json").write_text(json.dumps({"environment": WHERE, "rows": rows}))
+def written(folder, script, rows, **more):
+    (folder / f"{script}.json").write_text(json.dumps({"environment": WHERE, "rows": rows, **more}))
     return getattr(cost_tables, script)(lambda where: where["cpu"], folder)
 
 
@@ -114,4 +114,8 @@ def test_overhead_in_a_table(tmp_path):
         ("torch.mm", 4.0), ("logits", 10.0), ("rsgd", 30.0))]
     text = written(tmp_path, "overhead", rows)
     assert "| torch.mm | 4.0 µs |" in text and "| `logits` | + 6.0 µs |" in text
-    assert "More than 15 µs beyond torch's own: `rsgd` forward." in text
+    assert "More than 15 µs beyond torch's own: `rsgd` forward." in text and "import" not in text
+    seconds = overhead.import_seconds(1)
+    assert 0 < seconds["torch_subspace"] < seconds["torch"]
+    text = written(tmp_path, "overhead", rows, import_s={"torch": 1.234, "torch_subspace": 0.0456})
+    assert "`import torch_subspace` takes 0.046 s of a processor over torch's own 1.23 s." in text

@@ -103,5 +103,8 @@ def overhead(place, results=RESULTS):
             cells.append("" if not row else f"{row['us']:.1f} µs" if op in TORCH else f"+ {row['beyond_us']:.1f} µs")
         lines.append(f"| {op if op in TORCH else f'`{op}`'} | {' | '.join(cells)} |")
     over = [f"`{r['op']}` {r['what']}" for r in run["rows"] if r["beyond_us"] > GOAL]
-    return "\n".join([*lines, "", f"More than {GOAL:.0f} µs beyond torch's own: {', '.join(over) or 'none'}.", "",
-                      place(run["environment"])])
+    lines += ["", f"More than {GOAL:.0f} µs beyond torch's own: {', '.join(over) or 'none'}.", ""]
+    if seconds := run.get("import_s"):
+        lines += [f"`import torch_subspace` takes {seconds['torch_subspace']:.3f} s of a processor over torch's own "
+                  f"{seconds['torch']:.2f} s.", ""]
+    return "\n".join([*lines, place(run["environment"])])

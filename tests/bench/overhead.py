@@ -5,13 +5,16 @@
 
 All are timed in turn, on one thread, the least of many samples: forward alone without gradients, and forward and
 backward, beside torch.mm, adapters beside the linear layer or convolution that they run themselves; an optimiser's step
-beside that of torch's SGD. What an op takes beyond that is its checks, what it allocates and its tiny work.
+beside that of torch's SGD. What an op takes beyond that is its checks, what it allocates and its tiny work. And what
+the import takes.
 """
 
 import argparse
 import cProfile
 import json
 import pstats
+import subprocess
+import sys
 
 import harness
 import torch
@@ -106,6 +109,15 @@ def measure(made, rounds):
             for (what, op), us in taken.items()]
 
 
+def import_seconds(rounds=5):
+    """Seconds of a processor that the imports of torch, and of torch_subspace over it, take: the least of some."""
+    code = ("import time; begun = time.process_time(); import torch; mid = time.process_time(); import torch_subspace; "
+            "print(mid - begun, time.process_time() - mid)")
+    taken = [[float(s) for s in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+              .stdout.split()] for _ in range(rounds)]
+    return dict(zip(("torch", "torch_subspace"), map(min, zip(*taken, strict=True)), strict=True))
+
+
 def main():
     """Measure and write; or profile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,9 +138,12 @@ def main():
     for row in rows:
         over = "  more than wanted" if row["beyond_us"] > GOAL else ""
         print(f"{row['what']:<21} {row['op']:<22} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
+    seconds = import_seconds(1 if args.quick else 5)
+    print(f"import torch: {seconds['torch']:.2f} s of a processor; torch_subspace over it: "
+          f"{seconds['torch_subspace']:.3f} s")
     if not args.quick:
-        found = {"environment": harness.environment("cpu", 1), "rows": [{**r, "us": round(r["us"], 2),
-                 "beyond_us": round(r["beyond_us"], 2)} for r in rows]}
+        rounded = [{**r, "us": round(r["us"], 2), "beyond_us": round(r["beyond_us"], 2)} for r in rows]
+        found = {"environment": harness.environment("cpu", 1), "import_s": seconds, "rows": rounded}
         (RESULTS / "overhead.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
