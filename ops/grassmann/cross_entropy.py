@@ -89,7 +89,7 @@ def cross_entropy_of(x, weight, target, *, gamma, normalize, dims, class_weight,
         classes = weight.shape[0] if dims is None else len(dims)
     if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
         ignore_index = whole(_NAME, "ignore_index", ignore_index, -(1 << 63))
-    labels = _check_target(x, target, classes, ignore_index)
+    labels, all_count = _check_target(x, target, classes, ignore_index)
     check_number(_NAME, "label_smoothing", label_smoothing, UP_TO_1)
     check_word(_NAME, "reduction", reduction, ("mean", "sum", "none"))
     if class_weight is not None:
@@ -110,6 +110,8 @@ def cross_entropy_of(x, weight, target, *, gamma, normalize, dims, class_weight,
                 float(label_smoothing))
     if reduction == "none":
         return loss.view(x.shape[:-1])
+    if reduction == "mean" and all_count and class_weight is None:
+        return loss.mean()
     total = loss.sum()
     if reduction == "sum":
         return total
@@ -130,8 +132,8 @@ def _rows(x, weight, dims, target, class_weight, *options):
     return _op.cross_entropy(x, weight, starts(dims, weight.device), target, class_weight, *options, 0)[0]
 
 
-def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) -> bool:
-    """True for labels, False for probabilities."""
+def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) -> tuple[bool, bool]:
+    """Whether the target are labels, or else probabilities, and of labels whether none is known to be ignored."""
     check_dense(_NAME, "target", target)
     if target.device != x.device:
         raise ValueError(f"{_NAME}: x and target must be on one device, got {x.device} and {target.device}")
@@ -142,18 +144,19 @@ def _check_target(x: Tensor, target: Tensor, classes: int, ignore_index: int) ->
         if target.shape != (*x.shape[:-1], classes):
             raise ValueError(f"{_NAME}: target: probabilities must be {(*x.shape[:-1], classes)} for this x, "
                              f"got {tuple(target.shape)}")
-        return False
+        return False, False
     if target.dtype != torch.int64:
         raise TypeError(f"{_NAME}: target: labels must be int64, or probabilities floating, got {target.dtype}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"{_NAME}: target: labels must be {tuple(x.shape[:-1])} for this x, got {tuple(target.shape)}")
     if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and target.numel():
-        least, most = target.aminmax()
-        if int(least) < 0 or int(most) >= classes:  # the rarer case: labels to be ignored, or wrong ones
+        least, most = map(int, target.aminmax())
+        if least < 0 or most >= classes:  # the rarer case: labels to be ignored, or wrong ones
             wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
             if wrong.any():
                 raise ValueError(f"{_NAME}: target: labels must be in [0, {classes}), got {target[wrong][0].item()}")
-    return True
+        return True, not least <= ignore_index <= most
+    return True, False
 
 
 def _check_class_weight(class_weight: Tensor, classes: int, device: torch.device) -> None:

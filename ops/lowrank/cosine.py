@@ -85,7 +85,7 @@ def cosine_columns(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             return _Columns.apply(g, rank)
         spectrum, n = _spectrum(g), g.shape[-1]
         norms = spectrum.detach().abs().sum(-2)
-        index = _largest(norms[..., _places(torch.arange(n, device=g.device), n)[0]], rank)
+        index = largest_columns(norms[..., _places(torch.arange(n, device=g.device), n)[0]], rank)
         return _taken(spectrum, *_places(index, n)), index
 
 
@@ -210,7 +210,7 @@ def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
     return torch.where(mirrored, 2 * (n - index) + 1, 2 * index), mirrored
 
 
-def _largest(norms: Tensor, rank: int) -> Tensor:
+def largest_columns(norms: Tensor, rank: int) -> Tensor:
     """The columns of largest norm. A stable sort, as topk's ties are free."""
     return norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank].sort(dim=-1).values
 
@@ -242,7 +242,7 @@ def columns_of(g: Tensor, rank: int, group: dist.ProcessGroup | None = None, spe
         chunks = [spectrum(rows) for rows in g.split(max(1, CHUNK // n))]
     norms = sum(chunk.abs().sum(-2) for chunk in chunks[1:]) + chunks[0].abs().sum(-2)
     total(norms, group)
-    index = _largest(norms[..., places(torch.arange(n, device=g.device), n)[0]], rank)
+    index = largest_columns(norms[..., places(torch.arange(n, device=g.device), n)[0]], rank)
     return torch.cat([_taken(chunk, *places(index, n)) for chunk in chunks], -2), index
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import chunks, fed, left_out
-from .projectors import KINDS, STORED, along, carried, columns, is_transformed, project, walsh_columns, walsh_step_
+from .projectors import KINDS, STORED, along, carried, columns, project
 from .shards import all_finite, local, placed, sharing
+from .walsh import is_transformed, row_chunks, walsh_along, walsh_choice, walsh_move_
 
 SIDES = ("shorter", "rows", "columns")
 
@@ -80,13 +81,17 @@ class Matrix:
             own = fed(own, held)
         grad = self._turn(own)
         size = grad.shape[-1]
-        stays = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
-        if stays and count % group["every"]:
+        same = before is not None and before[0] == kind and before[1].shape[-1] == group["rank"]
+        stays = same and count % group["every"] > 0
+        if not stays and (same or not held) and self._is_transformed(kind, group["rank"]) and (
+                self.processes is None and group["error_feedback"] is None):
+            return self._by_rows(state, held, grad, before)
+        if stays:
             now, low = before, self._along(grad, before, dtype)
         else:
             start = self._start(starts, count, size, dtype) if group["projector"] == "range" else None
             stored, low = project(group["projector"], grad, group["rank"], start, self.processes)
-            now, stays = (kind, stored), False
+            now = kind, stored
         finite = self._finite(low)
         sure = on_host(finite) and bool(finite.all())
         if not sure and on_host(finite) and finite.dim() == 0:
@@ -101,15 +106,44 @@ class Matrix:
         if not sure:
             new = {key: _where(finite, t, held.get(key), key) for key, t in new.items()}
             now = now[0], new[now[0]]
-        self._move(low, now, size, 1 - float(group["lr"]) * float(group["weight_decay"]), None if sure else finite)
+        self._move(low, now, size, None if sure else finite)
         self._keep(state, count, new)
         skipped = (~finite).sum()
         return int(skipped) if on_host(skipped) else skipped
 
+    def _is_transformed(self, kind, rank):
+        """Whether W + Y Qᵀ takes a transform of some of W's rows after the others."""
+        return (kind == "hadamard" and is_transformed(self.own, rank) and len(self.shape) == 2 and self.rows is None
+                and self.own.is_contiguous())
+
+    def _by_rows(self, state, held, grad, before):
+        """The step along new columns of Hadamard's basis on a CPU: after the choice all of it for some rows, while they
+        are in the cache. Another transform takes less time than keeping that of the choice."""
+        index, finite = walsh_choice(grad, self.group["rank"])
+        if not finite:
+            return 1
+        if "exp_avg" not in held:
+            held["exp_avg"], held["exp_avg_sq"] = (grad.new_zeros(grad.shape[0], len(index)) for _ in range(2))
+        count, weight = int(state.get("step", 0)) + 1, self.own.view(self.shape)
+        mean, square, weight = held["exp_avg"], held["exp_avg_sq"], weight.mT if self.turned else weight
+        moved = before is not None and not torch.equal(before[1], index)
+        for rows in row_chunks(grad):
+            low, moments = walsh_along(grad[rows], index), (mean[rows], square[rows])
+            if moved:
+                for t, new in zip(moments, carried(moments, before, ("hadamard", index), grad.shape[1])):
+                    t.copy_(new)
+            self._adamw(low, *moments, count)
+            walsh_move_(weight[rows], low, index, self._decay())
+        self._keep(state, count, {"hadamard": index, "exp_avg": mean, "exp_avg_sq": square})
+        return 0
+
+    def _decay(self):
+        return 1 - float(self.group["lr"]) * float(self.group["weight_decay"])
+
     def _along(self, grad, kept, dtype):
         """G Q of the Q of the last step."""
-        if is_transformed(kept[0], grad, kept[1]):
-            return walsh_columns(grad, kept[1])
+        if kept[0] == "hadamard" and kept[1].dim() == 1 and is_transformed(grad, kept[1].shape[0]):
+            return walsh_along(grad, kept[1])
         basis = columns(*kept, grad.shape[-1], dtype)
         return along(grad, basis, self.processes) if kept[0] == "basis" else grad @ basis
 
@@ -152,12 +186,12 @@ class Matrix:
             root = v.sqrt().div_(math.sqrt(1 - beta2**count)).add_(self.group["eps"])
             torch.addcdiv(zero, m, root, value=-rate, out=part)
 
-    def _move(self, update, now, size, decay, finite):
+    def _move(self, update, now, size, finite):
         """W <- decay W + update Qᵀ, in one pass where all of them are finite."""
-        own = self.own
-        if finite is None and self.rows is None and own.is_contiguous() and is_transformed(now[0], own, now[1]):
+        own, decay = self.own, self._decay()
+        if finite is None and self._is_transformed(now[0], self.group["rank"]):
             own = own.view(self.shape)
-            walsh_step_(own.mT if self.turned else own, update, now[1], decay)
+            walsh_move_(own.mT if self.turned else own, update, now[1], decay)
             return
         if finite is not None:
             update = _where(finite, update, None, "")

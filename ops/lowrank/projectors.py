@@ -11,9 +11,6 @@ a matter of looking up. Before there is a Q it is the identity.
 
 What the range finder finds is turned to the singular vectors of G Q (Rayleigh and Ritz): AdamW is not invariant under
 rotations, and in coordinates that are not correlated it leaves on digits what it leaves with singular vectors.
-
-Hadamard's basis is H / sqrt n for n a power of two, and else block-diagonal: of equal blocks, as long as the power of
-two in n, where that is long, and of the powers of two that make n up where it is not.
 """
 from __future__ import annotations
 
@@ -21,17 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common import WIDE
 from .cosine import basis_columns, columns_of, taken
-from .hadamard import hadamard
 from .range_finder import largest, orthonormal, scaled
 from .shards import total
+from .walsh import in_order, walsh_columns, walsh_spectrum
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
 CHUNK = 1 << 17  # entries that stay in a core's cache
-TRANSFORM_FROM = 64  # columns: the product below, transforms from there on
-BLOCK = 64  # entries that a block has at least, if all are to be equal
 KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
@@ -40,7 +34,7 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     """What is stored of a new Q, and g Q. `start`: what the range finder starts from. `group`: processes that have
     rows of the matrix."""
     if STORED[projector] != "basis":
-        own = (_walsh_spectrum, _in_order) if projector == "hadamard" else ()
+        own = (walsh_spectrum, in_order) if projector == "hadamard" else ()
         low, index = columns_of(g, rank, group, *own)
         return index, low
     if projector == "svd":
@@ -73,7 +67,7 @@ def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _without_rounding(low: Tensor, size: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`size` times `low`, in place. Columns that are nothing but rounding become 0: a gradient of lower rank has none
     there, and AdamW would make steps of full length of them."""
-    parts = [part.square().sum(-2, keepdim=True) for part in low.split(_rows(low.shape[-1]), -2)]
+    parts = [part.square().sum(-2, keepdim=True) for part in low.split(max(1, CHUNK // low.shape[-1]), -2)]
     squares = sum(parts[1:], parts[0])
     total(squares, group)
     least = (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
@@ -100,63 +94,7 @@ def columns(kind: str, stored: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         return stored.to(dtype)
     if kind == "cosine":
         return basis_columns(size, stored, dtype)
-    return _walsh_columns(size, stored, dtype)
-
-
-def _blocks(size: int) -> list[int]:
-    """The lengths of the basis's blocks."""
-    length = size & -size
-    if length >= BLOCK:
-        return [length] * (size // length)
-    return [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
-
-
-def _walsh_spectrum(g: Tensor) -> Tensor:
-    lengths = _blocks(g.shape[-1])
-    if lengths[0] == lengths[-1]:
-        return hadamard(g.unflatten(-1, (-1, lengths[0])), normalize=True).flatten(-2)
-    return torch.cat([hadamard(part, normalize=True) for part in g.split(lengths, -1)], -1)
-
-
-def is_transformed(kind: str, weight: Tensor, stored: Tensor) -> bool:
-    """Whether products with Q take less time as transforms, both ways: of Hadamard's basis on a CPU."""
-    return (kind == "hadamard" and stored.dim() == 1 and stored.shape[0] >= TRANSFORM_FROM
-            and weight.device.type == "cpu" and weight.dtype in WIDE)
-
-
-def walsh_columns(g: Tensor, index: Tensor) -> Tensor:
-    """G Q (m, r), by transforms of some rows at a time."""
-    return torch.cat([_walsh_spectrum(rows).index_select(-1, index) for rows in g.split(_rows(g.shape[-1]))])
-
-
-def walsh_step_(weight: Tensor, low: Tensor, index: Tensor, decay: float) -> None:
-    """W <- decay W + low Qᵀ, likewise."""
-    for own, part in zip(weight.split(_rows(weight.shape[-1])), low.split(_rows(weight.shape[-1])), strict=True):
-        wide = part.new_zeros(own.shape).index_copy_(-1, index, part)
-        torch.add(_walsh_spectrum(wide), own, alpha=decay, out=own)
-
-
-def _rows(size: int) -> int:
-    """How many of that size stay in a core's cache."""
-    return max(1, CHUNK // size)
-
-
-def _walsh_columns(size: int, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entry j of column k: (-1) to the number of bits that j and k share, in the block that both are in."""
-    entries, begin = torch.zeros((*index.shape[:-1], size, index.shape[-1]), dtype=dtype, device=index.device), 0
-    for length in _blocks(size):
-        k = (index - begin)[..., None, :]
-        shared = torch.arange(length, device=index.device)[:, None] & k
-        for shift in (16, 8, 4, 2, 1):
-            shared = shared ^ (shared >> shift)
-        value = (1 - 2 * (shared & 1)).to(dtype) * length**-0.5
-        entries[..., begin : begin + length, :] = torch.where((k >= 0) & (k < length), value, 0)
-        begin += length
-    return entries
-
-
-def _in_order(index: Tensor, size: int) -> tuple[Tensor, None]:
-    return index, None
+    return walsh_columns(size, stored, dtype)
 
 
 def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, now: tuple[str, Tensor],

@@ -9,7 +9,7 @@ from helpers import close, normal, same
 from low_rank_cases import FEEDBACKS, PROJECTORS, Reference, fixed, matrix, net, singular, stepped, train
 from torch import nn
 
-from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices, projectors
+from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices, projectors, walsh
 
 # ------------------------------------------------------------------------------------------------------- AdamW itself
 
@@ -86,7 +86,7 @@ def test_both_sides(projector):
 @pytest.mark.parametrize("every", [1, 2])
 def test_hadamards_basis_by_transforms(monkeypatch, side, every):
     """From rank 64 on: there and back, some rows at a time, with feedback and what is not contiguous too."""
-    monkeypatch.setattr(projectors, "CHUNK", 1000)
+    monkeypatch.setattr(walsh, "CHUNK", 1000)
     options = {"lr": 0.01, "weight_decay": 0.1, "every": every}
     for feedback in (None, "dense"):
         p = matrix(72, 100, dtype=torch.float64)
@@ -110,8 +110,8 @@ def test_hadamards_basis_of_any_size(size, blocks):
     entries = projectors.columns("hadamard", torch.arange(size), size, torch.float64)
     eye = torch.eye(size, dtype=torch.float64)
     close([entries @ entries, entries.mT], [eye, entries], 1e-14)
-    close(projectors._walsh_spectrum(eye), entries, 1e-14)
-    assert len(projectors._blocks(size)) == blocks and sum(projectors._blocks(size)) == size
+    close(walsh.walsh_spectrum(eye), entries, 1e-14)
+    assert len(walsh.blocks(size)) == blocks and sum(walsh.blocks(size)) == size
 
 
 @pytest.mark.parametrize("rank", [1, 3])

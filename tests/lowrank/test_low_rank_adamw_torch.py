@@ -128,17 +128,20 @@ def test_rank_and_projector_may_change():
         optimizer.step()
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("projector", [*PROJECTORS, "hadamard, by rows"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_disturbs_nobody(projector, value):
-    wrong, fine, alone = matrix(20, 12), matrix(20, 12), matrix(20, 12)
-    optimizer = LowRankAdamW([wrong, fine], rank=3, projector=projector, error_feedback="int8")
-    other = LowRankAdamW([alone], rank=3, projector=projector, error_feedback="int8")
-    for i in range(4):
+def test_a_gradient_that_is_not_finite_disturbs_nobody(projector, value, every):
+    projector, _, by_rows = projector.partition(", ")
+    m, n, rank, feedback = (70, 80, 64, None) if by_rows else (20, 12, 3, "int8")
+    wrong, fine, alone = matrix(m, n), matrix(m, n), matrix(m, n)
+    options = {"rank": rank, "projector": projector, "error_feedback": feedback, "every": every}
+    optimizer, other = LowRankAdamW([wrong, fine], **options), LowRankAdamW([alone], **options)
+    for i in range(6):
         for p in (wrong, fine, alone):
-            p.grad = normal(20, 12, seed=i, dtype=torch.float32)
+            p.grad = normal(m, n, seed=i, dtype=torch.float32)
         other.step()
-        if i not in (0, 2):
+        if i not in (0, 2, 3):
             optimizer.step()
             continue
         wrong.grad[3, 4] = value
@@ -148,10 +151,10 @@ def test_a_gradient_that_is_not_finite_disturbs_nobody(projector, value):
         else:
             with pytest.warns(RuntimeWarning, match=r"1 matrix\(es\) of parameter group 0 had a non-finite gradient"):
                 optimizer.step()
-        assert torch.equal(wrong, before[0]) and optimizer.skipped == i // 2 + 1
+        assert torch.equal(wrong, before[0]) and optimizer.skipped == (1, 0, 2, 3)[i]
         assert same(before[1].values(), optimizer.state[wrong].values())
     assert torch.equal(fine, alone) and wrong.isfinite().all() and not torch.equal(wrong, fine)
-    assert optimizer.state[wrong]["step"] == 2
+    assert optimizer.state[wrong]["step"] == 3
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 5, 2, 3)])

@@ -4,8 +4,9 @@ A training step is the forward and the gradients of the input and of the adapter
 
 The floor is the bare frozen layer, forward and gradient of its input. Peers are imported: peft's LoRA, LoHa and LoKr,
 LyCORIS's LoCon, both as it rebuilds the weight and in its bypass mode. FLoRA's formula is written from the paper: the
-layer plus one on the composed change. Every contender is held against its own change of the weight, composed and
-applied in float64; ours and FLoRA's formula are the same function, the peers have other changes of the same rank.
+layer plus one on the composed change. Beside ours is `SpectralConfig` of the same rank. Every contender is held against
+its own change of the weight, composed and applied in float64; ours and FLoRA's formula are the same function, all
+others have other changes of the same rank.
 """
 
 import copy
@@ -22,6 +23,7 @@ from torch.nn.functional import conv2d, linear
 import torch_subspace as ts
 
 RANK, SCALE = 16, 0.5
+DECOMPOSED = 1 << 23  # channels in and out whose singular vectors do not take minutes
 FLOOR, OURS, FLORA = "floor: frozen layer", "ours", "FLoRA's formula"
 
 
@@ -94,6 +96,14 @@ def adapted(layer):
     ts.adapt(model, ts.TuckerConfig(rank=RANK, target_modules="0"))
     parameters = [p for p in model.parameters() if p.requires_grad]  # core and factors; its scale is 1
     return filled(model, parameters, lambda: composed(*parameters) / SCALE)
+
+
+def spectral(layer):
+    """What `adapt` makes of it for singular values: a number for each of the leading ones is trained."""
+    model = nn.Sequential(layer)
+    ts.adapt(model, ts.SpectralConfig(rank=RANK, target_modules="0"))
+    (own,) = [module for module in model.modules() if hasattr(module, "factor1")]
+    return filled(model, [own.core], lambda: (own.factor0 * own.core) @ own.factor1.mT)
 
 
 def flora(layer):
@@ -232,8 +242,9 @@ def case(name, layer, size, device, promise=None, dtype=torch.float32, beside=No
 
     other = {"note": "another change of the same rank"}
     contenders = [on(FLOOR, frozen), on(OURS, ours)]
-    if hasattr(ts, "adapt"):
-        contenders += [on("ours: adapt(model)", adapted)]
+    contenders += [on("ours: adapt(model)", adapted)]
+    if layer[1] * layer[2] <= DECOMPOSED:
+        contenders += [on("ours: adapt(model), SpectralConfig", spectral, note="singular values alone")]
     contenders += [on(FLORA, flora)]
     contenders += [on(f"peft {method}", peft(method), **other) for method in ("LoRA", "LoHa", "LoKr")]
     contenders += [on("LyCORIS LoCon", lycoris(False), **other), on("LyCORIS LoCon, bypass", lycoris(True), **other)]
