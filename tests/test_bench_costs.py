@@ -107,14 +107,16 @@ def test_every_op_has_a_tiny_call():
     assert ops == {path.stem for path in families.glob("*/*.c") if path.parent.name != "contract"}
     for row in overhead.measure(made, 1):
         assert 0 < row["us"] < math.inf and (row["beyond_us"] == 0) == (row["op"] in cost_tables.TORCH), row
+        ours = row["op"] not in (*cost_tables.TORCH, "tucker_linear", "tucker_conv")  # whose gradients are not the op's
+        assert ("added_us" in row) == (ours or row["op"].startswith("tucker_") and row["what"] == "forward"), row
 
 
 def test_overhead_in_a_table(tmp_path):
-    rows = [{"what": "forward", "op": op, "us": us, "beyond_us": us - 4} for op, us in (
-        ("torch.mm", 4.0), ("logits", 10.0), ("rsgd", 30.0))]
+    rows = [{"what": "forward", "op": op, "us": us, "beyond_us": us - 4} | more for op, us, more in (
+        ("torch.mm", 4.0, {}), ("logits", 10.0, {"added_us": 2.5}), ("rsgd", 30.0, {"added_us": 15.1}))]
     text = written(tmp_path, "overhead", rows)
-    assert "| torch.mm | 4.0 µs |" in text and "| `logits` | + 6.0 µs |" in text
-    assert "More than 15 µs beyond torch's own: `rsgd` forward." in text and "import" not in text
+    assert "| torch.mm | 4.0 µs |" in text and "| `logits` | + 6.0 (2.5) µs |" in text
+    assert "More than 15 µs are added: `rsgd` forward." in text and "import" not in text
     seconds = overhead.import_seconds(1)
     assert 0 < seconds["torch_subspace"] < seconds["torch"]
     text = written(tmp_path, "overhead", rows, import_s={"torch": 1.234, "torch_subspace": 0.0456})

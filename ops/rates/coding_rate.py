@@ -146,7 +146,8 @@ def _groups(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         return (torch.empty(0, dtype=torch.int64, device=z.device),) * 2
     ascending, order = torch.sort(labels, dim=-1, stable=True)
     group = pad((ascending[:, 1:] != ascending[:, :-1]).cumsum(-1), (1, 0))
-    start = torch.searchsorted(group, torch.arange(labels.shape[1] + 1, device=z.device).repeat(labels.shape[0], 1))
+    number = torch.arange(labels.shape[1] + 1, device=z.device).expand(labels.shape[0], -1)
+    start = torch.searchsorted(group, number.contiguous())
     return order.expand(z.shape[0], -1), start.expand(z.shape[0], -1)
 
 

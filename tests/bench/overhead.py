@@ -5,8 +5,9 @@
 
 All are timed in turn, on one thread, the least of many samples: forward alone without gradients, and forward and
 backward, beside torch.mm, adapters beside the linear layer or convolution that they run themselves; an optimiser's step
-beside that of torch's SGD. What an op takes beyond that is its checks, what it allocates and its tiny work. And what
-the import takes.
+beside that of torch's SGD. What an op takes beyond that is torch's way to an op of others, with the bookkeeping of its
+gradient, its tiny work, and what is added here: checks, and torch's own ops around it. The last is told apart by
+calling the ops alone, with the arguments that they were given. And what the import takes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import harness
 import torch
 from cost_tables import GOAL, RESULTS, TORCH
+from torch.overrides import TorchFunctionMode
 
 import torch_subspace as ts
 from torch_subspace import isotropy, lowrank
@@ -87,26 +89,76 @@ def frames_sgd(params):
     return ts.RiemannianSGD([{"params": params, "manifold": "grassmann"}], lr=0.1, momentum=0.9)
 
 
+class Calls(TorchFunctionMode):
+    """Which calls of our ops a function makes, each {op, arguments}."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("torch_subspace."):
+            self.made.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def bare(function, with_backward=False):
+    """The same calls of our ops and nothing else, as torch makes them; with its gradient bookkeeping if asked. None
+    where an op has no gradient of its own, or there is more than one."""
+    with Calls() as calls:
+        function()
+    if not with_backward:
+        return torch.no_grad()(lambda: [op(*args) for op, args in calls.made])
+    (op, args), *more = calls.made
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if more or not wanted or op.__name__.endswith("_"):
+        return None
+    alone = {id(a): a.detach().requires_grad_() for a in wanted}
+    args = [alone.get(id(a), a) for a in args]
+
+    def first():
+        y = op(*args)
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+    with torch.enable_grad():
+        dy = torch.ones_like(first())
+    return torch.enable_grad()(lambda: torch.autograd.grad(first(), [*alone.values()], dy))
+
+
 def functions():
-    """{(what, op): a call}."""
+    """{(what, op): (a call, its ops alone or None)}."""
     found = {}
     for op, (function, x) in calls().items():
-        found["forward", op] = torch.no_grad()(lambda f=function, x=x: f(x))
+        ours = op not in TORCH
+        forward = torch.no_grad()(lambda f=function, x=x: f(x))
+        found["forward", op] = forward, bare(forward) if ours else None
         if op != "depthwise":  # it has none
-            found["forward and backward", op] = gradient(function, x)
-    found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True))
-    found["step", "rsgd"] = step(frames_sgd)
+            both = gradient(function, x)
+            found["forward and backward", op] = both, bare(both, with_backward=True) if ours else None
+    found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)), None
+    ours = step(frames_sgd)
+    ours()
+    found["step", "rsgd"] = ours, bare(ours)
     return found
 
 
 def measure(made, rounds):
-    """Rows of microseconds, and those beyond torch's own."""
-    taken = dict.fromkeys(made, float("inf"))
+    """Rows of microseconds, and those beyond torch's own; those of our ops alone, and those beyond these."""
+    taken, alone = (dict.fromkeys(made, float("inf")) for _ in range(2))
     for _ in range(rounds):
-        for name, function in made.items():
+        for name, (function, ops) in made.items():
             taken[name] = min(taken[name], 1e6 * harness.timed(function, 10))
-    return [{"what": what, "op": op, "us": us, "beyond_us": us - taken[what, op if op in TORCH else BESIDE.get(op, MM)]}
-            for (what, op), us in taken.items()]
+            if ops:
+                alone[name] = min(alone[name], 1e6 * harness.timed(ops, 10))
+    rows = []
+    for (what, op), us in taken.items():
+        base = taken[what, op if op in TORCH else BESIDE.get(op, MM)]
+        row = {"what": what, "op": op, "us": us, "beyond_us": us - base}
+        if made[what, op][1]:
+            layer = base if op in BESIDE else 0  # torch's own layer or optimiser is part of the call
+            row |= {"op_us": alone[what, op], "added_us": us - alone[what, op] - layer}
+        rows.append(row)
+    return rows
 
 
 def import_seconds(rounds=5):
@@ -127,22 +179,24 @@ def main():
     torch.set_num_threads(1)
     made = functions()
     if args.profile:
-        for (what, op), function in made.items():
+        for (what, op), (function, _) in made.items():
             if op == args.profile:
                 profile = cProfile.Profile()
                 profile.runcall(lambda f=function: [f() for _ in range(2000)])
                 print(what)
                 pstats.Stats(profile).sort_stats("tottime").print_stats(12)
         return
-    rows = measure(made, 50 if args.quick else 2000)
+    rows = measure(made, 200 if args.quick else 2000)
     for row in rows:
-        over = "  more than wanted" if row["beyond_us"] > GOAL else ""
-        print(f"{row['what']:<21} {row['op']:<22} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}{over}")
+        added = f", added to the op's own call {row['added_us']:6.1f}" if "added_us" in row else ""
+        over = "  more than wanted" if row.get("added_us", 0) > GOAL else ""
+        print(f"{row['what']:<21} {row['op']:<16} {row['us']:7.1f} µs, beyond torch's {row['beyond_us']:7.1f}"
+              f"{added}{over}")
     seconds = import_seconds(1 if args.quick else 5)
     print(f"import torch: {seconds['torch']:.2f} s of a processor; torch_subspace over it: "
           f"{seconds['torch_subspace']:.3f} s")
     if not args.quick:
-        rounded = [{**r, "us": round(r["us"], 2), "beyond_us": round(r["beyond_us"], 2)} for r in rows]
+        rounded = [{key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
         found = {"environment": harness.environment("cpu", 1), "import_s": seconds, "rows": rounded}
         (RESULTS / "overhead.json").write_text(json.dumps(found, indent=1) + "\n")
 
