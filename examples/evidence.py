@@ -41,6 +41,7 @@ SCRIPTS = {  # what it writes, the other file beside it: the script and its argu
     "singular_values.json": ("singular_values.py", "--seeds 2"),
     "lejepa.png": ("lejepa.py", "--seeds 1 --epochs 10"),
     "four_losses.png": ("four_losses.py", "--seeds 1 --steps 20 --draws 4"),
+    "projectors.json": ("projectors.py", "--seeds 1 --steps 5"),
     "intrinsic_dimension.png": ("intrinsic_dimension.py", "--seeds 1 --epochs 2"),
 }
 
