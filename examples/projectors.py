@@ -31,7 +31,7 @@ def digits():
     return (x[order] / 16).float(), y[order]
 
 
-def train(make, seed, steps, widths=SQUARE):
+def train(make, seed, widths=SQUARE, steps=STEPS):
     """{loss, accuracy, seconds}. `make` gets two groups: inner weights, and the rest with a rank no side is above."""
     (x, y), start = digits(), time.perf_counter()
     torch.manual_seed(seed)
@@ -70,7 +70,7 @@ def main():
     args = parser.parse_args()
 
     def runs(name, make, widths=SQUARE):
-        found = [train(make, seed, args.steps, widths) for seed in range(args.seeds)]
+        found = [train(make, seed, widths, args.steps) for seed in range(args.seeds)]
         rows[name] = {key: [run[key] for run in found] for key in found[0]}
         print(f"{name:34} loss {' '.join(f'{run:.3f}' for run in rows[name]['loss'])}   accuracy "
               f"{' '.join(f'{run:.3f}' for run in rows[name]['accuracy'])}", flush=True)

@@ -19,13 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cosine import basis_columns, columns_of, taken
-from .range_finder import largest, orthonormal, scaled
+from .range_finder import largest, orthonormal, rows_in_cache, scaled
 from .shards import total
 from .walsh import in_order, walsh_columns, walsh_spectrum
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
-CHUNK = 1 << 17  # entries that stay in a core's cache
 KINDS = tuple(dict.fromkeys(STORED.values()))
 
 
@@ -48,13 +47,15 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     low = g @ basis
     size = scale_(low, group)
     turn = _leading(_gram(low if g.device.type == "cpu" else low.double(), group), rank).to(g.dtype)
-    return basis @ turn, _without_rounding(low @ turn, size, group)
+    low = low @ turn
+    return basis @ turn, low.mul_(torch.where(_is_rounding(low, None, group), 0, size))
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """G Q of a basis that is no fixed one."""
     low = g @ basis
-    return _without_rounding(low, scale_(low, group), group)
+    lost = _is_rounding(low, largest(low, group), group)
+    return low if lost.device.type == "cpu" and not lost.any() else low.masked_fill_(lost, 0)
 
 
 def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -64,14 +65,14 @@ def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return size
 
 
-def _without_rounding(low: Tensor, size: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`size` times `low`, in place. Columns that are nothing but rounding become 0: a gradient of lower rank has none
-    there, and AdamW would make steps of full length of them."""
-    parts = [part.square().sum(-2, keepdim=True) for part in low.split(max(1, CHUNK // low.shape[-1]), -2)]
+def _is_rounding(low: Tensor, size: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """Columns (..., 1, r) that are nothing but rounding: a gradient of lower rank has none there, and AdamW would make
+    steps of full length of them. `size`: the largest entry, of which squares are taken; None where that is 1."""
+    parts = [(part if size is None else part / size).square().sum(-2, keepdim=True)
+             for part in low.split(rows_in_cache(low), -2)]
     squares = sum(parts[1:], parts[0])
     total(squares, group)
-    least = (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
-    return low.mul_(torch.where(squares <= least, 0, size))
+    return squares <= (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
 
 
 def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:

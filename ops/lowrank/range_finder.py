@@ -22,6 +22,8 @@ from ..draws import seeded_normal
 from .cosine import check_matrix
 from .shards import total
 
+CHUNK = 1 << 17  # entries that stay in a core's cache
+
 
 def range_finder(g: Tensor, rank: int, *, power: int = 1, seed: int | torch.Generator | None = None) -> Tensor:
     """An orthonormal basis of a matrix's dominant row space, nearly as good as its leading right singular vectors.
@@ -97,9 +99,17 @@ def scaled(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 @torch.no_grad()
 def largest(y: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The largest entry of a matrix, whose rows the processes of a group have; 1 where all are 0."""
-    size = y.abs().amax((-2, -1), keepdim=True) if y.shape[-2] else y.new_zeros((*y.shape[:-2], 1, 1))
+    parts = [part.abs().amax((-2, -1), keepdim=True) for part in y.split(rows_in_cache(y), -2)] if y.shape[-2] else []
+    size = torch.stack(parts).amax(0) if parts else y.new_zeros((*y.shape[:-2], 1, 1))
     total(size, group, "MAX")
     return torch.where(size == 0, 1, size)
+
+
+def rows_in_cache(y: Tensor) -> int:
+    """How many rows of a matrix stay in a core's cache with what is made of them; of a stack, or elsewhere, all."""
+    if y.device.type != "cpu" or y.dim() > 2 or torch.compiler.is_compiling():
+        return max(1, y.shape[-2])
+    return max(1, CHUNK // y.shape[-1])
 
 
 def orthonormal(y: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """LowRankAdamW: AdamW itself where nothing is projected, the formula where something is."""
 
 import functools
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,10 @@ def test_the_identity_as_a_projector_is_adamw(monkeypatch, decay):
 # -------------------------------------------------------------------------------------------------------- the formula
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every, chunk", [(1, 20), (3, 20), (3, 1 << 17)])
 @pytest.mark.parametrize("projector", ["svd", "cosine", "hadamard"])
-def test_the_formula(projector, every):
+def test_the_formula(projector, every, chunk, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch_subspace.lowrank.range_finder"], "CHUNK", chunk)
     p = matrix(9, 20, dtype=torch.float64)
     options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "every": every, "scale": 0.5}
     basis = singular(4) if projector == "svd" else fixed(projector, 4)
@@ -130,6 +132,18 @@ def test_a_gradient_of_lower_rank(projector, dtype, rank):
             expected = -0.1 * left.sign() @ right.mT / right.norm()
             close(p.detach() - before, expected, 1e-5 if dtype == torch.float32 else 1e-12)
     assert torch.linalg.matrix_rank(p.detach() - before, rtol=1e-4) == 1 and p.isfinite().all()
+
+
+def test_kept_directions_of_a_gradient_that_has_fewer():
+    """Columns of rounding alone are 0, all others the product to the bit, whatever the unit."""
+    g, basis = normal(40, 3, seed=1) @ normal(3, 12, seed=2), torch.linalg.qr(normal(12, 5, seed=3)).Q
+    basis[:, 4] = torch.linalg.svd(g).Vh[5]  # which g does not have
+    for scale in (1.0, 1e-150, 1e150):
+        expected = (scale * g) @ basis
+        assert 0 < expected[:, 4].abs().max() < 1e-14 * scale * g.abs().max()
+        low = projectors.along(scale * g, basis, None)
+        assert torch.equal(low[:, :4], expected[:, :4]) and not low[:, 4].any()
+    assert torch.equal(projectors.along(normal(40, 12), basis, None), normal(40, 12) @ basis)
 
 
 def test_moments_turn_with_the_basis():
