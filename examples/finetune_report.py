@@ -26,6 +26,7 @@ def summary(runs, rates, peaks):
             "spread": statistics.stdev(last) if len(last) > 1 else None,
             "trained_parameters": results[0]["parameters"],
             "seconds_per_step": statistics.median(s for r in results for s in r["seconds"]),
+            "steps_per_epoch": round(len(results[0]["seconds"]) / results[0]["curve"][-1][0]),
             "peak_bytes": peaks.get(method),
             "epochs": [epoch for epoch, _ in results[0]["curve"]],
             "curves": [[accuracy for _, accuracy in r["curve"]] for r in results],
@@ -95,27 +96,31 @@ def write(path, rows, notes, task):
 
 
 def draw(path, rows, task):
-    """Write a PNG: learning curves, accuracy against trained parameters, and what a step takes."""
+    """Write a PNG: learning curves by epoch and by time, accuracy by trained parameters, and what a step takes."""
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     others = iter(COLORS)
     colors = {method: OURS if method == task.ours else next(others) for method in rows}
-    figure, (left, middle, time, memory) = plt.subplots(
-        1, 4, figsize=(12.5, 3.9), layout="constrained", gridspec_kw={"width_ratios": [1.3, 1.2, 1, 0.8]}
+    figure, (left, wall, middle, time, memory) = plt.subplots(
+        1, 5, figsize=(15.5, 3.9), layout="constrained", gridspec_kw={"width_ratios": [1.3, 1.2, 1.2, 1, 0.8]}
     )
     for method, row in rows.items():
         draw_curve(left, row, colors[method], method, front=method == task.ours)
+        epoch = row["seconds_per_step"] * row["steps_per_epoch"]
+        draw_curve(wall, row | {"epochs": [epoch * e for e in row["epochs"]]}, colors[method], method,
+                   front=method == task.ours)
         accuracy, error = 100 * row["accuracy"], 100 * (row["spread"] or 0)
         middle.errorbar(row["trained_parameters"], accuracy, error or None, color=colors[method], fmt="o", capsize=3)
     over = "mean and range over the seeds" if task.seeds > 1 else "one seed"
     left.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"{task.title}: {over}")
     left.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     left.legend(frameon=False, loc="lower right")
+    wall.set(xscale="log", xlabel="seconds of training steps", title="the same by time")
     middle.set(xscale="log", xlabel="trained parameters", title="last epoch" + (" (± s.d.)" if task.seeds > 1 else ""))
     draw_bars(time, {m: 1e3 * row["seconds_per_step"] for m, row in rows.items()}, colors)
     time.set(xlabel="ms", title="training step")
     draw_bars(memory, {m: (row["peak_bytes"] or 0) / 2**20 for m, row in rows.items()}, colors)
     memory.set(xlabel="MiB", title="peak beyond the model", yticklabels=[])
-    for axes in (left, middle):
+    for axes in (left, wall, middle):
         axes.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=100)
 

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from finetune_protocol import fit
+from finetune_protocol import fit, in_parts
 from finetune_text import SECTIONS
 from torch import nn
 from torch.nn.functional import avg_pool2d
@@ -26,6 +26,7 @@ import torch_subspace as ts
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the γ by rule
 PAPER = 25.0
+NORMALISED = (1e-2, 3e-2, 1e-1, 3e-1)  # rates, larger where features are normalised
 SEEDS = (0, 1, 2)
 VALIDATION = 100  # the seed of what learning rates are picked by
 
@@ -70,12 +71,14 @@ class Digits:
 
 
 class Glyphs:
-    """Chinese characters of distributed.py in five faces of type, to be recognised in two others; a network learns."""
+    """Chinese characters of distributed.py in five faces of type, to be recognised in two others; a network learns,
+    which may end in a normalisation."""
 
-    name, batch = "Chinese characters", 128
+    batch = 128
 
-    def __init__(self, classes, *, k, epochs, grid=(3e-3, 1e-2), factors=FACTORS):
+    def __init__(self, classes, *, k, epochs, grid=(3e-3, 1e-2), factors=FACTORS, normalised=False):
         self.classes, self.k, self.epochs, self.grid, self.factors = classes, k, epochs, grid, factors
+        self.normalised, self.name = normalised, f"Chinese characters{', normalised' * normalised}"
 
     def data(self, seed):
         """(images, labels) to train on and to measure on."""
@@ -91,7 +94,8 @@ class Glyphs:
         for width in (32, 64):
             layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.GroupNorm(8, width), nn.GELU()]
             channels = width
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 128))
+        last = [nn.BatchNorm1d(128, affine=False)] * self.normalised
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 128), *last)
 
 
 def split(classes, seed, held_out, shots, measured):
@@ -167,24 +171,24 @@ def accuracy_of(task, gamma, lr, seed):
     """Share of what is measured that is recognised after training."""
     (x, y), (others, label) = task.data(seed)
     torch.manual_seed(seed)
-    model = Model(task, gamma, task.body()(x[:1]).shape[1])
+    model = Model(task, gamma, task.body()(x[:2]).shape[1])
     fit(model, ts.param_groups(model, weight_decay=0.01), (x, y), epochs=task.epochs, batch=task.batch, lr=lr,
         seed=seed)
-    with torch.no_grad():
-        found = torch.cat([model(part).argmax(1) for part in others.split(500)])
-    return (found == label).double().mean().item()
+    return (in_parts(model, others).argmax(1) == label).double().mean().item()
 
 
 def tasks():
     """From two classes to 3755; the largest with fewer multiples of γ, the last with one learning rate."""
     return [Digits(3, 8), Digits(*range(10)), Text("libs", "devel"), Text(*SECTIONS), Text(),
             Glyphs(100, k=4, epochs=20), Glyphs(1000, k=4, epochs=8, factors=(0.5, 1, 2)),
-            Glyphs(3755, k=2, epochs=3, factors=(0.5, 1), grid=(3e-3,))]
+            Glyphs(3755, k=2, epochs=3, factors=(0.5, 1), grid=(3e-3,)),
+            Glyphs(100, k=4, epochs=20, grid=NORMALISED, normalised=True),
+            Glyphs(1000, k=4, epochs=8, grid=NORMALISED, normalised=True)]
 
 
 def measure(task, rows, keep):
     """Add to `rows`, {γ: what was found}, what is missing; `keep` is called whenever there is more."""
-    n = task.body()(task.data(0)[0][0][:1]).shape[1]
+    n = task.body()(task.data(0)[0][0][:2]).shape[1]
     auto = ts.GrassmannLinear(n, task.classes, task.k, device="meta").gamma
     gammas = dict.fromkeys([*(round(auto * factor, 2) for factor in getattr(task, "factors", FACTORS)), PAPER])
     for gamma in tqdm(gammas, f"{task.name}, {task.classes} classes", dynamic_ncols=True):

@@ -40,11 +40,11 @@ import torch_subspace as ts
 CLASSES, OTHERS, FEATURES = 1000, 1000, 128
 EPOCHS, BATCH = 12, 128
 SEEDS, VALIDATION = (0, 1, 2), 100
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 HEADS = {  # and the grid of each but for the rates
     "linear": [{}],
-    "cosine": [{"scale": s} for s in (8, 16)],
-    "cosine, ArcFace's margin": [{"scale": s, "margin": m} for s in (16, 32) for m in (0.3, 0.5)],
+    "cosine": [{"scale": s} for s in (4, 8, 16)],
+    "cosine, ArcFace's margin": [{"scale": s, "margin": m} for s in (8, 16, 32) for m in (0.15, 0.3, 0.5)],
     **{f"Grassmann, k = {k}": [{"k": k}] for k in (1, 2, 4, 8, 16)},
 }
 
