@@ -142,12 +142,16 @@ class CoSO(MatrixOptimizer):
     def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
         shape = matrix_of(group, p)
         state = self.state.get(p, {})
+        if shape is not None and any(tuple(state[key].shape[:-1]) != (*shape[:-2], shape[-1])
+                                     for key in ("basis", "memory") if key in state):
+            raise ValueError(f"{type(self).__name__}: rank must leave what has been projected the same matrices, got "
+                             f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
         if shape is not None and (shape[-1] > group["rank"] or "memory" in state):
             return True
-        if "memory" in state:
+        if shape is None and state.keys() & {"memory", "basis"}:
             raise ValueError(f"{type(self).__name__}: protect must stay True for what has been protected, got "
                              f"{group['protect']} for a parameter of shape {tuple(p.shape)}")
-        if "basis" in state and shape is not None:
+        if "basis" in state:  # and rank has grown to all inputs
             raise ValueError(f"{type(self).__name__}: rank must stay below the inputs of what has been projected, got "
                              f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
         return False

@@ -55,7 +55,8 @@ class LowRankAdamW(MatrixOptimizer):
             entry, with a scale for each 256 or so of a row, or "dense" for all digits. As large as the weights: it
             costs an eighth, or a half, of what AdamW's state does.
         scale: factor of the projected parameters' updates.
-        side: which side of a matrix is projected: "shorter", "rows" or "columns", the first or the last one.
+        side: which side of a matrix is projected: "shorter", "rows" or "columns", the first or the last one. It stays
+            what it was in a group's first step.
         seed: an int of at least 0, of which all that "range" draws is a function, with the parameter's step. Equal on
             all devices and processes; kept, as every option is, in `state_dict`.
         foreach: torch's implementation for the parameters that are not projected.
@@ -122,10 +123,10 @@ class LowRankAdamW(MatrixOptimizer):
             return super()._misfit(group, p, loaded)
         if shape is None:
             return loaded["exp_avg"].shape
-        *stack, m, n = (*shape[:-2], *reversed(shape[-2:])) if is_turned(shape, group["side"]) else shape
-        expected = {"exp_avg": (*stack, m), "exp_avg_sq": (*stack, m), "error": tuple(shape)[:-1]}
+        moments, basis = _projected(shape, group)
+        expected, n = {"exp_avg": moments, "exp_avg_sq": moments, "error": tuple(shape)[:-1]}, basis[-1]
         if kind == "basis":
-            expected[kind] = *stack, n
+            expected[kind] = basis
         elif not hasattr(loaded[kind], "placements") and int(loaded[kind].max()) >= n:
             return loaded[kind].shape
         return next((t.shape for key, t in loaded.items()
@@ -135,15 +136,25 @@ class LowRankAdamW(MatrixOptimizer):
         return not self._is_projected(group, p)
 
     def _is_projected(self, group: dict[str, Any], p: Tensor) -> bool:
-        if p.dtype in FLOATS and matrix_shape(p.shape, group["rank"]) is not None:
-            return True
-        if any(key in self.state.get(p, ()) for key in KINDS):
-            raise ValueError(f"{type(self).__name__}: rank must stay below a side of what has been projected, got "
+        name, state = type(self).__name__, self.state.get(p, {})
+        shape = matrix_shape(p.shape, group["rank"]) if p.dtype in FLOATS else None
+        if not any(key in state for key in KINDS):
+            return shape is not None
+        if shape is None:
+            raise ValueError(f"{name}: rank must stay below a side of what has been projected, got "
                              f"{group['rank']} for a parameter of shape {tuple(p.shape)}")
-        return False
+        if tuple(state["exp_avg"].shape[:-1]) != _projected(shape, group)[0]:
+            raise ValueError(f"{name}: rank and side must leave what has been projected the same matrices, got "
+                             f"rank={group['rank']}, side={group['side']!r} for a parameter of shape {tuple(p.shape)}")
+        return True
 
     def _matrix_steps(self) -> None:
         name = type(self).__name__
+        for group in self.param_groups:
+            first = group.setdefault("first_side", group["side"])  # square matrices do not tell
+            if group["side"] != first:
+                raise ValueError(f"{name}: side must stay {first!r}, with which the group was first stepped, got "
+                                 f"{group['side']!r}")
         work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
                 for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
         starts: dict[Any, Tensor] = {}
@@ -156,6 +167,12 @@ class LowRankAdamW(MatrixOptimizer):
         """The memory of all tensors of the state that this process holds, in bytes: what a first step makes stays."""
         tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def _projected(shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of moments and of a basis but for their columns: (..., m) and (..., n)."""
+    *stack, m, n = (*shape[:-2], *reversed(shape[-2:])) if is_turned(shape, group["side"]) else shape
+    return (*stack, m), (*stack, n)
 
 
 WORDS = {"projector": PROJECTORS, "side": SIDES}

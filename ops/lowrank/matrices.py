@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import chunks, fed, left_out
-from .projectors import KINDS, STORED, along, carried, columns, project
+from .projectors import KINDS, STORED, along, carried, columns, project, without_rounding
 from .shards import all_finite, local, placed, sharing
 from .walsh import is_transformed, row_chunks, walsh_along, walsh_choice, walsh_move_
 
@@ -119,16 +119,18 @@ class Matrix:
     def _by_rows(self, state, held, grad, before):
         """The step along new columns of Hadamard's basis on a CPU: after the choice all of it for some rows, while they
         are in the cache. Another transform takes less time than keeping that of the choice."""
-        index, finite = walsh_choice(grad, self.group["rank"])
+        index, lost, finite = walsh_choice(grad, self.group["rank"])
         if not finite:
             return 1
         if "exp_avg" not in held:
             held["exp_avg"], held["exp_avg_sq"] = (grad.new_zeros(grad.shape[0], len(index)) for _ in range(2))
         count, weight = int(state.get("step", 0)) + 1, self.own.view(self.shape)
         mean, square, weight = held["exp_avg"], held["exp_avg_sq"], weight.mT if self.turned else weight
-        moved = before is not None and not torch.equal(before[1], index)
+        moved, lost = before is not None and not torch.equal(before[1], index), lost if lost.any() else None
         for rows in row_chunks(grad):
             low, moments = walsh_along(grad[rows], index), (mean[rows], square[rows])
+            if lost is not None:
+                low.masked_fill_(lost, 0)
             if moved:
                 for t, new in zip(moments, carried(moments, before, ("hadamard", index), grad.shape[1])):
                     t.copy_(new)
@@ -143,9 +145,8 @@ class Matrix:
     def _along(self, grad, kept, dtype):
         """G Q of the Q of the last step."""
         if kept[0] == "hadamard" and kept[1].dim() == 1 and is_transformed(grad, kept[1].shape[0]):
-            return walsh_along(grad, kept[1])
-        basis = columns(*kept, grad.shape[-1], dtype)
-        return along(grad, basis, self.processes) if kept[0] == "basis" else grad @ basis
+            return without_rounding(walsh_along(grad, kept[1]), self.processes)
+        return along(grad, columns(*kept, grad.shape[-1], dtype), self.processes)
 
     def _start(self, starts, count, size, dtype):
         """Normal numbers (n, r): a function of the seed and the step alone, the same on every device."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..common import check_betas, check_flag, check_rate, told
+from ..common import check_betas, check_flag, check_rate, told, wide_dtype
 
 
 class MatrixOptimizer(torch.optim.AdamW):
@@ -40,7 +40,7 @@ class MatrixOptimizer(torch.optim.AdamW):
         raise NotImplementedError
 
     def _keeps(self, loaded: Mapping[str, Any]) -> bool:
-        """Whether a parameter's state that is loaded keeps its dtypes: torch gives it the parameter's."""
+        """Whether a parameter's state that is loaded is as wide as steps are: torch gives it the parameter's dtype."""
         return True
 
     def _misfit(self, group: dict[str, Any], p: Tensor, loaded: Mapping[str, Any]) -> Sequence[int] | None:
@@ -76,6 +76,8 @@ class MatrixOptimizer(torch.optim.AdamW):
         """
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
+        for group in state_dict["param_groups"]:
+            self._checked(group)
         for group, p, loaded in self._loaded(state_dict):
             other = self._misfit(group, p, loaded)
             if other is not None:
@@ -84,8 +86,10 @@ class MatrixOptimizer(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for _, p, loaded in self._loaded(state_dict):
             for key, t in loaded.items() if self._keeps(loaded) else ():
-                if isinstance(t, Tensor) and key != "step" and self.state[p][key].dtype != t.dtype:
-                    self.state[p][key] = t.to(device=p.device, copy=True)
+                if isinstance(t, Tensor) and key != "step":
+                    dtype = wide_dtype(p.dtype) if t.is_floating_point() else t.dtype
+                    if self.state[p][key].dtype != dtype:
+                        self.state[p][key] = t.to(p.device, dtype, copy=True)
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> list[tuple[dict[str, Any], Tensor, Mapping[str, Any]]]:
         """Each parameter, what a state has for it, and before them its group's options there."""
@@ -151,6 +155,8 @@ def check_torchs(name: str, options: dict[str, Any]) -> None:
             check_rate(name, key, options[key])
     if "betas" in options:
         check_betas(name, options["betas"])
+    if options.get("amsgrad"):
+        raise ValueError(f"{name}: amsgrad must be False: there is no largest second moment of what is projected")
     for key in options.keys() & {"maximize", "foreach"}:
         if key == "maximize" or options[key] is not None:
             check_flag(name, key, options[key])

@@ -21,7 +21,7 @@ from torch import Tensor
 from .cosine import basis_columns, columns_of, taken
 from .range_finder import largest, orthonormal, rows_in_cache, scaled
 from .shards import total
-from .walsh import in_order, walsh_columns, walsh_spectrum
+from .walsh import ROUNDING, in_order, walsh_columns, walsh_spectrum
 
 PROJECTORS = ("range", "cosine", "hadamard", "svd")
 STORED = {"range": "basis", "svd": "basis", "cosine": "cosine", "hadamard": "hadamard"}  # and by what name
@@ -35,7 +35,7 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     if STORED[projector] != "basis":
         own = (walsh_spectrum, in_order) if projector == "hadamard" else ()
         low, index = columns_of(g, rank, group, *own)
-        return index, low
+        return index, without_rounding(low, group)
     if projector == "svd":
         basis = _leading(_gram(scaled(g, group).double(), group), rank).to(g.dtype)
         return basis, along(g, basis, group)
@@ -53,7 +53,11 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """G Q of a basis that is no fixed one."""
-    low = g @ basis
+    return without_rounding(g @ basis, group)
+
+
+def without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """G Q with 0 for columns that are nothing but rounding, in place."""
     lost = _is_rounding(low, largest(low, group), group)
     return low if lost.device.type == "cpu" and not lost.any() else low.masked_fill_(lost, 0)
 
@@ -72,7 +76,7 @@ def _is_rounding(low: Tensor, size: Tensor | None, group: dist.ProcessGroup | No
              for part in low.split(rows_in_cache(low), -2)]
     squares = sum(parts[1:], parts[0])
     total(squares, group)
-    return squares <= (16 * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
+    return squares <= (ROUNDING * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
 
 
 def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:

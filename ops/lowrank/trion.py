@@ -133,6 +133,11 @@ class Trion(MatrixOptimizer):
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
                 if p.grad is not None and matrices(p, group) is not None]
         groups = self.param_groups
+        for group in groups:
+            for p in group["params"]:
+                if "momentum_buffer" in self.state.get(p, ()) and matrices(p, group) is None:
+                    raise ValueError(f"{type(self).__name__}: algorithm must stay 'trion' for what was stepped by it, "
+                                     f"got {group['algorithm']!r} for a parameter of shape {tuple(p.shape)}")
         for i, p in work:
             check_gradient(type(self).__name__, p, groups[i])
         try:

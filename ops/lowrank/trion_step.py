@@ -70,6 +70,8 @@ def step(p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> int | Tenso
         local(held).to(own.device).contiguous()
     state["momentum_buffer"] = placed(held, p) if own is not p else held
     state["step"] = state.get("step", torch.tensor(0.0)) + 1  # as AdamW's have one
+    for key in state.keys() - {"momentum_buffer", "step"}:  # which this may have been
+        del state[key]
     momentum = held.view(here).add_(grad, alpha=-1 if group["maximize"] else 1)
 
     a, b = shape[-2:]

@@ -18,6 +18,7 @@ from .hadamard import hadamard
 
 CHUNK = 1 << 19  # entries that stay in the cache; fewer, and the calls take longer than what they do
 TRANSFORM_FROM = 64  # columns: the product below, transforms from there on
+ROUNDING = 16  # eps, of all columns' length, up to which a column is nothing else
 BLOCK = 64  # entries that a block has at least, if all are to be equal
 
 
@@ -27,20 +28,30 @@ def is_transformed(weight: Tensor, rank: int) -> bool:
 
 
 def row_chunks(g: Tensor) -> list[slice]:
-    """Some rows of (m, n) each, all of them."""
+    """Some rows of (m, n) each, all of them; one that is empty where there are none."""
     rows = max(1, CHUNK // g.shape[-1])
-    return [slice(i, i + rows) for i in range(0, g.shape[0], rows)]
+    return [slice(i, i + rows) for i in range(0, max(1, g.shape[0]), rows)]
 
 
-def walsh_choice(g: Tensor, rank: int) -> tuple[Tensor, bool]:
-    """The columns of largest sums of absolute values of g's transform, g (m, n), and whether all of g is finite."""
+def walsh_choice(g: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
+    """The columns of largest sums of absolute values of g's transform, g (m, n), which of them are nothing but
+    rounding, and whether all of g is finite."""
     norms = torch.stack([walsh_spectrum(g[rows]).abs_().sum(0) for rows in row_chunks(g)]).sum(0)
-    return largest_columns(norms, rank), bool(norms.isfinite().all())
+    index = largest_columns(norms, rank)
+    share = norms[index] / norms.amax()
+    return index, share <= ROUNDING * torch.finfo(g.dtype).eps * share.norm(), bool(norms.isfinite().all())
 
 
 def walsh_along(g: Tensor, index: Tensor) -> Tensor:
-    """G Q, (m, r)."""
-    parts = [walsh_spectrum(g[rows]).index_select(-1, index) for rows in row_chunks(g)]
+    """G Q, (m, r); NaN in all of a row that is not finite, whichever blocks the columns are from."""
+    lengths, parts = blocks(g.shape[-1]), []
+    first = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])  # a column of each, which a NaN there is in
+    for rows in row_chunks(g):
+        spectrum = walsh_spectrum(g[rows])
+        part = spectrum.index_select(-1, index)
+        if len(lengths) > 1:
+            part += (0 * spectrum.index_select(-1, first)).sum(-1, keepdim=True)
+        parts.append(part)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

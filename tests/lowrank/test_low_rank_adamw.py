@@ -10,6 +10,7 @@ from helpers import close, normal, same
 from low_rank_cases import FEEDBACKS, PROJECTORS, Reference, fixed, matrix, net, singular, stepped, train
 from torch import nn
 
+import torch_subspace as ts
 from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices, projectors, walsh
 
 # ------------------------------------------------------------------------------------------------------- AdamW itself
@@ -104,6 +105,43 @@ def test_hadamards_basis_by_transforms(monkeypatch, side, every):
     same_steps = [stepped(q, LowRankAdamW([q], rank=64, projector="hadamard", side=side))
                   for q in (strided, nn.Parameter(p.detach().clone()))]
     close(same_steps[0], same_steps[1], 1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_what_is_not_finite_is_seen_in_blocks_that_no_column_is_of(feedback, every):
+    """All columns are from the first of three blocks, the entry in the second."""
+    p, weight = matrix(200, 192), torch.ones(192)
+    weight[64:] = 1e-3
+    optimizer = LowRankAdamW([p], rank=64, projector="hadamard", every=every, error_feedback=feedback)
+    for i in range(4):
+        p.grad = normal(200, 192, seed=i, dtype=torch.float32) * weight
+        before = p.detach().clone()
+        if i == 1:
+            p.grad[3, 100] = torch.nan
+            with pytest.warns(RuntimeWarning, match="had a non-finite gradient"):
+                optimizer.step()
+            assert optimizer.state[p]["hadamard"].max() < 64
+        else:
+            optimizer.step()
+        assert torch.equal(p, before) == (i == 1) and optimizer.skipped == (i > 0)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("projector", ["cosine", "hadamard"])
+def test_rounding_is_not_stepped_along(projector, rank, every):
+    """A gradient in three columns of a fixed basis: AdamW's step is in these alone."""
+    p, kept = matrix(200, 128), [3, 40, 90]
+    q = (ts.lowrank.cosine_basis(128) if projector == "cosine" else
+         projectors.columns("hadamard", torch.arange(128), 128, torch.float32))
+    optimizer = LowRankAdamW([p], rank=rank, projector=projector, every=every, lr=0.1, weight_decay=0.0)
+    for i in range(4):
+        p.grad, before = normal(200, 3, seed=i, dtype=torch.float32) @ q[:, kept].mT, p.detach().clone()
+        optimizer.step()
+        moved = p.detach() - before
+        within = moved @ q[:, kept]
+        assert (moved - within @ q[:, kept].mT).norm() < 1e-5 * moved.norm() and within.abs().min() > 0
 
 
 @pytest.mark.parametrize("size, blocks", [(256, 1), (384, 3), (320, 5), (100, 3), (7, 3), (1, 1)])

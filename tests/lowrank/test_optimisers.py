@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import normal
+from helpers import close, normal
 from torch import nn
 
 from torch_subspace.lowrank import CoSO, LowRankAdamW, Trion
@@ -102,3 +102,80 @@ def test_states_of_other_shapes_are_refused_before_anything_changes(name, there,
         opt.load_state_dict(saved.state_dict())
     assert steps(second, opt, 1, begin=1)[0] > 0 and second.isfinite().all()
     saved.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_of_float32_goes_on_in_a_model_of_float64(name):
+    p, opt = weights(12, 20), None
+    opt = MAKE[name]([p])
+    steps(p, opt, 2)
+    wide = nn.Parameter(p.detach().double())
+    other = MAKE[name]([wide])
+    other.load_state_dict(opt.state_dict())
+    for i in range(2):
+        p.grad = normal(12, 20, seed=20 + i, dtype=torch.float32)
+        wide.grad = p.grad.double()
+        opt.step()
+        other.step()
+    close(wide.detach(), p.detach().double(), 1e-4)
+    moments = [t for t in other.state[wide].values() if t.is_floating_point() and t.dim() > 1]
+    assert moments and all(t.dtype == torch.float64 for t in moments)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_with_amsgrad_is_refused(name):
+    p = weights(12, 20)
+    adamw = torch.optim.AdamW([p], amsgrad=True)
+    steps(p, adamw, 1)
+    opt = MAKE[name]([p])
+    with pytest.raises(ValueError, match=f"{name.partition(',')[0]}: amsgrad must be False"):
+        opt.load_state_dict(adamw.state_dict())
+    assert not opt.state and "amsgrad" not in [key for key, value in opt.param_groups[0].items() if value is True]
+
+
+def other_side(group):
+    group["side"] = "rows"
+
+
+def larger_rank(group):
+    group["rank"] = 6
+
+
+def adamw_now(group):
+    group["algorithm"] = "adamw"
+
+
+def unprotected(group):
+    group["protect"] = False
+
+
+STACK = (20, 9, 5)
+
+
+@pytest.mark.parametrize("name, shape, change, words", [
+    ("LowRankAdamW", (9, 9), other_side, "side must stay 'shorter', .* got 'rows'"),
+    ("LowRankAdamW", STACK, larger_rank, r"rank and side must leave .* the same matrices, got rank=6, .*\(20, 9, 5\)"),
+    ("CoSO", STACK, larger_rank, r"rank must leave what has been projected the same matrices, got 6 .*\(20, 9, 5\)"),
+    ("CoSO", (9, 9), unprotected, "protect must stay True for what has been protected, got False"),
+    ("Trion", (9, 9), adamw_now, "algorithm must stay 'trion' for what was stepped by it, got 'adamw'"),
+])
+def test_what_may_not_change_between_steps(name, shape, change, words):
+    """And nothing is stepped before that is said."""
+    p, first = weights(*shape), weights(3)
+    opt = MAKE[name]([first, p])
+    for i in range(2):
+        first.grad, p.grad = torch.ones(3), normal(*shape, seed=i, dtype=torch.float32)
+        opt.step() if not i else change(opt.param_groups[0])
+    before = first.detach().clone(), p.detach().clone()
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        opt.step()
+    assert torch.equal(first, before[0]) and torch.equal(p, before[1])
+
+
+def test_trion_lets_go_of_what_adamw_kept():
+    p = weights(12, 20)
+    adamw, opt = torch.optim.AdamW([p]), MAKE["Trion"]([p])
+    steps(p, adamw, 1)
+    opt.load_state_dict(adamw.state_dict())
+    steps(p, opt, 1)
+    assert set(opt.state[p]) == {"momentum_buffer", "step"}
