@@ -1,7 +1,7 @@
 """Adapters on a model: put on, choose among, take off, and what there is to train.
 
     ts.adapt(model, ts.TuckerConfig(rank=16, save_modules="fc"))
-    opt = torch.optim.AdamW(ts.adapter_parameters(model), lr=1e-3)
+    opt = torch.optim.AdamW(ts.adapter_parameters(model), lr=3e-3)
     ...
     ts.save_adapter(model, "digits.safetensors")
     ts.merge_and_unload(model)
@@ -291,8 +291,9 @@ def adapter_parameters(model: nn.Module, *, lr: float | None = None,
     and `RiemannianAdamW`; torch's optimisers would take them off the manifold.
 
     Args:
-        lr: base learning rate to write into the groups; needed with multipliers. Measured with AdamW, as peaks of a
-            one-cycle schedule: 3e-3 for a text encoder and 1e-2 for a small convolutional network, LoRA's best too.
+        lr: base learning rate to write into the groups; needed with multipliers. Best in validation with AdamW, as
+            peaks of a one-cycle schedule: 3e-3 to 1e-2 for a text encoder, below linear and Grassmann heads, and 1e-2
+            for small convolutional networks; LoRA's were in that range too. Cores alone: see `TuckerConfig`.
         lr_multipliers: {name or regular expression: multiplier of lr}, tried on a parameter's place ("encoder.fc.core",
             "encoder.fc.factor0", "encoder.experts.down_proj.core", ...), then on its layer's name. The first that
             matches counts.

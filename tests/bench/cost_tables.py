@@ -11,7 +11,7 @@ QUIET = 1.5  # times as fast is a matrix product with two threads, where nothing
 PRODUCT = "a matrix product"
 WITHIN = 0.05  # of a slope
 GOAL = 15.0  # microseconds beyond torch's own call
-TORCH = ("torch.mm", "torch linear", "torch conv2d", "torch SGD(fused=True)")
+TORCH = ("torch.mm", "torch linear", "torch conv2d", "torch SGD(fused=True)", "torch SGD, no gradients")
 
 
 def run_of(script, results):

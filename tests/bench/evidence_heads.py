@@ -1,10 +1,12 @@
 """The tables of docs/evidence.md about heads and adapters, as those of evidence_tables.py."""
 
+import re
 import statistics
 
-from evidence_tables import place, result
+from evidence_tables import EXAMPLES, place, result
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by the number of seeds
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+# two-sided 95 %, by the number of seeds
 
 MEASURES = ("accuracy", "nearest mean", "linear probe")
 
@@ -14,15 +16,26 @@ def shares(runs, measure):
     return [run[measure].count("1") / len(run[measure]) for run in runs]
 
 
-def off(ours, theirs, measure):
-    """Points of one method over another with the 95 % interval, paired by seed."""
-    pairs = [100 * (a - b) for a, b in zip(shares(ours, measure), shares(theirs, measure), strict=True)]
+def points_of(ours, theirs):
+    """Points of one method over another with the 95 % interval, from what each seed came to, paired."""
+    pairs = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
     half = STUDENT[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
+    return f"{round(statistics.mean(pairs), 1) + 0.0:+.1f} ± {half:.1f}"  # no -0.0
+
+
+def off(ours, theirs, measure):
+    """The same of runs."""
+    return points_of(shares(ours, measure), shares(theirs, measure))
 
 
 def cell(values):
     return f"{statistics.mean(values):.1%} ± {100 * statistics.stdev(values):.1f}"
+
+
+def best_head(rows):
+    """The Grassmann head that is best in validation."""
+    return max((name for name in rows if name.startswith("Grassmann")),
+               key=lambda name: max(rows[name]["validation"].values()))
 
 
 def many_classes():
@@ -61,6 +74,19 @@ def complete(found):
                 yield name, shots, rows
 
 
+def head_factor():
+    """A head's rate as a multiple of that of all weights below it, as examples/finetune_text.py has it."""
+    return int(re.search(r"^HEAD_FACTOR = (\d+)", (EXAMPLES / "finetune_text.py").read_text(), re.M)[1])
+
+
+def further(methods):
+    """(one, another) to be compared besides ours below a Grassmann head: heads, and adapters below linear ones."""
+    words = dict.fromkeys(method.partition(",")[0] for method in methods)
+    pairs = [(f"{word}, Grassmann head", f"{word}, linear head") for word in words if word != "ours"]
+    pairs.append(("ours, linear head", "LoRA (peft), linear head"))
+    return [pair for pair in pairs if set(pair) <= set(methods)]
+
+
 def texts():
     """Methods of examples/finetune_text.py by task and number of texts."""
     found = result("finetune_text")
@@ -75,14 +101,19 @@ def texts():
                      f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
     setting = found["setting"]
     lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best "
-              f"in validation; {setting['epochs']} epochs. Heads on a frozen encoder take its features as they are, "
-              "reckoned once. " + place("finetune_text", setting)]
+              f"in validation; {setting['epochs']} epochs. With all weights the rate is the encoder's, the head's is "
+              f"{head_factor()} times as large. Heads on a frozen encoder take its features as they are, reckoned "
+              "once. " + place("finetune_text", setting)]
     ours = "ours, Grassmann head"
     lines += ["", f"| {ours}, less | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
     for method in first:
         if method != ours:
             cells = [off(rows[ours]["runs"], rows[method]["runs"], "right") for rows in cases.values()]
             lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines += ["", f"| further paired differences | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for method, other in further(first):
+        cells = [off(rows[method]["runs"], rows[other]["runs"], "right") for rows in cases.values()]
+        lines.append(f"| {method}, less {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ def clustering():
     lines = [f"| points | n × features, classes | {' | '.join(names)} | ours less the best other |",
              "|---" * (len(names) + 3) + "|"]
     for entry in sets:
-        scores, seeds = entry["algorithms"], entry["seeds"]
+        scores = entry["algorithms"]
         best = max(score["acc"]["mean"] for score in scores.values())
         cells = []
         for name in names:
@@ -45,9 +45,9 @@ def clustering():
                         for name, difference in entry["difference"].items())
         lines.append(f"| {entry['title']} | {entry['points']} × {entry['features']}, {entry['classes']} | "
                      f"{' | '.join(cells)} | {off} ({entry['best other']}) |")
-    seeds = sorted({entry["seeds"] for entry in sets})
+    seeds = " to ".join(str(n) for n in sorted({min(e["seeds"] for e in sets), max(e["seeds"] for e in sets)}))
     lines += ["", "Accuracy, clusters matched to classes by the Hungarian method: mean ± standard deviation of "
-              f"{seeds[0]} to {seeds[-1]} seeds, each with a split of its own; the difference is paired by seed, with "
+              f"{seeds} seeds, each with a split of its own; the difference is paired by seed, with "
               "its 95 % interval. " + place("clustering_sets", found["setting"])]
     return "\n".join(lines)
 

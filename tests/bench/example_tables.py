@@ -31,24 +31,26 @@ def demo_table():
 def gamma_table():
     """Accuracy of heads by γ: by rule, and how far off others are, paired by seed."""
     found = json.loads((ROOT / "examples/gamma.json").read_text())
+    tasks = [task for task in found["tasks"] if "auto" in task]  # others are being measured
     factors = (0.25, 0.5, 2, 4)
     others = " | ".join(f"{factor:g} γ" for factor in factors)
-    lines = [f"| task | classes | n | k | γ by rule | accuracy | {others} | γ = 25 |", "|---" * 11 + "|"]
-    for task in found["tasks"]:
+    lines = [f"| task | classes | n | k | γ by rule | accuracy (rate) | {others} | γ = 25 |", "|---" * 11 + "|"]
+    for task in tasks:
         auto, rows = task["auto"], task["rows"]
-        best = rows[f"{auto:g}"]["accuracy"]
+        best = rows[f"{auto:g}"]
         cells = []
         for gamma in (*(round(auto * f, 2) for f in factors), 25.0):
             row = rows.get(f"{gamma:g}")
-            off = [100 * (a - b) for a, b in zip(row["accuracy"], best, strict=True)] if row else []
-            half = 4.303 * statistics.stdev(off) / len(off) ** 0.5 if row else 0  # Student's t, two degrees of freedom
-            cells.append(f"{statistics.mean(off):+.1f} ± {half:.1f}" if row else "")
+            cells.append(evidence_heads.points_of(row["accuracy"], best["accuracy"]) if row else "")
         lines.append(f"| {task['name']} | {task['classes']} | {task['n']} | {task['k']} | {auto:g} | "
-                     f"{statistics.mean(best):.1%} | {' | '.join(cells)} |")
+                     f"{statistics.mean(best['accuracy']):.1%} ({best['lr']:g}) | {' | '.join(cells)} |")
     setting = found["setting"]
-    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds; beside it points more or less at other γ "
-              "(95 %, paired). Frames start at random; of each γ the learning rate is the best in validation, "
-              "of 3755 characters it is one for all, and training is short. CPU, "
+    single = [task for task in tasks if not any(row["validation"] for row in task["rows"].values())]
+    given = "".join(f"of {task['classes']} classes it is one for all, and training is short ({task['epochs']} epochs). "
+                    for task in single)
+    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds, and the learning rate; beside it points more "
+              "or less at other γ (95 %, paired). Frames start at random; of each γ the learning rate is the best in "
+              f"validation{', ' if single else '. '}{given}CPU, "
               f"threads: {setting['threads']}, torch {setting['torch']}; numbers in "
               "[gamma.json](../examples/gamma.json)."]
     return "\n".join(lines)
@@ -56,37 +58,53 @@ def gamma_table():
 
 def recipes_table():
     """Settings of the examples and what came out, each with its command."""
-    swap, gamma, digits, text = (json.loads((ROOT / f"examples/{name}.json").read_text())
-                                 for name in ("swap_head", "gamma", "finetune", "finetune_text"))
+    swap, gamma, digits, text, many = (
+        json.loads((ROOT / f"examples/{name}.json").read_text())
+        for name in ("swap_head", "gamma", "finetune", "finetune_text", "many_classes"))
     lines = ["| task | trained | optimiser | rate | k | epochs | accuracy | beside it | command |", "|---" * 9 + "|"]
 
     def add(task, what, optimiser, row, k, epochs, other, command):
-        cells = (task, what, optimiser, f"{row['lr']:g}", k, epochs, f"{row['accuracy']:.1%}", other,
+        rate = f"{row['lr']:g}" + (f", head {row['head']:g}" if "head" in row else "")
+        cells = (task, what, optimiser, rate, k, epochs, f"{row['accuracy']:.1%}", other,
                  f"`python examples/{command}`")
         lines.append(f"| {' | '.join(map(str, cells))} |")
 
     def beside(name, row):
         return f"{name} {row['accuracy']:.1%}"
 
+    def told(row, measure):
+        return {"lr": row["lr"], "accuracy": statistics.mean(evidence_heads.shares(row["runs"], measure))}
+
     rows, setting = swap["rows"], swap["setting"]
     gamma_there = setting.get("gamma", 25)
     add("digits", f"ResNet-18 from scratch, γ: {gamma_there}", "`RiemannianSGD`, momentum 0.9", rows["grassmann"],
         setting["subspace_dim"], setting["epochs"], beside("linear head", rows["linear"]), "swap_head.py")
+    rows, setting = many["rows"], many["setting"]
+    best = evidence_heads.best_head(rows)
+    add(f"{setting['classes']} Chinese characters", "small network from scratch, normalised, and Grassmann head",
+        "`RiemannianAdamW`", told(rows[best], "accuracy"), rows[best]["setting"]["k"], setting["epochs"],
+        beside("cosine head", told(rows["cosine"], "accuracy")), "many_classes.py")
     for task in gamma["tasks"]:
-        if task["n"] == 384 and task["classes"] > 2:
+        if task.get("n") == 384 and task["classes"] > 2:
             best, papers = ({"lr": row["lr"], "accuracy": statistics.mean(row["accuracy"])}
                             for row in (task["rows"][f"{task['auto']:g}"], task["rows"]["25"]))
             add(f"{task['classes']} {task['name']}", "head on a frozen MiniLM", "`RiemannianAdamW`", best, task["k"],
                 task["epochs"], beside("γ = 25", papers), "gamma.py")
     for task, shots, rows in evidence_heads.complete(text):
-        for head, k in (("linear", "–"), ("Grassmann", text["setting"]["k"])):
-            ours, lora = ({"lr": rows[method]["lr"], "accuracy": statistics.mean(evidence_heads.shares(
-                rows[method]["runs"], "right"))} for method in (f"ours, {head} head", f"LoRA (peft), {head} head"))
-            add(f"8 {task}, {shots} examples each", f"adapters and {head} head", "`RiemannianAdamW`", ours, k,
-                text["setting"]["epochs"], beside("LoRA", lora), "finetune_text.py")
+        for name, what in (("ours", "adapters"), ("our cores alone", "adapters' cores"),
+                           ("all weights", "all weights")):
+            for head, k in (("linear", "–"), ("Grassmann", text["setting"]["k"])):
+                if (method := f"{name}, {head} head") in rows:
+                    row = told(rows[method], "right")
+                    if name == "all weights":
+                        row["head"] = evidence_heads.head_factor() * row["lr"]
+                    add(f"8 {task}, {shots} examples each", f"MiniLM: {what} and {head} head", "`RiemannianAdamW`", row,
+                        k, text["setting"]["epochs"], beside("LoRA", told(rows[f"LoRA (peft), {head} head"], "right")),
+                        "finetune_text.py")
     rows, setting = digits["rows"], digits["setting"]
-    for method, what, k in (("ours", "adapters and linear head", "–"), ("full fine-tuning", "all weights", "–")):
-        add(f"5 digits, {setting['shots']} examples each", what, "`RiemannianAdamW`", rows[method], k,
+    for method, what in (("ours", "convolutions: adapters and linear head"),
+                         ("full fine-tuning", "convolutions: all weights and linear head")):
+        add(f"5 digits, {setting['shots']} examples each", what, "`RiemannianAdamW`", rows[method], "–",
             setting["epochs"], beside("LoRA", rows["LoRA (peft)"]), "finetune.py")
     return "\n".join(lines)
 
@@ -134,8 +152,13 @@ def represent_table():
     lines = ["| wrong labels | " + " | ".join(f"{float(s):.0%}" for s in shares) + " |", "|---|" + "---|" * len(shares)]
     for method, row in rows.items():
         lines.append(f"| {method} | " + " | ".join(f"{sum(row[s]) / len(row[s]):.1%}" for s in shares) + " |")
+    ours, *others = rows
+    for other in others:
+        cells = [evidence_heads.points_of(rows[ours][share], rows[other][share]) for share in shares]
+        lines.append(f"| {ours}, less {other} | {' | '.join(cells)} |")
     overlap = ", ".join(f"{name} {value:.2f}" for name, value in found["mean cosine between classes"].items())
-    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds. Mean |cosine| of two classes' features, "
+    lines += ["", f"Held-out accuracy, mean of {setting['seeds']} seeds; differences in points, paired by seed, with "
+              "their 95 % intervals. Mean |cosine| of two classes' features, "
               f"labels right: {overlap}. CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "
               "[represent.json](../examples/represent.json)."]
     return "\n".join(lines)

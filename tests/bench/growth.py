@@ -70,9 +70,10 @@ SWEEPS = [  # op, a case of given sizes, the sizes, and of those that grow their
 
 def limits():
     """Bytes and flops in a second."""
-    found = harness.bounds(harness.Case("", [], bytes=3 << 26, flops=2 * 1536**3))
+    found = harness.bounds(harness.Case("", [], bytes=3 << 26, flops=2 * harness.SIDE**3))
     times = {name: min(harness.timed(f, 1) for _ in range(5)) for name, (f, _) in found.items()}
-    return (3 << 26) / times["bandwidth"], 2 * 1536**3 / times["product"]
+    product = min(seconds for name, seconds in times.items() if name.startswith("product"))
+    return (3 << 26) / times["bandwidth"], 2 * harness.SIDE**3 / product
 
 
 def sweep(op, make, sizes, what, values, rounds, rates):

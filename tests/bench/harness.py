@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import gpu_timing
+import numpy
+import threadpoolctl
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,7 @@ FILES = {path.stem.removeprefix("bench_"): path for path in (ROOT / "tests/bench
 sys.path[:0] = [str(ROOT / "tests"), *sorted({str(path.parent) for path in FILES.values()})]  # reference.py, and these
 ROUNDS, FEWEST = 60, 5  # samples of a contender: as many as rounds, and of a slow one at least this many
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+SIDE = 1536  # of the square products that tell a processor's rate
 SLOWEST = 3.0  # seconds of a call on a GPU above which one call is all the timing a contender gets
 
 
@@ -162,9 +165,29 @@ def bounds(case):
         a, b = torch.ones(2, min(max(case.bytes // 12, 1 << 17), 1 << 24))
         found["bandwidth"] = lambda: a.add_(b), case.bytes / (3 * a.nbytes)
     if case.flops:
-        c, d = torch.ones(2, 1536, 1536, dtype=case.dtype)
-        found["product"] = lambda: c @ d, case.flops / (2 * 1536**3)
+        c, d = torch.ones(2, SIDE, SIDE, dtype=case.dtype)
+        share = case.flops / (2 * SIDE**3)
+        found["product"] = lambda: c @ d, share
+        if case.dtype in (torch.float32, torch.float64):
+            found["product, OpenBLAS"] = numpy_product(c, d), share
     return found
+
+
+def numpy_product(c, d):
+    """The same by numpy's OpenBLAS, with as many threads as torch: on some processors torch's library is the slower."""
+    for library in threadpoolctl.ThreadpoolController().lib_controllers:
+        if "numpy" in library.filepath:
+            library.set_num_threads(torch.get_num_threads())
+    c, d, out = c.numpy(), d.numpy(), torch.empty_like(c).numpy()
+    return lambda: numpy.matmul(c, d, out=out)
+
+
+def limit(seconds, limits):
+    """Seconds that a case takes at least: the longest of its kinds of work, each as the best way does it here."""
+    kinds = {}
+    for name, (_, share) in limits.items():
+        kinds.setdefault(name.partition(",")[0], []).append(seconds[name] * share)
+    return max(map(min, kinds.values()), default=0)
 
 
 def peak_memory(function, device):
@@ -194,7 +217,7 @@ def run(case, scale, peak_of):
     functions, rows = prepared(case)
     limits = bounds(case)
     timing = samples(functions | {name: f for name, (f, _) in limits.items()}, case.seconds * scale)
-    bound = max((statistics.median(timing.pop(name)) * share for name, (_, share) in limits.items()), default=0)
+    bound = limit({name: statistics.median(timing.pop(name)) for name in limits}, limits)
     add_times(case, rows, timing, bound)
     for c in case.contenders:
         if c.name in functions and c.peak:

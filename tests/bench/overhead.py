@@ -7,7 +7,8 @@ All are timed in turn, on one thread, the least of many samples: forward alone w
 backward, beside torch.mm, adapters beside the linear layer or convolution that they run themselves; an optimiser's step
 beside that of torch's SGD. What an op takes beyond that is torch's way to an op of others, with the bookkeeping of its
 gradient, its tiny work, and what is added here: checks, and torch's own ops around it. The last is told apart by
-calling the ops alone, with the arguments that they were given. And what the import takes.
+calling the ops alone, with the arguments that they were given; of an optimiser's step what SGD's takes where nothing
+has a gradient is torch's. And what the import takes.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch_subspace as ts
 from torch_subspace import isotropy, lowrank
 from torch_subspace.tucker.depthwise import depthwise_weight_gradient
 
-MM, LINEAR, CONV, SGD = TORCH
+MM, LINEAR, CONV, SGD, IDLE = TORCH
 BESIDE = {"tucker_linear": LINEAR, "tucker_conv": CONV, "rsgd": SGD}  # all others: MM
 
 
@@ -120,9 +121,8 @@ def bare(function, with_backward=False):
         y = op(*args)
         return y if isinstance(y, torch.Tensor) else y[0]
 
-    with torch.enable_grad():
-        dy = torch.ones_like(first())
-    return torch.enable_grad()(lambda: torch.autograd.grad(first(), [*alone.values()], dy))
+    dy = torch.ones_like(first())
+    return lambda: torch.autograd.grad(first(), [*alone.values()], dy)
 
 
 def functions():
@@ -136,6 +136,7 @@ def functions():
             both = gradient(function, x)
             found["forward and backward", op] = both, bare(both, with_backward=True) if ours else None
     found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)), None
+    found["step", IDLE] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1, momentum=0.9).step, None
     ours = step(frames_sgd)
     ours()
     found["step", "rsgd"] = ours, bare(ours)
@@ -143,8 +144,9 @@ def functions():
 
 
 def measure(made, rounds):
-    """Rows of microseconds, and those beyond torch's own; those of our ops alone, and those beyond these."""
-    taken, alone = (dict.fromkeys(made, float("inf")) for _ in range(2))
+    """Rows of microseconds, those beyond torch's own, and those that are added to our ops alone."""
+    taken = dict.fromkeys(made, float("inf"))
+    alone = {name: float("inf") for name, (_, ops) in made.items() if ops}
     for _ in range(rounds):
         for name, (function, ops) in made.items():
             taken[name] = min(taken[name], 1e6 * harness.timed(function, 10))
@@ -154,9 +156,9 @@ def measure(made, rounds):
     for (what, op), us in taken.items():
         base = taken[what, op if op in TORCH else BESIDE.get(op, MM)]
         row = {"what": what, "op": op, "us": us, "beyond_us": us - base}
-        if made[what, op][1]:
-            layer = base if op in BESIDE else 0  # torch's own layer or optimiser is part of the call
-            row |= {"op_us": alone[what, op], "added_us": us - alone[what, op] - layer}
+        if op not in TORCH:  # of adapters' gradients, which are no op's, all beyond the layer counts as added
+            layer = taken["step", IDLE] if op == "rsgd" else base if op in BESIDE else 0
+            row |= {"added_us": us - layer - alone.get((what, op), 0)}
         rows.append(row)
     return rows
 

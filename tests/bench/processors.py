@@ -68,8 +68,9 @@ def table(shown, place, results=RESULTS):
         for run in by.values():
             if (results / name(run["environment"]) / f"{op}.json").exists():
                 places.setdefault(place(run["environment"]), []).append(f"`{op}`")
-    lines += ["", "Limit: the longer of bytes over bandwidth and flops over the rate of matrix products, both measured "
-              "beside the row (`tests/bench/work.py`). Rows that are not those of the first table"
+    lines += ["", "Limit: the longer of bytes over bandwidth and flops over the rate of matrix products, torch's or "
+              "OpenBLAS's, the higher one, measured beside the row (`tests/bench/work.py`). Rows that are not those of "
+              "the first table"
               f"{':' if places else ': none.'}"]
     lines += ["", *(f"* {', '.join(ops)}: {told}" for told, ops in places.items())] if places else []
     return "\n".join(lines)
