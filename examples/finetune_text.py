@@ -40,7 +40,7 @@ SECTIONS = ("admin", "devel", "doc", "games", "libs", "net", "python", "science"
 # Of each package the folder that is read: some have thousands of files.
 PYTHON = ("matplotlib", "networkx", "numpy", "scipy", "sklearn", "sympy", "torch/nn", "torchvision")
 HEADS, SEEDS, VALIDATION = (3e-3, 1e-2, 3e-2, 1e-1), (0, 1, 2), 100
-ADAPTERS, ALL = (1e-3, 3e-3, 1e-2, 3e-2), (3e-5, 1e-4, 3e-4)
+ADAPTERS, ALL = (1e-3, 3e-3, 1e-2, 3e-2), (3e-5, 1e-4, 3e-4, 1e-3)
 METHODS = {  # and their grids
     "frozen, linear head": HEADS, "frozen, Grassmann head": HEADS,
     "LoRA (peft), linear head": ADAPTERS, "LoRA (peft), Grassmann head": ADAPTERS,
