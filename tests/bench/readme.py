@@ -34,23 +34,38 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "rsgd": [("C=1000 k=8 n=2048 float32", "ours: geodesic",
               ("floor: torch SGD(fused=True)", "torch.compile: Cholesky-QR", "torch.compile: geodesic series",
-               "geoopt Euclidean Stiefel", "GCR formula: SVD, QR every 5th"))],
+               "geoopt Euclidean Stiefel", "GCR formula: SVD, QR every 5th")),
+             *((f"C={classes} k={k} n={n} float32", "ours: geodesic", ("floor: torch SGD(fused=True)",))
+               for classes, k, n in ((1000, 1, 2048), (1000, 4, 2048), (1000, 16, 2048), (1000, 32, 768),
+                                     (300, 64, 768), (30000, 8, 64), (100, 8, 512), (250, 8, 8192)))],
     "logits": [("B=256 n=2048 C=1000 k=8 float32, forward", "ours",
                 ("floor: matrix products alone", "eager formula", "torch.compile of the formula")),
                ("B=256 n=2048 C=1000 k=8 float32, forward and backward", "ours: projections kept",
                 ("floor: matrix products alone", "eager formula", "torch.compile of the formula")),
                ("B=256 n=128 C=100 k=8 float32, forward", "ours",
-                ("floor: matrix products alone", "eager formula", "torch.compile of the formula"))],
+                ("floor: matrix products alone", "eager formula", "torch.compile of the formula")),
+               ("B=256 n=128 C=100 k=8 float32, forward and backward", "ours: projections kept",
+                ("floor: matrix products alone", "eager formula", "torch.compile of the formula")),
+               ("B=256 n=2048 C=1000 k=8 bfloat16, forward", "ours", ("ours: float32", "eager formula")),
+               ("B=256 n=2048 C=1000 k=8 bfloat16, forward and backward", "ours: projections kept",
+                ("ours: float32", "eager formula"))],
     "cross_entropy": [("B=256 n=512 C=21841 k=8 float32", "ours: fused", ("eager", "torch.compile")),
                       *((f"B=256 n=512 C={classes} k=1 float32", "ours: fused",
                          ("eager", "torch linear_cross_entropy", "torch linear_cross_entropy, chunked"))
-                        for classes in (21841, 128256))],
+                        for classes in (21841, 128256)),
+                      ("B=256 n=512 C=1000 k=8 bfloat16", "ours: fused", ("ours: float32", "eager"))],
     "tucker_linear": [("linear 4096 to 4096, T=512 float32", "ours",
-                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula"))],
+                ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
+               ("linear 768 to 3072, T=512 float32", "ours",
+                ("floor: frozen layer", "ours: adapt(model)", "ours: adapt(model), SpectralConfig", "peft LoRA")),
+               ("linear 768 to 3072, T=2048 bfloat16", "ours", ("floor: frozen layer", "ours: float32", "peft LoRA"))],
     "tucker_conv": [("conv 3x3, 256 to 256, 56x56, B=8 float32", "ours",
                 ("floor: frozen layer", "peft LoRA", "LyCORIS LoCon, bypass", "FLoRA's formula")),
                ("depthwise 7x7 (ConvNeXt), C=96, 56x56, B=8 float32", "ours",
-                ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula"))],
+                ("floor: frozen layer", "peft LoHa", "LyCORIS LoCon", "FLoRA's formula")),
+               *((f"{what} float32", "ours", ("floor: frozen layer", "peft LoRA", "FLoRA's formula"))
+                 for what in ("grouped 3x3 (ResNeXt), 32 groups of 4, 28x28, B=8",
+                              "patches 16x16 (ViT), 3 to 768, 224x224, B=8"))],
     "tucker": [("compose 256x256x3x3 float32", "ours",
                 ("floor: a copy of base", "einsum", "by hand: matmul and addmm"))],
     "coding_rate": [("n=2048 d=512 100 classes float32", "ours",
@@ -73,8 +88,8 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                       for size in ("384x384", "384x1536", "1024x1024", "4096x1024")],
     "low_rank_adamw": [(f"{what} rank=128 float32, directions {which}", "ours",
                         ("floor: matrix products alone", "ours: Hadamard's basis", "apollo-torch", "galore-torch",
-                         "torch AdamW(fused=True), all dimensions"))
-                       for what in ("4096x4096", "MiniLM") for which in ("found", "kept")],
+                         "pytorch_optimizer GaLore", "torch AdamW(fused=True), all dimensions"))
+                       for what in ("4096x4096", "1024x1024", "MiniLM") for which in ("found", "kept")],
     "trion": [(f"{size} rank 128 float32", "ours",
                ("floor: transform, products, Newton-Schulz", "torch.optim.Muon, bfloat16",
                 "ours: LowRankAdamW, cosines", "torch.optim.AdamW")) for size in ("1024x1024", "4096x1024")],
@@ -183,8 +198,8 @@ def bench_table():
                 continue
             memory = mine.get("beyond_results_mib", 0) > 0
             for contender in (ours, *peers):
-                row = rows[case, contender]
-                if "missing" in row:
+                row = rows.get((case, contender))  # not in an older run
+                if not row or "missing" in row:
                     continue
                 size = f"`{op}` {case.replace(' float32', '')}" if contender == ours else ""
                 name = f"**{contender}**" if contender == ours else contender

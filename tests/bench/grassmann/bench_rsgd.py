@@ -166,11 +166,11 @@ def geoopt_sgd(shape, canonical, device):
     return Contender(name, build, note="another manifold: unchecked")
 
 
-def case(classes, k, n, device, peers=True):
+def case(classes, k, n, device, peers=True, retractions=("geodesic", "polar", "qr", "cayley")):
     """All contenders at one size."""
     shape = (classes, k, n)
     contenders = [floor(shape, device)]
-    contenders += [ours(shape, retraction, device) for retraction in ("geodesic", "polar", "qr", "cayley")]
+    contenders += [ours(shape, retraction, device) for retraction in retractions]
     if peers:
         contenders += [
             composed("torch.compile: geodesic series", compiled(geodesic), shape, "geodesic", device),
@@ -189,15 +189,18 @@ def case(classes, k, n, device, peers=True):
             Target(first, ("GCR formula: SVD, QR every 5th",), ">=", 20, 20),
         ]
     return Case(f"C={classes} k={k} n={n} float32", contenders, targets, **work.rsgd(classes, k, n),
-                seconds=30 if peers else 6)
+                seconds=30 if peers else 1.5 * (1 + len(retractions)))
 
 
 def cases(device):
-    """ImageNet's head of a ResNet-50; the small one geoopt can take; one direction a class; large subspaces."""
+    """ImageNet's head of a ResNet-50; the small one geoopt can take; one direction a class; large subspaces; and what
+    lies between, at about the same number of entries."""
     return [
         case(1000, 8, 2048, device),
         case(100, 8, 128, device),
         case(100, 8, 512, device, peers=False),
         case(1000, 1, 2048, device, peers=False),
         case(1000, 32, 768, device, peers=False),
+        *(case(classes, k, n, device, peers=False, retractions=("geodesic",))
+          for classes, k, n in ((1000, 4, 2048), (1000, 16, 2048), (300, 64, 768), (30000, 8, 64), (250, 8, 8192))),
     ]
