@@ -165,15 +165,15 @@ def draw(path, found):
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 3.8), layout="constrained")
+    shapes = dict(zip((f"LowRankAdamW, rank {rank}" for rank in RANKS), "sDo"))
     for method, row in found["methods"].items():
-        runs, color = row["runs"], COLORS[method.partition(",")[0]]
+        runs, color, shape = row["runs"], COLORS[method.partition(",")[0]], shapes.get(method, "o")
         mib = sum(runs[0][part] for part in ("gradients", "state", "added")) / 2**20
         accuracy = [100 * run["accuracy"] for run in runs]
         mean = statistics.mean(accuracy)
-        axes[0].errorbar(mib, mean, [[mean - min(accuracy)], [max(accuracy) - mean]], fmt="o", capsize=2, color=color)
-        axes[0].annotate(method, (mib, mean), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
-        axes[1].plot(mib, 1e3 * row["seconds"], "o", color=color, label=method)
-        axes[1].plot(mib, 1e3 * row["optimiser"], "o", color=color, mfc="white")
+        axes[0].errorbar(mib, mean, [[mean - min(accuracy)], [max(accuracy) - mean]], fmt=shape, capsize=2, color=color)
+        axes[1].plot(mib, 1e3 * row["seconds"], shape, color=color, label=method)
+        axes[1].plot(mib, 1e3 * row["optimiser"], shape, color=color, mfc="white")
     axes[0].set(ylabel="held-out accuracy (%), mean and range")
     axes[1].set(ylabel="milliseconds a step; hollow: the optimiser's", yscale="log")
     for ax in axes:
