@@ -190,7 +190,7 @@ class RiemannianAdamW(WholeModel, torch.optim.AdamW):
         params: as for `RiemannianSGD`.
         lr: learning rate, a number or a 1-element tensor; frame groups as for `RiemannianSGD`. Best in validation, as
             peaks of a one-cycle schedule: 3e-3 to 1e-2 for a head with random frames on frozen text features, 1e-3 to
-            1e-2 for a head and a small network before it, 3e-2 to 1e-1 where that ends in a normalisation.
+            1e-2 for a head and a small network before it, 1e-2 to 1e-1 where that ends in a normalisation.
         betas, eps, amsgrad, maximize: as in torch.
         weight_decay: for Euclidean groups; frames have none.
         retraction, transport: as for `RiemannianSGD`.
