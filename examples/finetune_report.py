@@ -116,6 +116,7 @@ def draw(path, rows, task):
     left.legend(frameon=False, loc="lower right")
     wall.set(xscale="log", xlabel="seconds of training steps", title="the same by time")
     middle.set(xscale="log", xlabel="trained parameters", title="last epoch" + (" (± s.d.)" if task.seeds > 1 else ""))
+    middle.xaxis.set_minor_formatter(ticker.NullFormatter())  # below a decade they would run into each other
     draw_bars(time, {m: 1e3 * row["seconds_per_step"] for m, row in rows.items()}, colors)
     time.set(xlabel="ms", title="training step")
     draw_bars(memory, {m: (row["peak_bytes"] or 0) / 2**20 for m, row in rows.items()}, colors)
