@@ -24,8 +24,8 @@ from tqdm import tqdm
 import torch_subspace as ts
 
 CLASSES = 10
-# For each head the best of 0.003, 0.01, 0.03 and 0.1 in validation, three seeds: 97.7 % and 98.0 %, which 0.1 has too with
-# frames. Differences of a percent are within the spread there.
+# For each head the best of 0.003, 0.01, 0.03 and 0.1 in validation, three seeds: 97.7 % and 98.0 %, which 0.1 has too
+# with frames. Differences of a percent are within the spread there.
 LEARNING_RATES = {"linear": 0.03, "grassmann": 0.03}
 
 
