@@ -63,7 +63,7 @@ def test_a_stage_that_overruns_is_stopped_and_named_and_what_it_wrote_stays(tmp_
     """
     start = time.monotonic()
     code, state, summary = go(tmp_path, {"tests": [stage("slow", write, most=3), stage("fast", "print('fine')")]})
-    assert time.monotonic() - start < 45  # of 60
+    assert time.monotonic() - start < 15
     assert code == 2 and state["slow"][0] == "stopped" and state["fast"][:2] == ["passed", "fine"]
     assert "| slow | stopped |" in summary and "not all was reached" in summary
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:

@@ -52,7 +52,7 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """G Q of a basis that is no fixed one."""
+    """G Q of a basis that is given by its columns."""
     return without_rounding(g @ basis, group)
 
 

@@ -160,7 +160,7 @@ def test_a_signal_is_heard_whatever_max_iter_is(shape, options):
         start = time.monotonic()
         with pytest.raises(Stopped):
             sinkhorn(scores, eta=0.02, tol=0, max_iter=10**12, **options)
-        assert time.monotonic() - start < 30  # of years
+        assert time.monotonic() - start < 1.0
         timer.join()
         signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
