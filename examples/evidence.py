@@ -22,7 +22,7 @@ from tqdm import tqdm
 EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 SCRIPTS = {  # what it writes, the other file beside it: the script and its arguments; those that make it quick
-    "finetune_text.json": ("finetune_text.py", "--quick"),
+    "finetune_text.json": ("finetune_text.py --jobs {jobs}", "--quick"),
     "finetune_memory.json": ("finetune_memory.py", "--quick"),
     "gamma.json": ("gamma.py", "--quick"),
     "many_classes.json": ("many_classes.py", "--quick"),
@@ -46,12 +46,12 @@ SCRIPTS = {  # what it writes, the other file beside it: the script and its argu
 }
 
 
-def run(name, folder, quick):
+def run(name, folder, quick, jobs):
     """One script, unless it has been done; what it prints goes to a file. Whether it ended well."""
     done, begun = folder / f"{name}.done", time.monotonic()
     if not done.exists():
         command, fast = SCRIPTS[name]
-        script, *options = command.split() + (fast.split() if quick else [])
+        script, *options = command.format(jobs=jobs).split() + (fast.split() if quick else [])
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, EXAMPLES / script, *options, "--output", folder / name]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -72,17 +72,23 @@ def main():
     args = parser.parse_args()
     folder = ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
     folder.mkdir(parents=True, exist_ok=True)
-    failed, pool = [], ThreadPoolExecutor(args.jobs)
-    runs = {pool.submit(run, name, folder, args.quick): name for name in args.only}
-    for ended in tqdm(as_completed(runs), "evidence", total=len(runs), unit="script", dynamic_ncols=True):
-        name = runs[ended]
-        if ended.result():
-            tqdm.write(f"{name}: {(folder / f'{name}.done').read_text().strip()}")
-        else:
-            failed.append(folder / f"{name}.log")
-            tqdm.write(f"failed: {failed[-1]}")
+    failed, begun = [], time.monotonic()
+    together = [name for name in args.only if "{jobs}" in SCRIPTS[name][0]]  # these share all processors out themselves
+    with tqdm(desc="evidence", total=len(args.only), unit="script", dynamic_ncols=True) as progress:
+        for names, at_once in ((together, 1), ([name for name in args.only if name not in together], args.jobs)):
+            with ThreadPoolExecutor(at_once) as pool:
+                runs = {pool.submit(run, name, folder, args.quick, args.jobs): name for name in names}
+                for ended in as_completed(runs):
+                    name = runs[ended]
+                    if ended.result():
+                        progress.write(f"{name}: {(folder / f'{name}.done').read_text().strip()}")
+                    else:
+                        failed.append(folder / f"{name}.log")
+                        progress.write(f"failed: {failed[-1]}")
+                    progress.update()
+    tqdm.write(f"this time: {time.monotonic() - begun:.0f} s")
     if failed:
-        sys.exit(f"{len(failed)} of {len(runs)} scripts failed")
+        sys.exit(f"{len(failed)} of {len(args.only)} scripts failed")
     if args.quick:
         return
     for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.png")):

@@ -7,7 +7,8 @@ few new ones: LoRA (peft), our Tucker adapter and `SpectralConfig`, by AdamW.
 
     python examples/finetune_memory.py                    # writes finetune_memory.json and .png beside it
 
-The learning rate of each method is the best of its grid in validation, one seed; then three seeds, the same for all.
+The learning rate of each method is the best of its grid in validation, one seed, found from the middle of the grid
+outward; then three seeds, the same for all.
 What has been measured is kept and not measured again. It takes about an hour of a processor. The times of steps are
 measured at the end, by turns.
 """
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from finetune_protocol import climb
 from finetune_text import Encoder, Model, Sections
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -138,22 +140,23 @@ def times(task, rows):
 
 def fill(task, found, epochs, keep):
     """Measure what is missing in `found`; `keep` is called whenever there is more."""
-    with tqdm(total=sum(map(len, METHODS.values())) + len(METHODS) * len(SEEDS), unit="run", dynamic_ncols=True) as bar:
+    with tqdm(total=len(METHODS), unit="method", dynamic_ncols=True) as bar:
         for method, grid in METHODS.items():
             row = found["methods"].setdefault(method, {"validation": {}, "runs": []})
-            for lr in grid:
+
+            def score(lr, method=method, rates=row["validation"]):
                 bar.set_description(f"{method}, rate {lr:g}")
-                if f"{lr:g}" not in row["validation"]:
-                    row["validation"][f"{lr:g}"] = train(task, method, lr, VALIDATION, epochs, True)["accuracy"]
+                if f"{lr:g}" not in rates:
+                    rates[f"{lr:g}"] = train(task, method, lr, VALIDATION, epochs, True)["accuracy"]
                     keep()
-                bar.update()
-            row["lr"] = float(max(row["validation"], key=row["validation"].get))
-            for seed in SEEDS:
+                return rates[f"{lr:g}"]
+
+            row["lr"] = climb(grid, score)
+            for seed in SEEDS[len(row["runs"]) :]:
                 bar.set_description(f"{method}, seed {seed}")
-                if len(row["runs"]) <= seed:
-                    row["runs"].append(train(task, method, row["lr"], seed, epochs))
-                    keep()
-                bar.update()
+                row["runs"].append(train(task, method, row["lr"], seed, epochs))
+                keep()
+            bar.update()
 
 
 def draw(path, found):

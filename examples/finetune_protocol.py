@@ -78,6 +78,15 @@ def run(task, method, seed, lr, progress, validate=False):
     return model, {"parameters": count, "curve": curve, "right": right, "seconds": seconds}
 
 
+def climb(grid, score):
+    """The best of rising rates, from the middle of the grid outward for as long as it gets better."""
+    at = (len(grid) - 1) // 2
+    way = 1 if at + 1 < len(grid) and score(grid[at + 1]) > score(grid[at]) else -1
+    while 0 <= at + way < len(grid) and score(grid[at + way]) > score(grid[at]):
+        at += way
+    return grid[at]
+
+
 def validate(task, seeds):
     """Accuracy of every method at every rate of the grid, on examples that are neither trained on nor held out."""
     table = {method: [] for method in task.rates}

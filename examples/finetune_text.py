@@ -9,8 +9,9 @@ encoder's last layer over a text's tokens.
     python examples/finetune_text.py                      # writes finetune_text.json and .png beside it
 
 The learning rate of each method is the best of its grid in validation, one seed, for each task and number of texts by
-itself. Then three seeds, the same for all. What has been measured is kept and not measured again: `--output new.json`
-begins anew. It takes more than an hour of a processor.
+itself, found from the middle of the grid outward. Then three seeds, the same for all. What has been measured is kept
+and not measured again: `--output new.json` begins anew. It takes some two hours of a processor; `--jobs 2` trains by
+two methods at a time, a processor each.
 """
 
 import argparse
@@ -22,10 +23,13 @@ import os
 import re
 import statistics
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
-from finetune_protocol import peak_memory, run
+from finetune_protocol import climb, peak_memory, run
 from finetune_report import difference
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -214,42 +218,59 @@ def by_section(sections=SECTIONS):
     return found
 
 
-def measured(task, method, seed, lr, progress, validate=False):
+loaded = cache(lambda kind: kind())  # a task, once in each process
+
+
+def measured(kind, shots, method, seed, lr, validate=False):
     """What one training came to, as it is kept."""
-    _, result = run(task, method, seed, lr, progress, validate)
+    torch.set_num_threads(1)
+    task = loaded(kind)
+    task.shots = shots
+    _, result = run(task, method, seed, lr, tqdm(disable=True), validate)
     return {"accuracy": result["curve"][-1][1], "right": "".join("01"[r] for r in result["right"]),
             "parameters": result["parameters"], "seconds": statistics.median(result["seconds"])}
 
 
-def fill(found, keep):
-    """Measure what is missing in `found`; `keep` is called whenever there is more."""
-    total = 2 * len(METHODS) * sum(len(kind.shots_tried) for kind in (Sections, Docstrings))
-    with tqdm(total=total, unit="method", dynamic_ncols=True) as progress:
-        quiet = tqdm(disable=True)
-        for kind in (Sections, Docstrings):
-            entry, task = found["tasks"].setdefault(kind.name, {"validation": {}, "shots": {}}), kind()
-            for task.shots in kind.shots_tried:
-                size = f"{kind.name}, {task.shots} a class"
-                rates = entry["validation"].setdefault(str(task.shots), {})
-                for method, grid in METHODS.items():
-                    progress.set_description(f"{size}, rates: {method}")
-                    row = rates.setdefault(method, {})
-                    for lr in grid:
-                        if f"{lr:g}" not in row:
-                            row[f"{lr:g}"] = measured(task, method, VALIDATION, lr, quiet, True)["accuracy"]
-                            keep()
-                    progress.update()
-                rows = entry["shots"].setdefault(str(task.shots), {})
-                for method in METHODS:
-                    progress.set_description(f"{size}: {method}")
-                    best = float(max(rates[method], key=rates[method].get))
-                    row = rows.setdefault(method, {"lr": best, "runs": []})
-                    if row["lr"] != best:
-                        row.update(lr=best, runs=[])
-                    for seed in SEEDS[len(row["runs"]) :]:
-                        row["runs"].append(measured(task, method, seed, row["lr"], quiet))
+def shorten():
+    """Settings of --quick."""
+    Texts.epochs, Texts.measured, Texts.validated = 1, 2, 2
+    Sections.shots_tried = Docstrings.shots_tried = (4,)
+
+
+def fill(found, keep, jobs, quick):
+    """Measure what is missing in `found`, by so many methods at a time; `keep` is called whenever there is more."""
+    units = [(kind, shots, method) for kind in (Sections, Docstrings) for shots in kind.shots_tried
+             for method in METHODS]
+    for kind, shots, method in units:  # in this order, whatever ends first
+        entry = found["tasks"].setdefault(kind.name, {"validation": {}, "shots": {}})
+        entry["validation"].setdefault(str(shots), {}).setdefault(method, {})
+        entry["shots"].setdefault(str(shots), {}).setdefault(method, {"lr": None, "runs": []})
+    pool, keeping = multiprocessing.get_context("spawn").Pool(jobs, shorten if quick else None), Lock()
+    with pool, ThreadPoolExecutor(jobs) as threads:
+
+        def complete(kind, shots, method):
+            entry = found["tasks"][kind.name]
+            rates, row = entry["validation"][str(shots)][method], entry["shots"][str(shots)][method]
+
+            def score(lr):
+                if f"{lr:g}" not in rates:
+                    came_to = pool.apply(measured, (kind, shots, method, VALIDATION, lr, True))
+                    with keeping:
+                        rates[f"{lr:g}"] = came_to["accuracy"]
                         keep()
-                    progress.update()
+                return rates[f"{lr:g}"]
+
+            best = climb(METHODS[method], score)
+            with keeping:
+                row.update({} if row["lr"] == best else {"lr": best, "runs": []})
+            for seed in SEEDS[len(row["runs"]) :]:
+                came_to = pool.apply(measured, (kind, shots, method, seed, best))
+                with keeping:
+                    row["runs"].append(came_to)
+                    keep()
+
+        ended = threads.map(lambda unit: complete(*unit), units)
+        list(tqdm(ended, "trainings", total=len(units), unit="method", dynamic_ncols=True))
 
 
 def peaks(found, keep):
@@ -302,25 +323,27 @@ def main():
     """Measure what has not been measured, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="of the numbers")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at a time (default: 1)")
     parser.add_argument("--quick", action="store_true", help="a few texts of each class, one step: does it run?")
     args = parser.parse_args()
     if missing := Texts.missing():
         return print(f"Skipped: {missing}")
     torch.set_num_threads(1)
     if args.quick:
-        Texts.epochs, Texts.measured, Texts.validated = 1, 2, 2
-        Sections.shots_tried = Docstrings.shots_tried = (4,)
+        shorten()
     setting = {"seeds": len(SEEDS), "epochs": Texts.epochs, "batch": Texts.batch, "rank": Texts.rank,
                "k": Texts.subspace_dim, "torch": torch.__version__, "threads": 1}
     found = {"setting": setting, "tasks": {}, "peaks": {}}
     if args.output.exists():
         found = json.loads(args.output.read_text())
 
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
     def keep():
         args.output.write_text(json.dumps(found, indent=1) + "\n")
 
     peaks(found, keep)
-    fill(found, keep)
+    fill(found, keep, args.jobs, args.quick)
     draw(args.output.with_suffix(".png"), found)
     for name, task in found["tasks"].items():
         for shots, rows in task["shots"].items():

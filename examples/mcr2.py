@@ -38,6 +38,7 @@ KINDS = {"mcr2": "MCR²", "cross-entropy": "cross-entropy", None: "pixels"}
 COLORS = {"MCR²": "#1f6fb2", "cross-entropy": "#c2410c", "pixels": "#94a3b8"}
 STYLES = {"nearest subspace": "-", "nearest mean": "--", "logistic regression": ":"}
 SHOTS = (1, 5, 20, 50)
+RATES = (1e-5, 3e-5, *GRID)
 BATCH = 120
 
 
@@ -116,7 +117,7 @@ def measure(seed, bar):
     inner = Digits(whole.x, whole.y, range(4), range(4, 6), seed)
     found = {task: {} for task in TASKS}
     for kind, name in KINDS.items():
-        tried = {lr: features(kind, inner, lr, bar) for lr in (GRID if kind else (None,))}
+        tried = {lr: features(kind, inner, lr, bar) for lr in (RATES if kind else (None,))}
         final = functools.cache(lambda lr, kind=kind: features(kind, whole, lr, bar))
         for task, scores in TASKS.items():
             validated = {lr: scores(inner, *functions) for lr, functions in tried.items()}
@@ -181,7 +182,7 @@ def main(given=None):
     path = (args.output or Path(__file__).resolve()).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    setting = {"epochs": EPOCHS, "batch": BATCH, "eps": EPS, "rates": GRID, "shots": SHOTS, "features": FEATURES,
+    setting = {"epochs": EPOCHS, "batch": BATCH, "eps": EPS, "rates": RATES, "shots": SHOTS, "features": FEATURES,
                "directions": DIRECTIONS, "torch": torch.__version__, "threads": 1}
     setting = json.loads(json.dumps(setting))
     found = json.loads(path.read_text()) if path.exists() else {}
