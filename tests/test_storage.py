@@ -32,7 +32,7 @@ def test_a_part_of_a_freed_storage_is_refused(offset):
         freed.untyped_storage().resize_(offset * 4)
         with pytest.raises(RuntimeError, match="^tucker_linear_: a tensor of 12 elements has a storage of"):
             torch.ops.torch_subspace.tucker_linear_(torch.ones(3, 6), torch.ones(3, 6), torch.ones(2, 2),
-                                                    torch.ones(6, 2), freed, torch.empty(0, dtype=torch.int64), 1., 0.)
+                                                    torch.ones(6, 2), freed, torch.empty(0, dtype=torch.int64), 1., 0., False)
 
 
 def test_memory_that_is_there_is_taken():
@@ -40,7 +40,7 @@ def test_memory_that_is_there_is_taken():
     ones = torch.ones(12, 6)
     for v in (ones[::6], ones[:1].expand(2, 6), ones.view(-1)[-12:].view(2, 6), ones.view(36, 2)[-6:].mT):
         torch.ops.torch_subspace.tucker_linear_(y.zero_(), torch.ones(3, 6), torch.ones(2, 2), torch.ones(6, 2), v,
-                                                torch.empty(0, dtype=torch.int64), 1., 0.)
+                                                torch.empty(0, dtype=torch.int64), 1., 0., False)
         assert torch.equal(y, torch.full((3, 6), 24.))
 
 

@@ -31,7 +31,7 @@ enum {
 #define MULTIPLY_ROWS 4
 #endif
 #define MULTIPLY_DEPTH 512
-#define MULTIPLY_STRIPS 10 /* no wider than MULTIPLY_DEPTH */
+#define MULTIPLY_STRIPS (320 / VECTOR) /* no wider than MULTIPLY_DEPTH; as many bytes whatever the vectors */
 
 typedef struct product {
     int64_t batch, m, n, k;

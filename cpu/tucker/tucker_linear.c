@@ -43,11 +43,13 @@ static void lay_out(buffers *b, const subspace_ctx *ctx, const subspace_tucker_l
     b->z2 = carve(base, bytes, a->t * a->rm, item);
     b->h = carve(base, bytes, a->t * a->rm, item);
     b->k = b->z1;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) { /* the last is the first again, turned over */
+        const product *p = &passes[i % 4];
         reverse r;
         size_t pass = 0;
-        reverse_plan(&r, ctx, &passes[i], item, is_half(a->dtype) || b->drop, i == 3, NULL, &pass);
-        most = MAX(most, MAX(pass, product_scratch(ctx, &passes[i], item)));
+        if (i == 4 && !a->turned) continue;
+        reverse_plan(&r, ctx, p, item, is_half(a->dtype) || b->drop, i > 2, NULL, &pass);
+        most = MAX(most, MAX(pass, product_scratch(ctx, p, item)));
     }
     b->scratch = carve(base, bytes, (int64_t)most, 1);
 }
@@ -86,7 +88,7 @@ static void FN(down)(const buffers *b, const subspace_tucker_linear_args *a)
 {
     const subspace_dtype wide = IS_F32 ? SUBSPACE_F32 : SUBSPACE_F64;
     const product first = {1, a->t, a->n, a->rn}, second = {1, a->t, a->rn, a->rm};
-    FN(pass)(b, &first, a->dtype, a->x, b->drop, a->v, true, b->z1, NULL, NULL, false, 1);
+    FN(pass)(b, &first, a->dtype, a->x, b->drop, a->v, !a->turned, b->z1, NULL, NULL, false, 1);
     FN(pass)(b, &second, wide, b->z1, NULL, a->core, true, b->z2, NULL, NULL, false, 1);
 }
 
@@ -119,8 +121,8 @@ static subspace_status FN(backward)(subspace_ctx *ctx, const subspace_tucker_lin
     for (int64_t i = 0; i < a->t * a->rm; i++) ((T *)b.h)[i] *= (T)a->scale;
     if (a->dcore) FN(pass)(&b, &middle, wide, b.z1, NULL, NULL, false, NULL, b.h, a->dcore, false, 1);
     if (inner) FN(pass)(&b, &back, wide, b.h, NULL, a->core, false, b.k, NULL, NULL, false, 1);
-    if (a->dv) FN(pass)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv, false, 1);
-    if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, false, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
+    if (a->dv) FN(pass)(&b, &down, a->dtype, a->x, b.drop, NULL, false, NULL, b.k, a->dv, a->turned, 1);
+    if (a->dx) FN(multiply_add)(ctx, &down, b.k, a->v, a->turned, 1, a->dtype, a->dx, a->dx, b.scratch, b.drop);
     return SUBSPACE_OK;
 }
 

@@ -78,17 +78,21 @@ template <typename T> __global__ void drop_x(int64_t count, const T *x, dropping
     }
 }
 
-/* U and V in halves, in one launch */
-template <typename T>
-__global__ void split_factors(int64_t m, int64_t rm, const float *u, T *uu, int64_t rn, int64_t n, const float *v,
-                              T *vv)
+/* Where entry j of [rn, n] is in v and dv */
+static __device__ inline int64_t place_in_v(const linear_args &a, int64_t j)
 {
-    const int64_t count_u = m * rm, count_v = rn * n;
+    return a.turned ? j % a.n * a.rn + j / a.n : j;
+}
+
+/* U and V in halves, in one launch */
+template <typename T> __global__ void split_factors(linear_args a, T *uu, T *vv)
+{
+    const int64_t rm = a.rm, count_u = a.m * rm, count_v = a.rn * a.n;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count_u + count_v;
          i += (int64_t)gridDim.x * blockDim.x) {
         const bool is_u = i < count_u;
         const int64_t at = is_u ? i / rm * 3 * rm + i % rm : i - count_u, next = is_u ? rm : count_v;
-        const float value = is_u ? u[i] : v[i - count_u];
+        const float value = is_u ? ((const float *)a.u)[i] : ((const float *)a.v)[place_in_v(a, i - count_u)];
         const T high = (T)value, low = (T)((value - (float)high) * (float)low_half<T>::scale);
         T *to = is_u ? uu : vv;
         to[at] = to[at + next] = high, to[at + 2 * next] = low;
@@ -108,7 +112,7 @@ __global__ void add_halves(linear_args a, buffers<T> b, double scale_dv, int64_t
             ((float *)a.du)[i] = part[0] + low * part[a.rm];
         } else if (i < count_u + count_v) {
             const int64_t j = i - count_u;
-            ((float *)a.dv)[j] = (float)scale_dv * (b.dv[j] + low * b.dv[count_v + j]);
+            ((float *)a.dv)[place_in_v(a, j)] = (float)scale_dv * (b.dv[j] + low * b.dv[count_v + j]);
         } else {
             const int64_t j = i - count_u - count_v;
             double sum = 0;
@@ -131,6 +135,12 @@ static subspace_status times(subspace_ctx *ctx, subspace_dtype ab, subspace_dtyp
 template <typename E> static operand<E> matrix(const E *at, int64_t ld, bool turned, int64_t low, double weight)
 {
     return {at, 0, turned ? 1 : ld, 0, turned ? ld : 1, low, weight};
+}
+
+/* V as what k is multiplied with */
+template <typename E> static operand<E> right_v(const linear_args *a)
+{
+    return matrix((const E *)a->v, a->turned ? a->rn : a->n, !a->turned, 0, 0);
 }
 
 /* Drop x; what stands for x afterwards, and the factor it misses. */
@@ -169,7 +179,7 @@ template <typename T> static subspace_status forward_wide(subspace_ctx *ctx, con
     double kept;
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(dropped(ctx, a, &b, &x, &kept));
-    TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z1));
+    TRY(times(ctx, d, d, false, !a->turned, t, rn, n, 1, x, n, a->v, a->turned ? rn : n, 0, b.z1));
     TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z1, rn, a->core, rn, 0, b.z2));
     return times(ctx, d, d, false, true, t, m, rm, 1, b.z2, rm, a->u, rm, 1, a->y);
 }
@@ -177,23 +187,24 @@ template <typename T> static subspace_status forward_wide(subspace_ctx *ctx, con
 template <typename T> static subspace_status backward_wide(subspace_ctx *ctx, const linear_args *a)
 {
     const subspace_dtype d = a->dtype;
-    const int64_t t = a->t, n = a->n, m = a->m, rn = a->rn, rm = a->rm;
+    const int64_t t = a->t, n = a->n, m = a->m, rn = a->rn, rm = a->rm, ldv = a->turned ? rn : n;
     const bool inner = a->dv || a->dx;
     buffers<T> b;
     const T *x;
     double kept;
     lay_out(a, (char *)ctx->workspace, &b);
     TRY(dropped(ctx, a, &b, &x, &kept));
-    if (a->du || a->dcore) TRY(times(ctx, d, d, false, true, t, rn, n, 1, x, n, a->v, n, 0, b.z1));
+    if (a->du || a->dcore) TRY(times(ctx, d, d, false, !a->turned, t, rn, n, 1, x, n, a->v, ldv, 0, b.z1));
     if (a->du) TRY(times(ctx, d, d, false, true, t, rm, rn, a->scale * kept, b.z1, rn, a->core, rn, 0, b.z2));
     if (a->du) TRY(times(ctx, d, d, true, false, m, rm, t, 1, a->dy, m, b.z2, rm, 0, a->du));
     if (a->dcore || inner) TRY(times(ctx, d, d, false, false, t, rm, m, a->scale, a->dy, m, a->u, rm, 0, b.h));
     if (a->dcore) TRY(times(ctx, d, d, true, false, rm, rn, t, kept, b.h, rm, b.z1, rn, 0, a->dcore));
     if (inner) TRY(times(ctx, d, d, false, false, t, rn, rm, 1, b.h, rm, a->core, rn, 0, b.k));
-    if (a->dv) TRY(times(ctx, d, d, true, false, rn, n, t, kept, b.k, rn, x, n, 0, a->dv));
+    if (a->dv && a->turned) TRY(times(ctx, d, d, true, false, n, rn, t, kept, x, n, b.k, rn, 0, a->dv));
+    else if (a->dv) TRY(times(ctx, d, d, true, false, rn, n, t, kept, b.k, rn, x, n, 0, a->dv));
     if (!a->dx) return SUBSPACE_OK;
-    if (b.x) return add_product<T>(ctx, a, n, rn, b.k, matrix((const T *)a->v, n, true, 0, 0), a->dropout > 0, a->dx);
-    return times(ctx, d, d, false, false, t, n, rn, 1, b.k, rn, a->v, n, 1, a->dx);
+    if (b.x) return add_product<T>(ctx, a, n, rn, b.k, right_v<T>(a), a->dropout > 0, a->dx);
+    return times(ctx, d, d, false, a->turned, t, n, rn, 1, b.k, rn, a->v, ldv, 1, a->dx);
 }
 
 /* ------------------------------------------------------------------------------------ half types */
@@ -215,8 +226,7 @@ template <typename T>
 static subspace_status down(subspace_ctx *ctx, const linear_args *a, const buffers<T> *b, bool z1, const T **x,
                             double *kept)
 {
-    LAUNCH(ctx, split_factors<T>, rank_grid(a->m * a->rm + a->rn * a->n), RANK_THREADS, 0, a->m, a->rm,
-           (const float *)a->u, b->u, a->rn, a->n, (const float *)a->v, b->v);
+    LAUNCH(ctx, split_factors<T>, rank_grid(a->m * a->rm + a->rn * a->n), RANK_THREADS, 0, *a, b->u, b->v);
     TRY(dropped(ctx, a, b, x, kept));
     if (!z1) return SUBSPACE_OK;
     return times(ctx, a->dtype, SUBSPACE_F32, false, true, a->t, 2 * a->rn, a->n, 1, *x, a->n, b->v + a->rn * a->n,
@@ -268,7 +278,7 @@ template <typename T> static subspace_status backward_half(subspace_ctx *ctx, co
     if (gemm_dx) TRY(times(ctx, d, d, false, false, t, n, 3 * rn, 1, b.left, 3 * rn, b.v, n, 1, a->dx));
     if (a->dx && !gemm_dx) {
         TRY((middle<T>(ctx, a, a->scale, b.h, rm, matrix(c, rn, true, 0, 0), rn, b.k)));
-        TRY(add_product<T>(ctx, a, n, rn, b.k, matrix((const float *)a->v, n, true, 0, 0), a->dropout > 0, a->dx));
+        TRY(add_product<T>(ctx, a, n, rn, b.k, right_v<float>(a), a->dropout > 0, a->dx));
     }
     if (a->du || a->dv || a->dcore)
         LAUNCH(ctx, add_halves<T>, rank_grid(m * rm + rn * n + rm * rn), RANK_THREADS, 0, *a, b, kept,

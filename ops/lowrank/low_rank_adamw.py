@@ -158,7 +158,8 @@ class LowRankAdamW(MatrixOptimizer):
         work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
                 for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
         starts: dict[Any, Tensor] = {}
-        self._adamw_step()
+        if len(work) < sum(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._adamw_step()
         for i, matrix in work:
             with full_precision(matrix.weight):
                 self._count(i, matrix.step(self.state[matrix.weight], starts))

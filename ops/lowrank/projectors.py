@@ -48,7 +48,7 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     size = scale_(low, group)
     turn = _leading(_gram(low if g.device.type == "cpu" else low.double(), group), rank).to(g.dtype)
     low = low @ turn
-    return basis @ turn, low.mul_(torch.where(_is_rounding(low, None, group), 0, size))
+    return basis @ turn, low.mul_(torch.where(_are_rounding(_squares(low, None, group)), 0, size))
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -58,8 +58,12 @@ def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """G Q with 0 for columns that are nothing but rounding, in place."""
-    lost = _is_rounding(low, largest(low, group), group)
-    return low if lost.device.type == "cpu" and not lost.any() else low.masked_fill_(lost, 0)
+    if low.device.type == "cpu" and low.dim() == 2:
+        squares = _squares(low, None, group)
+        least, most = float(squares.amin()), float(squares.sum())
+        if 1e-16 < most < 1e30 and least > _share(low) * most:  # none too large, none too small that matters
+            return low
+    return low.masked_fill_(_are_rounding(_squares(low, largest(low, group), group)), 0)
 
 
 def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -69,14 +73,22 @@ def scale_(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return size
 
 
-def _is_rounding(low: Tensor, size: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-    """Columns (..., 1, r) that are nothing but rounding: a gradient of lower rank has none there, and AdamW would make
-    steps of full length of them. `size`: the largest entry, of which squares are taken; None where that is 1."""
+def _squares(low: Tensor, size: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """Sums of squares of columns (..., 1, r), in units of `size`; None where that is 1."""
     parts = [(part if size is None else part / size).square().sum(-2, keepdim=True)
              for part in low.split(rows_in_cache(low), -2)]
-    squares = sum(parts[1:], parts[0])
-    total(squares, group)
-    return squares <= (ROUNDING * torch.finfo(low.dtype).eps) ** 2 * squares.sum(-1, keepdim=True)
+    return total(sum(parts[1:], parts[0]), group)
+
+
+def _are_rounding(squares: Tensor) -> Tensor:
+    """Columns (..., 1, r) that are nothing but rounding: a gradient of lower rank has none there, and AdamW would make
+    steps of full length of them."""
+    return squares <= _share(squares) * squares.sum(-1, keepdim=True)
+
+
+def _share(of: Tensor) -> float:
+    """Of all squares, what a column has at most that is rounding."""
+    return (ROUNDING * torch.finfo(of.dtype).eps) ** 2
 
 
 def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:

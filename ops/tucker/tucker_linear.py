@@ -39,7 +39,7 @@ def tucker_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, core: T
         bias: (m,) or None.
         core: (r_out, r_in).
         u: (m, r_out).
-        v: (r_in, n).
+        v: (r_in, n), also a transposed view, which is read and given its gradient as it lies.
         scale: a number on the change.
         dropout: probability in [0, 1) of zeroing an entry of x on its way through the change; the others are divided by
             1 - dropout. The mask follows from one draw of torch's generator, and is drawn again in the backward.
@@ -131,6 +131,12 @@ def _check(x, weight, bias, core, u, v, scale, dropout, training) -> None:
     check_options(_NAME, scale, dropout, training)
 
 
+def _as_it_lies(v):
+    """v, or v.mT where that is what is contiguous, as an adapter's factors are; and which."""
+    turned = not v.is_contiguous() and v.mT.is_contiguous()
+    return (v.mT if turned else v), turned
+
+
 def _rows(t):
     return t.reshape(-1, t.shape[-1])
 
@@ -146,7 +152,8 @@ class _TuckerLinear(torch.autograd.Function):
         y = x.new_zeros(*x.shape[:-1], u.shape[0]) if weight is None else F.linear(x, weight, bias)
         if x.dim() != 2:  # it may be a view, which a Function must not return if it is to be changed in place
             y = y.clone(memory_format=torch.contiguous_format)
-        _op.tucker_linear_(y.view(-1, y.shape[-1]), _rows(x), core, u, v, seed, scale, dropout)
+        lying, turned = _as_it_lies(v)
+        _op.tucker_linear_(y.view(-1, y.shape[-1]), _rows(x), core, u, lying, seed, scale, dropout, turned)
         return y
 
     @staticmethod
@@ -162,9 +169,12 @@ class _TuckerLinear(torch.autograd.Function):
         need = sum(bit for bit, needed in zip((1, 2, 4), needs) if needed)
         grads = [None, None, None]
         if need or need_x:
-            flat = _op.tucker_linear_backward(dx, dy, x, core, u, v, seed, ctx.scale, ctx.dropout, need)
+            lying, turned = _as_it_lies(v)
+            flat = _op.tucker_linear_backward(dx, dy, x, core, u, lying, seed, ctx.scale, ctx.dropout, turned, need)
             parts = iter(flat.split([t.numel() for t, needed in zip((core, u, v), needs) if needed]))
-            grads = [next(parts).view(t.shape) if needed else None for t, needed in zip((core, u, v), needs)]
+            grads = [next(parts).view(t.shape) if needed else None for t, needed in zip((core, u, lying), needs)]
+            if turned and needs[2]:
+                grads[2] = grads[2].mT
         dweight = dy.mT @ x if need_weight else None
         dbias = dy.sum(0) if need_bias else None
         return dx.view(shape) if need_x else None, dweight, dbias, *grads, None, None, None
@@ -186,10 +196,10 @@ def _eager(x, weight, bias, core, u, v, mask, scale) -> Tensor:
 
 
 @torch.library.register_fake("torch_subspace::tucker_linear_")
-def _(y, x, core, u, v, seed, scale, dropout):
+def _(y, x, core, u, v, seed, scale, dropout, turned):
     return None
 
 
 @torch.library.register_fake("torch_subspace::tucker_linear_backward")
-def _(dx, dy, x, core, u, v, seed, scale, dropout, need):
+def _(dx, dy, x, core, u, v, seed, scale, dropout, turned, need):
     return core.new_empty(sum(t.numel() for bit, t in zip((1, 2, 4), (core, u, v)) if need & bit))

@@ -154,7 +154,8 @@ typedef struct subspace_tucker_linear_args {
     const void *x;           /* [t, n]   in */
     const void *core;        /* [rm, rn] in */
     const void *u;           /* [m, rm]  in */
-    const void *v;           /* [rn, n]  in */
+    const void *v;           /* [rn, n]  in; turned: [n, rn] */
+    int turned;              /* v and dv lie turned over */
     void *y;                 /* [t, m]   forward in, out */
     const void *dy;          /* [t, m]   backward in */
     void *dx;                /* [t, n]   backward in, out: the gradient is added; or NULL */

@@ -4,19 +4,20 @@
 
 enum { NEED_CORE = 1, NEED_U = 2, NEED_V = 4 };
 
-/* What both directions share: y is the output, or its gradient. */
+/* What both directions share: y is the output, or its gradient. v is [rn, n] or, where a->turned, [n, rn]. */
 static bool linear_args(call *c, const tensor *y, const tensor *x, const tensor *core, const tensor *u, const tensor *v,
                         const tensor *seed, subspace_tucker_linear_args *a)
 {
+    const int64_t rn = v->dim == 2 ? v->size[a->turned] : 0, n = v->dim == 2 ? v->size[!a->turned] : 0;
     if (!require(c, x->dim == 2 && y->dim == 2 && core->dim == 2 && u->dim == 2 && v->dim == 2,
-                 "expected x [t, n], y [t, m], core [rm, rn], u [m, rm] and v [rn, n]") ||
-        !require(c, y->size[0] == x->size[0] && v->size[1] == x->size[1] && u->size[0] == y->size[1],
+                 "expected x [t, n], y [t, m], core [rm, rn], u [m, rm] and v [rn, n], or turned [n, rn]") ||
+        !require(c, y->size[0] == x->size[0] && n == x->size[1] && u->size[0] == y->size[1],
                  "x [%lld, %lld] and y [%lld, %lld] do not fit u of %lld rows and v of %lld columns",
                  (long long)x->size[0], (long long)x->size[1], (long long)y->size[0], (long long)y->size[1],
-                 (long long)u->size[0], (long long)v->size[1]) ||
-        !require(c, core->size[0] == u->size[1] && core->size[1] == v->size[0],
+                 (long long)u->size[0], (long long)n) ||
+        !require(c, core->size[0] == u->size[1] && core->size[1] == rn,
                  "core is [%lld, %lld], u and v ask for [%lld, %lld]", (long long)core->size[0],
-                 (long long)core->size[1], (long long)u->size[1], (long long)v->size[0]) ||
+                 (long long)core->size[1], (long long)u->size[1], (long long)rn) ||
         !require(c, dtype_of(x) >= 0 && y->dtype == x->dtype, "x and y must share a floating dtype") ||
         !require(c, core->dtype == wide_dtype(x) && u->dtype == core->dtype && v->dtype == core->dtype,
                  "core, u and v must be float32, or float64 beside a float64 x") ||
@@ -29,18 +30,19 @@ static bool linear_args(call *c, const tensor *y, const tensor *x, const tensor 
                      "the tensors are on different devices"))
             return false;
     a->dtype = (subspace_dtype)dtype_of(x);
-    a->t = x->size[0], a->n = x->size[1], a->m = y->size[1], a->rn = v->size[0], a->rm = u->size[1];
+    a->t = x->size[0], a->n = x->size[1], a->m = y->size[1], a->rn = rn, a->rm = u->size[1];
     a->seed = a->dropout > 0 ? seed->data : NULL;
     a->x = x->data, a->core = core->data, a->u = u->data, a->v = v->data;
     return true;
 }
 
 OP(tucker_linear, "tucker_linear_(Tensor(a!) y, Tensor x, Tensor core, Tensor u, Tensor v, Tensor seed, float scale,"
-                  " float dropout) -> ()")
+                  " float dropout, bool turned) -> ()")
 {
     call c = begin("tucker_linear_");
     tensor y = {0}, x = {0}, core = {0}, u = {0}, v = {0}, seed = {0};
-    subspace_tucker_linear_args a = {.scale = as_double(stack[6]), .dropout = as_double(stack[7])};
+    subspace_tucker_linear_args a = {
+        .scale = as_double(stack[6]), .dropout = as_double(stack[7]), .turned = as_bool(stack[8])};
     bool taken = tensor_inout(&c, stack[0], &y);
     taken &= tensor_in(&c, stack[1], &x);
     taken &= tensor_in(&c, stack[2], &core);
@@ -60,12 +62,13 @@ done:
  * behind the other. */
 OP(tucker_linear_backward,
    "tucker_linear_backward(Tensor(a!) dx, Tensor dy, Tensor x, Tensor core, Tensor u, Tensor v, Tensor seed,"
-   " float scale, float dropout, int need) -> Tensor")
+   " float scale, float dropout, bool turned, int need) -> Tensor")
 {
     call c = begin("tucker_linear_backward");
     tensor dx = {0}, dy = {0}, x = {0}, core = {0}, u = {0}, v = {0}, seed = {0}, flat = {0};
-    subspace_tucker_linear_args a = {.scale = as_double(stack[7]), .dropout = as_double(stack[8])};
-    const int64_t need = as_int(stack[9]);
+    subspace_tucker_linear_args a = {
+        .scale = as_double(stack[7]), .dropout = as_double(stack[8]), .turned = as_bool(stack[9])};
+    const int64_t need = as_int(stack[10]);
     bool taken = tensor_inout(&c, stack[0], &dx);
     taken &= tensor_in(&c, stack[1], &dy);
     taken &= tensor_in(&c, stack[2], &x);

@@ -295,7 +295,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "coding_rate_soft": lambda: OP.coding_rate_soft(ones(1, 6, 4), ones(1, 5, 3), 0.5, False),
     "sinkhorn": lambda: OP.sinkhorn(ones(1, 4, 4), ones(1, 0), ones(1, 0), 0.0, 1e-6, 9, 0, 0),
     "tucker_linear": lambda: OP.tucker_linear_(ones(3, 4), ones(3, 5), ones(2, 2), ones(4, 3), ones(2, 5), integers(0),
-                                               1.0, 0.0),
+                                               1.0, 0.0, False),
     "sigreg": lambda: OP.sigreg(ones(1, 6, 4), ones(3, 2), 5, 0.5),
     "gated_cosine": lambda: OP.gated_cosine(ones(1, 6, 4), ones(1, 5, 3), ones(1, 6, 4)),
     "newton_schulz": lambda: OP.newton_schulz(ones(1, 6, 4), [1.0, 2.0], 1e-7),

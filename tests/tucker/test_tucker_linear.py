@@ -58,6 +58,30 @@ def test_values_and_gradients(shape, dtype):
     assert [f.dtype for f in found[1:]] == [t.dtype for t in tensors]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_transposed_v_is_read_and_given_its_gradient_as_it_lies(shape, dtype, dropout):
+    *tensors, dy = problem(*shape, dtype)
+    found = []
+    for v in (tensors[-1], tensors[-1].mT.contiguous().mT):
+        torch.manual_seed(3)
+        found.append(gradients(lambda *a: ts.tucker_linear(*a, scale=0.7, dropout=dropout), (*tensors[:-1], v), dy))
+    close(found[1], [t.double() for t in found[0]], TOLERANCE[dtype])
+    assert found[1][-1].mT.is_contiguous()
+
+
+def test_a_factor_of_an_adapter_gets_its_gradient_without_a_copy():
+    factor = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    x, weight, bias, core, u, _, dy = problem(20, 30, 40, 4, 4)
+    given = []
+    factor.register_hook(given.append)
+    ts.tucker_linear(x, weight, bias, core, u, factor.mT).backward(dy)
+    assert given[0].is_contiguous()
+    expected = gradients(lambda f: formula(x, weight, bias, core, u, f.mT), [factor], dy)[1]
+    close([factor.grad], [expected], 1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_dropout_draws_its_mask_again(shape, dtype):
@@ -180,16 +204,20 @@ def test_forward_mode_and_functional_transforms():
 def test_opcheck(dropout):
     x, _, _, core, u, v, dy = problem(6, 7, 8, 2, 3)
     seed = MODULE.draw_seed(dropout, x.device)
-    torch.library.opcheck(OP.tucker_linear_.default, (dy.clone(), x, core, u, v, seed, 1.5, dropout))
-    for need, dx in ((7, x.clone()), (2, x.new_empty(0))):
-        args = (dx, dy, x, core, u, v, seed, 1.5, dropout, need)
-        torch.library.opcheck(OP.tucker_linear_backward.default, args)
+    for turned, lying in ((False, v), (True, v.mT.contiguous())):
+        torch.library.opcheck(OP.tucker_linear_.default, (dy.clone(), x, core, u, lying, seed, 1.5, dropout, turned))
+        for need, dx in ((7, x.clone()), (2, x.new_empty(0))):
+            args = (dx, dy, x, core, u, lying, seed, 1.5, dropout, turned, need)
+            torch.library.opcheck(OP.tucker_linear_backward.default, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic):
+@pytest.mark.parametrize("turned", [False, True])
+def test_compiled(dynamic, turned):
     torch._dynamo.reset()
     *tensors, dy = problem(24, 10, 12, 3, 4)
+    if turned:
+        tensors[-1] = tensors[-1].mT.contiguous().mT
     compiled = torch.compile(ts.tucker_linear, fullgraph=True, dynamic=dynamic)
     close(gradients(compiled, tensors, dy), gradients(ts.tucker_linear, tensors, dy), 1e-14)
     x, *rest = tensors
@@ -258,10 +286,10 @@ def test_the_ops_check_for_themselves():
     seed = torch.empty(0, dtype=torch.int64)
     for bad in ((dy[:5].clone(), x, core, u, v, seed), (dy, x, core.float(), u, v, seed), (dy, x, core.T, u, v, seed)):
         with pytest.raises(RuntimeError, match="tucker_linear_: "):
-            OP.tucker_linear_(*bad, 1.0, 0.0)
+            OP.tucker_linear_(*bad, 1.0, 0.0, False)
     with pytest.raises(RuntimeError, match="dropout"):
-        OP.tucker_linear_(dy, x, core, u, v, torch.zeros(1, dtype=torch.int64), 1.0, 1.5)
+        OP.tucker_linear_(dy, x, core, u, v, torch.zeros(1, dtype=torch.int64), 1.0, 1.5, False)
     with pytest.raises(RuntimeError, match="seed"):
-        OP.tucker_linear_(dy, x, core, u, v, seed, 1.0, 0.5)
+        OP.tucker_linear_(dy, x, core, u, v, seed, 1.0, 0.5, False)
     with pytest.raises(RuntimeError, match="contiguous"):
-        OP.tucker_linear_(torch.ones(8, 6, dtype=torch.float64).T, x, core, u, v, seed, 1.0, 0.0)
+        OP.tucker_linear_(torch.ones(8, 6, dtype=torch.float64).T, x, core, u, v, seed, 1.0, 0.0, False)

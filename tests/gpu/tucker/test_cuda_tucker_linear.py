@@ -53,6 +53,20 @@ def test_values_and_gradients(shape, dtype, form):
     close(ours, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_transposed_v(shape, dtype, dropout):
+    """Read as it lies, as an adapter's factor does; its gradient likewise."""
+    *inputs, dy = problem(*shape, dtype)
+    found = []
+    for v in (inputs[-1], inputs[-1].mT.contiguous().mT):
+        torch.manual_seed(5)
+        found.append(run((*inputs[:-1], v), dy, dtype, "cuda", scale=-0.75, dropout=dropout))
+    assert found[1][-1].mT.is_contiguous()
+    close(found[1], [t.double().cpu() for t in found[0]], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_dropout_is_the_mask_of_its_seed(dtype):
     """The same mask as on the CPU, where the seed is drawn by another generator."""
