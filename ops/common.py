@@ -257,6 +257,26 @@ def check_dense(name: str, what: str, t: object) -> None:
 _STRIDED = torch.strided
 
 
+def shares_memory(x: Tensor) -> bool:
+    """Whether two elements are one. They aren't where each stride is larger than all that smaller ones reach together;
+    of other strides, such as (3, 2), the places are counted."""
+    if x.is_contiguous():
+        return False
+    strides, reach = sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1), 0
+    if x.numel() == 0 or not strides:
+        return False
+    if strides[0][0] == 0:
+        return True
+    for s, n in strides:
+        if s <= reach:
+            break
+        reach += s * (n - 1)
+    else:
+        return False
+    places = sum(s * torch.arange(n, device="cpu").view(-1, *[1] * i) for i, (s, n) in enumerate(strides))
+    return places.unique().numel() < places.numel()
+
+
 def check_floating(name: str, what: str, t: object) -> None:
     """Raises in `name`'s voice unless `what` is a dense tensor of a dtype that the kernels read."""
     compiling = torch.compiler.is_compiling()  # a strict export asks no layouts in a backward

@@ -84,7 +84,14 @@ add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, o
                                              alpha=1.0, rows="all", diagonal=True, symmetric=True, divergence_tau=1.0),
     old=bad.tensor, new=bad.tensor, tau=POSITIVE, alpha=WEIGHT, rows=bad.word, diagonal=bad.flag, symmetric=bad.flag,
     divergence_tau=bad.optional(POSITIVE), fine="old: another float; new: another float")
-for shrink, extra, good in ((isotropy.group_lasso, {}, {}),
-                            (isotropy.prox_group_lasso_, {"step": WEIGHT}, {"step": 0.1})):
-    add(f"isotropy.{shrink.__name__}", call(shrink, weight=POINTS, groups=(2, 3), **good), weight=bad.tensor,
+
+
+def in_place(t):
+    """A floating tensor with room for each element."""
+    return bad.tensor(t) | {"expanded": t[:1].expand_as(t), "overlapping": t.flatten().as_strided(t.shape, (1, 1))}
+
+
+for shrink, weight, extra, good in ((isotropy.group_lasso, bad.tensor, {}, {}),
+                                    (isotropy.prox_group_lasso_, in_place, {"step": WEIGHT}, {"step": 0.1})):
+    add(f"isotropy.{shrink.__name__}", call(shrink, weight=POINTS, groups=(2, 3), **good), weight=weight,
         groups=bad.dims, fine="weight: another float, no columns, meta", **extra)

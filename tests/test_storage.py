@@ -32,7 +32,8 @@ def test_a_part_of_a_freed_storage_is_refused(offset):
         freed.untyped_storage().resize_(offset * 4)
         with pytest.raises(RuntimeError, match="^tucker_linear_: a tensor of 12 elements has a storage of"):
             torch.ops.torch_subspace.tucker_linear_(torch.ones(3, 6), torch.ones(3, 6), torch.ones(2, 2),
-                                                    torch.ones(6, 2), freed, torch.empty(0, dtype=torch.int64), 1., 0., False)
+                                                    torch.ones(6, 2), freed, torch.empty(0, dtype=torch.int64), 1., 0.,
+                                                    False)
 
 
 def test_memory_that_is_there_is_taken():

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..common import NOT_NEGATIVE, WIDE, check_dense, check_flag, check_number, check_word, told
+from ..common import NOT_NEGATIVE, WIDE, check_dense, check_flag, check_number, check_word, shares_memory, told
 from .frames import (
     MANIFOLDS,
     RETRACTIONS,
@@ -145,7 +145,7 @@ def _check_tensors(w: Tensor, g: Tensor, m: list[Tensor], first: Tensor,
             raise ValueError(f"{_NAME}: {what} is on {t.device}, the first weight on {first.device}")
         if t.shape != w.shape:
             raise ValueError(f"{_NAME}: {what} has shape {tuple(t.shape)}, its weight {tuple(w.shape)}")
-        if what != "grad" and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
+        if what != "grad" and shares_memory(t):
             raise ValueError(f"{_NAME}: {what} of strides {t.stride()} has elements that share memory")
     if manifold == "stiefel" and dims is None:
         check_stiefel(_NAME, "weight", w)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..common import WIDE, check_floating, full_precision, over_largest, told, transformed, whole, wide_dtype
-from .products import check_points, product
+from ..common import HALF, WIDE, check_floating, full_precision, over_largest, told, whole, wide_dtype
+from .products import Function, applied, check_points, product, traced
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
     Differentiable in both, once; the gradient has sums of two singular values in denominators, never differences, so
     repeated ones are nothing special. Where both are 0 Q is not unique: any one is returned, and the gradient has no
-    part there.
+    part there. So in torch.func's transforms and in forward mode.
 
     Raises:
         TypeError: x or y is no dense floating tensor.
@@ -44,33 +44,34 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
     wide = wide_dtype(x.dtype)
     moments = product(over_largest(x.to(wide), (-2, -1)), over_largest(y.to(wide), (-2, -1)))
     with full_precision(moments):
-        if not transformed():
-            return _Polar.apply(moments)
-        u, _, vt = torch.linalg.svd(moments)
-        return u @ vt
+        known = moments if traced() else moments.detach()
+        finite = known.isfinite().all(-1).all(-1)[..., None, None]
+        u, s, vt = torch.linalg.svd(torch.where(finite, known, 0))
+        u = torch.where(finite, u, torch.nan)
+        return u @ vt if traced() else applied(_Polar, moments, u, s, vt)
 
 
-class _Polar(torch.autograd.Function):
+class _Polar(Function):
     """U Vᵀ of M = U S Vᵀ. Along dM it turns by U A Vᵀ, A_ij = (B_ij - B_ji) / (s_i + s_j) with B = Uᵀ dM V."""
 
     @staticmethod
-    def forward(ctx, moments):
-        finite = moments.isfinite().all(-1).all(-1)[..., None, None]
-        u, s, vt = torch.linalg.svd(torch.where(finite, moments, 0))
-        u = torch.where(finite, u, torch.nan)
-        ctx.save_for_backward(moments, u, s, vt)
+    def forward(moments, u, s, vt):
         return u @ vt
 
     @staticmethod
     def backward(ctx, dq):
-        return _PolarGradient.apply(dq, *ctx.saved_tensors)
+        return applied(_PolarGradient, dq, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def tangent(inputs, dmoments, *_):
+        return applied(_PolarGradient, dmoments, *inputs)
 
 
-class _PolarGradient(torch.autograd.Function):
+class _PolarGradient(Function):
     """U A Vᵀ with B = Uᵀ dQ V: the map of a change is its own adjoint."""
 
     @staticmethod
-    def forward(ctx, dq, moments, u, s, vt):
+    def forward(dq, moments, u, s, vt):
         with full_precision(dq):
             b = u.mT @ dq @ vt.mT
             both = s[..., :, None] + s[..., None, :]
@@ -78,8 +79,10 @@ class _PolarGradient(torch.autograd.Function):
             return u @ torch.where(known, (b - b.mT) / torch.where(known, both, 1), 0) @ vt
 
     @staticmethod
-    def backward(ctx, weight):
+    def backward(ctx, *_):
         raise RuntimeError("procrustes: differentiable once, second derivatives are not there")
+
+    tangent = backward
 
 
 class OrthogonalAdapter(nn.Module):
@@ -94,7 +97,8 @@ class OrthogonalAdapter(nn.Module):
         device, dtype: of the weight; float32 or float64.
 
     Shape: x (..., d) to (..., d), of x's dtype. ``weight`` is (d, d) as a Linear's: Qᵀ. Q is computed and applied in
-    the weight's dtype, also under autocast.
+    the weight's dtype, also under autocast; `half()` and `bfloat16()` leave it in float32: rounded to those, Q
+    is not orthogonal.
 
     Raises:
         TypeError: an argument is of a wrong kind.
@@ -140,9 +144,17 @@ class OrthogonalAdapter(nn.Module):
                 raise ValueError(f"OrthogonalAdapter: x must be on {weight.device}, got {x.device}")
             return nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
 
+    def _apply(self, fn, recurse=True):
+        def keep_wide(t):
+            out = fn(t)
+            return t.to(out.device, torch.float32) if t.dtype in WIDE and out.dtype in HALF else out
+
+        return super()._apply(keep_wide, recurse)
+
     @torch.no_grad()
     def merge(self, linear: nn.Linear | None = None) -> nn.Linear:
-        """The same map as a plain Linear: of its own, or, of a `linear` before it, of both in one. A new layer.
+        """The same map as a plain Linear, a new layer: of its own, in the weight's dtype, or, of a `linear` before it,
+        of both in one, in that one's.
 
         Raises: TypeError, ValueError where `linear` is none, or has other than d outputs.
         """

@@ -30,7 +30,7 @@ def similarity_distillation(old: Tensor, new: Tensor, *, tau: float, alpha: floa
 
     Returns:
         losses, (...,), of new's dtype; float32 for half types, which are widened first (also under autocast). Means
-        are over all n rows.
+        are over all n rows. Entries of -inf in `old` are masked: the divergence has no part there, whatever `new` has.
 
     Differentiable in ``new`` any number of times.
 
@@ -76,10 +76,10 @@ def _by_rows(old: Tensor, new: Tensor, tau: float, alpha: float, rows: str, diag
              divergence_tau: float) -> Tensor:
     nce = -(new / tau).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
     own = torch.eye(new.shape[-1], dtype=torch.bool, device=new.device)
-    right = old.diagonal(dim1=-2, dim2=-1) >= old.amax(-1)
+    wrong = old.diagonal(dim1=-2, dim2=-1) < old.amax(-1)  # NaN is not
     if not diagonal:
         old, new = old.masked_fill(own, -torch.inf), new.masked_fill(own, -torch.inf)
     before, after = ((t / divergence_tau).log_softmax(-1) for t in (old, new))
-    apart = before - after if diagonal else (before - after).masked_fill(own, 0)
+    apart = (before - after).masked_fill(before == -torch.inf, 0)  # 0 log 0
     divergence = (before.exp() * apart).sum(-1)
-    return (nce + alpha * (divergence * right if rows == "correct" else divergence)).mean(-1)
+    return (nce + alpha * (divergence.masked_fill(wrong, 0) if rows == "correct" else divergence)).mean(-1)

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common import check_group, check_word, full_precision, transformed, unit, wide_dtype
-from .products import check_points, gram, summed
+from ..common import check_group, check_word, full_precision, unit, wide_dtype
+from .products import Function, applied, check_points, gram, summed, traced
 
 OF = ("points", "covariance", "directions")
 
@@ -37,9 +37,10 @@ def von_neumann_entropy(z: Tensor, *, of: str = "points", process_group: dist.Pr
         nothing is left: points that are all 0, or all the same for "covariance". NaN or infinity in z gives NaN.
 
     Differentiable in ``z``, with finite gradients at repeated eigenvalues and at those of 0, of which Z's part is 0
-    itself. Second derivatives are exact, too, but at an eigenvalue of 0 they don't exist; third ones are refused. To be
-    maximised against collapse: a loss has -S. In a process group the gradient is that of the sum of all processes'
-    (equal) entropies: after DistributedDataParallel's mean it is that of the whole batch.
+    itself. Second derivatives are exact, too, but at an eigenvalue of 0 they don't exist; third ones are refused. All
+    that holds in torch.func's transforms and in forward mode. To be maximised against collapse: a loss has -S. In a
+    process group the gradient is that of the sum of all processes' (equal) entropies: after DistributedDataParallel's
+    mean it is that of the whole batch.
 
     Raises:
         TypeError: z is no dense floating tensor, or process_group of a wrong kind.
@@ -91,35 +92,39 @@ def _largest(z: Tensor, dim: int | tuple[int, int], group: dist.ProcessGroup | N
 
 def _entropy(moments: Tensor) -> Tensor:
     with full_precision(moments):
-        if not transformed():
-            return _Entropy.apply(moments)
-        p = torch.linalg.eigvalsh(moments)
-        total = p.sum(-1, keepdim=True)
-        p = p / torch.where(total > 0, total, 1)
-        return torch.special.entr(torch.where(p > torch.finfo(p.dtype).eps, p, 1)).sum(-1)
-
-
-class _Entropy(torch.autograd.Function):
-    """S of a Gram matrix G."""
-
-    @staticmethod
-    def forward(ctx, moments):
-        finite = moments.isfinite().all(-1).all(-1)[..., None]
-        value, vector = torch.linalg.eigh(torch.where(finite[..., None], moments, 0))
+        known = moments if traced() else moments.detach()
+        finite = known.isfinite().all(-1).all(-1)[..., None]
+        value, vector = torch.linalg.eigh(torch.where(finite[..., None], known, 0))
         value = value.clamp_min(0)
         total = value.sum(-1, keepdim=True)
         total = torch.where(finite, torch.where(total > 0, total, 1), torch.nan)
         p = value / total
-        p = torch.where(p <= torch.finfo(p.dtype).eps, 0, p)  # can't be told from 0; NaN stays
-        ctx.save_for_backward(moments, p, vector, total)
-        return torch.special.entr(p).sum(-1)
+        p = p.masked_fill(p <= torch.finfo(p.dtype).eps, 0)  # can't be told from 0; NaN stays
+        return _sum(p) if traced() else applied(_Entropy, moments, p, vector, total)
+
+
+def _sum(p: Tensor) -> Tensor:
+    """-sum p log p."""
+    return torch.special.entr(p.masked_fill(p == 0, 1)).sum(-1)
+
+
+class _Entropy(Function):
+    """S of a Gram matrix G."""
+
+    @staticmethod
+    def forward(moments, p, vector, total):
+        return _sum(p)
 
     @staticmethod
     def backward(ctx, dentropy):
-        return _Slope.apply(dentropy, *ctx.saved_tensors)
+        return applied(_Slope, dentropy, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def tangent(inputs, dmoments, *_):
+        return (applied(_Slope, torch.ones_like(inputs[1][..., 0]), *inputs) * dmoments).sum((-2, -1))
 
 
-class _Slope(torch.autograd.Function):
+class _Slope(Function):
     """-dS (log rho + S) / tr G, and its derivatives in dS and G.
 
     That of log rho along H is, in rho's eigenvectors, H_ij times (log p_i - log p_j) / (p_i - p_j), which is 1 / p_i
@@ -127,22 +132,26 @@ class _Slope(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, dentropy, moments, p, vector, total):
-        ctx.save_for_backward(dentropy, moments, p, vector, total)
+    def forward(dentropy, moments, p, vector, total):
         slope = -dentropy[..., None] * _level(p) / total
         with full_precision(p):
             return vector * slope[..., None, :] @ vector.mT
 
     @staticmethod
     def backward(ctx, weight):
-        return *_Second.apply(weight, *ctx.saved_tensors), None, None, None
+        return *applied(_Second, weight, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def tangent(inputs, ddentropy, dmoments, *_):
+        along = applied(_Second, dmoments, *inputs)[1]  # as second derivatives are symmetric
+        return applied(_Slope, ddentropy, *inputs[1:]) + along
 
 
-class _Second(torch.autograd.Function):
+class _Second(Function):
     """The derivatives of <weight, slope> in dS and G."""
 
     @staticmethod
-    def forward(ctx, weight, dentropy, moments, p, vector, total):
+    def forward(weight, dentropy, moments, p, vector, total):
         with full_precision(p):
             h = vector.mT @ (weight + weight.mT) @ vector / 2
             held, level = h.diagonal(dim1=-2, dim2=-1), _level(p)
@@ -156,8 +165,10 @@ class _Second(torch.autograd.Function):
         return -(inner / total).squeeze(-1), scale * dmoments
 
     @staticmethod
-    def backward(ctx, *weights):
+    def backward(ctx, *_):
         raise RuntimeError("von_neumann_entropy: differentiable twice, third derivatives are not there")
+
+    tangent = backward
 
 
 def _level(p: Tensor) -> Tensor:

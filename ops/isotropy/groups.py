@@ -1,12 +1,13 @@
 """Groups of rows that vanish together: the group lasso, and its proximal step."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..common import NOT_NEGATIVE, check_floating, check_number, told, whole, wide_dtype
+from ..common import NOT_NEGATIVE, check_floating, check_number, shares_memory, told, whole, wide_dtype
 
 
 def group_lasso(weight: Tensor, groups: Iterable[int]) -> Tensor:
@@ -66,7 +67,7 @@ def prox_group_lasso_(weight: Tensor, groups: Iterable[int], step: float) -> Ten
     """
     check_number("prox_group_lasso_", "step", step, NOT_NEGATIVE)
     index, norm = _norms("prox_group_lasso_", weight, groups)
-    if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape)):
+    if shares_memory(weight):
         raise ValueError(f"prox_group_lasso_: weight must have no elements that share memory, got strides "
                          f"{weight.stride()} for shape {tuple(weight.shape)}")
     factor = torch.where(norm <= step, 0, 1 - step / norm)[index].to(wide_dtype(weight.dtype))
@@ -85,7 +86,7 @@ def _norms(name: str, weight: Tensor, groups: Iterable[int]) -> tuple[Tensor, Te
                          f"{told(groups)} for shape {tuple(weight.shape)}")
     index = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)], dtype=torch.int64,
                          device=weight.device)
-    square = weight.to(torch.float64).reshape(len(index), -1).square().sum(1)  # float32's would overflow or vanish
+    square = weight.to(torch.float64).reshape(len(index), math.prod(weight.shape[1:])).square().sum(1)  # beyond float32
     square = square.new_zeros(len(sizes)).index_add(0, index, square)
     some = square > 0  # of a group of zeros the square root has no slope; NaN is no number above 0 either
     return index, torch.where(some, torch.where(some, square, 1).sqrt(), square)

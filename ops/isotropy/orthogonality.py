@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common import (
     POSITIVE,
@@ -30,15 +30,16 @@ from ..common import (
 LARGE = 256  # rows, from which on a CPU products are worth being divided
 
 
-def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha: float = 1.0) -> Tensor:
+def lambda_orthogonality(weight: Tensor | Sequence[Tensor] | nn.ParameterList, lam: float, *,
+                         alpha: float = 1.0) -> Tensor:
     """How far rows are from orthonormal, ‖W Wᵀ - 1‖, with little weight below `lam`.
 
         sigmoid(alpha (f - lam)) f,    f = ‖W Wᵀ - 1‖_F
 
     Args:
-        weight: (..., k, n), leading dimensions with a loss each; or a sequence of weights (k_i, n_i) of any sizes, of
-            one dtype on one device, all in one call. Their rows are asked about: of k > n rows, which can't be
-            orthonormal, f is at least sqrt(k - n), reached by orthonormal columns.
+        weight: (..., k, n), leading dimensions with a loss each; or a sequence or ParameterList of weights (k_i, n_i)
+            of any sizes, of one dtype on one device, all in one call. Their rows are asked about: of k > n rows, which
+            can't be orthonormal, f is at least sqrt(k - n), reached by orthonormal columns.
         lam: the distance that is allowed; 12 for 1024 features in the paper, 0 for the usual soft orthogonality.
         alpha: steepness of the sigmoid, above 0.
 
@@ -67,8 +68,9 @@ def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha
     name = "lambda_orthogonality"
     check_number(name, "lam", lam)
     check_number(name, "alpha", alpha, POSITIVE)
-    if isinstance(weight, (list, tuple)):
-        weights = weight
+    several = isinstance(weight, (Sequence, nn.ParameterList)) and not isinstance(weight, (str, bytes))
+    if several:
+        weights = list(weight)
         if not weights:
             raise ValueError(f"{name}: weight must be weights, got an empty {told(weight)}")
         for i, w in enumerate(weights):
@@ -80,12 +82,12 @@ def lambda_orthogonality(weight: Tensor | Sequence[Tensor], lam: float, *, alpha
                                  f"{w.device} after {weights[0].dtype} on {weights[0].device}")
     else:
         _check(name, "weight", weight)
-        weights = (weight,)
+        weights = [weight]
     wide = [w.to(wide_dtype(w.dtype)) for w in weights]
     with full_precision(wide[0]):
         # a node of the graph for each weight: its matrix is given back as soon as its gradient is there
         losses = torch.stack([_plain(w, lam, alpha) if transformed() else _Loss.apply(w, lam, alpha) for w in wide])
-    return losses if isinstance(weight, (list, tuple)) else losses[0]
+    return losses if several else losses[0]
 
 
 def _check(name: str, what: str, weight: Tensor) -> None:

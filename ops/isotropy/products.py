@@ -3,12 +3,17 @@
     product(a, b)    aᵀ b
     gram(x)          xᵀ x, whose gradient is one product
     solve(a, b)      a⁻¹ b of a symmetric, positive definite a, by Cholesky; its gradient by the same factor
+    applied(f, ...)  a Function with a derivative of its own, under torch.func and in forward mode, too
 """
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..common import all_reduce, check_floating, full_precision, transformed
 
@@ -40,10 +45,56 @@ def gram(x: Tensor) -> Tensor:
 def solve(a: Tensor, b: Tensor) -> Tensor:
     """NaN where `a` is not positive definite in its dtype, or not finite; the rest of a batch is not disturbed."""
     with full_precision(a):
-        if transformed():
-            return torch.cholesky_solve(b, torch.linalg.cholesky_ex(a)[0])
-        factor, failed = torch.linalg.cholesky_ex(a.detach())
-        return _Solve.apply(a, b, factor.masked_fill(failed[..., None, None] != 0, torch.nan))
+        factor, failed = torch.linalg.cholesky_ex(a if transformed() else a.detach())
+        factor = factor.masked_fill(failed[..., None, None] != 0, torch.nan)
+        return torch.cholesky_solve(b, factor) if transformed() else _Solve.apply(a, b, factor)
+
+
+def traced() -> bool:
+    """Of `transformed()`, a trace or an ONNX graph: nothing but torch's own operations, with their own derivatives."""
+    return transformed() and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+class Function(torch.autograd.Function):
+    """Keeps its inputs, tensors with the same leading dimensions. A subclass has forward, backward and
+    `tangent(inputs, *tangents)`, for forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+def applied(function: type[Function], *args: Tensor) -> Any:
+    """`function.apply`, in torch.func and forward mode with rules for these, which torch.compile does not take."""
+    return (_with_rules(function) if transformed() else function).apply(*args)
+
+
+@functools.cache
+def _with_rules(function: type[Function]) -> type[Function]:
+    class WithRules(function):
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            function.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            # Torch has switched forward mode off, at all levels: to a jvp around this one, which asks for a derivative
+            # of this derivative, the result would be a constant. It is on again, and tangents of this level left out.
+            within = torch._C._functorch.peek_interpreter_stack()
+            if within is None or within.key() != torch._C._functorch.TransformType.Jvp:  # torch.autograd.forward_ad
+                return function.tangent(ctx.saved_tensors, *tangents)
+            with forward_ad._set_fwd_grad_enabled(True):
+                kept, along = ([None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+                               for tensors in (ctx.saved_tensors, tangents))
+                return function.tangent(kept, *along)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return applied(function, *(t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+                                       for t, dim in zip(args, in_dims))), 0
+
+    return WithRules
 
 
 class _Product(torch.autograd.Function):

@@ -62,9 +62,9 @@ def sigreg(z: Tensor, *, num_slices: int = 256, knots: int = 17, t_max: float = 
         losses, (...,), of z's dtype; float32 for half types, which are widened first (also under autocast).
 
     Differentiable in ``z`` any number of times; second derivatives, forward mode and torch.func go by the plain
-    formula. NaN or infinity in z makes the loss NaN. In a process group the gradient is that of the sum of all
-    processes' (equal) losses, as torch.distributed.nn's collectives define it: after DistributedDataParallel's mean it
-    is the gradient of the loss of the whole batch.
+    formula. NaN or infinity in z, or in its projections, which sum d products, makes the loss NaN. In a process group
+    the gradient is that of the sum of all processes' (equal) losses, as torch.distributed.nn's collectives define it:
+    after DistributedDataParallel's mean it is the gradient of the loss of the whole batch.
 
     Raises:
         TypeError: z or directions is no dense floating tensor, or another argument is of a wrong kind.

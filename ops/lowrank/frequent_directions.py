@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import UP_TO_1, WIDE, check_dense, check_floating, check_number
+from ..common import UP_TO_1, WIDE, check_dense, check_floating, check_number, shares_memory
 
 NAME = "frequent_directions_"
 
@@ -41,8 +41,8 @@ def frequent_directions_(sketch: Tensor, block: Tensor, *, decay: float = 1.0) -
 
     Raises:
         TypeError: a tensor is none, of another dtype, or not dense.
-        ValueError: shapes, devices or ``decay`` do not fit, the sketch requires a gradient, or block or sketch hold NaN
-            or infinity. The sketch is then as it was.
+        ValueError: shapes, devices or ``decay`` do not fit, the sketch requires a gradient or has elements that share
+            memory, or block or sketch hold NaN or infinity. The sketch is then as it was.
 
     Source: Ghashami, Liberty, Phillips and Woodruff, SIAM J. Comput. 45(5), 2016.
 
@@ -96,6 +96,9 @@ def _check(sketch, block, decay) -> None:
     if block.dim() != sketch.dim() or block.shape[-1] != sketch.shape[-1] or block.shape[:-2] != sketch.shape[:-2]:
         raise ValueError(f"{NAME}: block must be {(*sketch.shape[:-2], 'm', sketch.shape[-1])} for sketch "
                          f"{tuple(sketch.shape)}, got shape {tuple(block.shape)}")
+    if shares_memory(sketch):
+        raise ValueError(f"{NAME}: sketch must have no elements that share memory, got strides {sketch.stride()} for "
+                         f"shape {tuple(sketch.shape)}")
     if sketch.requires_grad:
         raise ValueError(f"{NAME}: sketch must not require a gradient, got one that does")
     check_number(NAME, "decay", decay, UP_TO_1)

@@ -12,7 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..common import check_floating, check_number, exporting, second_derivative, told, transformed, wide_dtype
+from ..common import (
+    check_floating,
+    check_number,
+    exporting,
+    second_derivative,
+    shares_memory,
+    told,
+    transformed,
+    wide_dtype,
+)
 
 _op = torch.ops.torch_subspace
 _NAME = "tucker_compose"
@@ -76,7 +85,7 @@ def _into(core, factors, scale, base, out, shape, wide):
     given = [t for t in (core, base, *factors) if t is not None]
     if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in given)):
         raise ValueError(f"{_NAME}: out= does not record gradients; call it under torch.no_grad()")
-    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape)):
+    if shares_memory(out):
         raise ValueError(f"{_NAME}: out of strides {out.stride()} has elements that share memory")
     narrower = wide == torch.float64 != out.dtype
     if transformed() or narrower or not out.is_contiguous() or _overlaps(out, given, base):

@@ -105,6 +105,11 @@ REFUSED = {
     "lists of different lengths": (ValueError, lambda: ([frames(2, 3, 4)], [frames(2, 3, 4)] * 2), {}),
     "one frame, a list of gradients": ((TypeError, ValueError), lambda: (frames(2, 3, 4), [frames(2, 3, 4)]), {}),
     "expanded weight": (ValueError, lambda: (frames(1, 3, 4).expand(2, 3, 4), frames(2, 3, 4)), {}),
+    "overlapping weight": (
+        ValueError,
+        lambda: (frames(2, 3, 4).view(-1).as_strided((2, 3, 4), (4, 4, 1)), frames(2, 3, 4)),
+        {},
+    ),
     "expanded buffer": (
         ValueError,
         lambda: (frames(2, 3, 4), frames(2, 3, 4), frames(1, 3, 4).expand(2, 3, 4)),

@@ -100,9 +100,51 @@ def test_halves_autocast_and_not_a_number():
     assert torch.equal(found[0], wide[0]) and found[1].isnan().all()
 
 
-def test_torch_func_takes_the_plain_formula():
-    x, y = normal(2, 8, 4), normal(2, 8, 4, seed=1)
+@pytest.mark.parametrize("case", ["any", "repeated", "of rank 2 of 3"])
+def test_torch_func_and_forward_mode(case):
+    """Repeated singular values, at which svd's own derivatives are NaN, are nothing special there either."""
+    x, y, v, weight = normal(2, 6, 3), normal(2, 6, 3, seed=1), normal(2, 6, 3, seed=2), normal(3, 3, seed=3)
+    if case == "repeated":
+        x = torch.linalg.qr(x).Q
+        y = x @ turn(3)
+    elif case == "of rank 2 of 3":
+        x[..., 2] = 0
+
+    def loss(x, y):
+        return (procrustes(x, y) * weight).sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(d.isfinite().all() for d in expected)
+    one = [d[0] for d in expected]
     close([torch.vmap(procrustes)(x, y)], [procrustes(x, y)], 1e-12)
+    for gradient in (torch.func.grad(loss, (0, 1)), torch.func.jacrev(loss, (0, 1)), torch.func.jacfwd(loss, (0, 1))):
+        close(gradient(x[0], y[0]), one, 1e-11)
+    close(torch.vmap(torch.func.grad(loss, (0, 1)))(x, y), expected, 1e-11)
+    value, slope = torch.func.jvp(lambda x: loss(x, y[0]), (x[0],), (v[0],))
+    close([value, slope], [loss(x[0], y[0]), (one[0] * v[0]).sum()], 1e-11, absolute=True)
+    for strategy in ("reverse-mode", "forward-mode"):
+        found = torch.autograd.functional.jacobian(loss, (x[0], y[0]), vectorize=True, strategy=strategy)
+        close([t.detach() for t in found], one, 1e-11)
+
+
+@pytest.mark.parametrize("outer", [torch.func.jacfwd, torch.func.jacrev], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("inner", [torch.func.jacfwd, torch.func.jacrev], ids=lambda f: f.__name__)
+def test_torch_func_has_no_second_derivatives_either(outer, inner):
+    """Rather than wrong ones."""
+    x, y = normal(6, 3), normal(6, 3, seed=1)
+    with pytest.raises(RuntimeError, match="procrustes: differentiable once"):
+        outer(inner(lambda x: procrustes(x, y)[0, 0]))(x)
+
+
+def test_not_a_number_in_torch_func():
+    x, y = normal(2, 6, 3), normal(2, 6, 3, seed=1)
+    x[1, 2, 0] = math.nan
+    found = torch.vmap(procrustes)(x, y)
+    close([found[0]], [procrustes(x[0], y[0])], 1e-12)
+    assert found[1].isnan().all()
+    value, slope = torch.func.jvp(lambda x: procrustes(x, y[1]), (x[1],), (y[1],))
+    assert value.isnan().all() and slope.isnan().any()
 
 
 # ------------------------------------------------------------------------------------------------------------- adapter
@@ -175,6 +217,21 @@ def test_dtypes_of_the_adapter():
     assert adapter(x).dtype == torch.bfloat16 and torch.equal(adapter(x), expected.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(adapter(x.float()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_halves_keeps_it_orthogonal(dtype):
+    """Q rounded to bfloat16 is off by 3e-3."""
+    adapter = OrthogonalAdapter(32)
+    adapter.weight = turn(32).float()
+    x, before = normal(5, 32).to(dtype), adapter.weight.detach()
+    model = nn.Sequential(nn.Linear(32, 32), adapter).to(dtype)
+    assert model[0].weight.dtype == dtype and torch.equal(adapter.weight, before)
+    assert frame_error(adapter.weight) < 1e-6 and adapter(x).dtype == model(x).dtype == dtype
+    with torch.no_grad():
+        next(adapter.parameters()).add_(0.1 * torch.randn(32, 32))
+    assert frame_error(adapter.weight) < 1e-5
+    assert adapter.double().weight.dtype == torch.float64 and adapter.half().weight.dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -85,6 +85,30 @@ def test_halves_autocast_and_not_a_number():
         t[0, 1] = 0
 
 
+@pytest.mark.parametrize("rows", ["correct", "all"])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_masked_entries_have_no_part(rows, diagonal):
+    """-inf in both, or in the old alone: as very small numbers, which exp makes 0; in a row that the old model had
+    wrong, in the new alone, too."""
+    old, new = similarities(), similarities(seed=10)
+    right = old.argmax(1) == torch.arange(6)
+    assert right[2] and not right[0]
+    options = {"tau": 0.5, "alpha": 2.0, "rows": rows, "diagonal": diagonal, "symmetric": False}
+    cases = [("both", 2), ("old", 2)] + [("new", 0)] * (rows == "correct")
+    for who, row in cases:
+        results = []
+        for low in (-math.inf, -1e5):
+            before, after = old.clone(), new.clone()
+            for t in {"both": (before, after), "old": (before,), "new": (after,)}[who]:
+                t[row, 4] = low
+            after.requires_grad_()
+            loss = similarity_distillation(before, after, **options)
+            results.append([loss.detach(), *torch.autograd.grad(loss, after)])
+        close(*results, 1e-12)
+    old[2, 4] = new[2, 4] = -math.inf
+    assert similarity_distillation(old, new, **options | {"symmetric": True}).isfinite()
+
+
 @pytest.mark.slow
 def test_compile_without_graph_breaks():
     torch._dynamo.reset()

@@ -169,6 +169,39 @@ def test_torch_func_takes_the_plain_formula():
     close([torch.vmap(von_neumann_entropy)(z)], [von_neumann_entropy(z)], 1e-12)
 
 
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 2, 1), (3, 1e-3, 1e-3), (3, 2, 1)])
+def test_second_derivatives_in_torch_func(lengths):
+    """Exact where eigenvalues repeat, whatever mode is within which."""
+    z = turned(*lengths)
+    expected = torch.autograd.functional.hessian(von_neumann_entropy, z)
+    rules = torch.func.jacfwd, torch.func.jacrev
+    for hessian in [torch.func.hessian] + [lambda f, a=a, b=b: a(b(f)) for a in rules for b in rules]:
+        close([hessian(von_neumann_entropy)(z)], [expected], 1e-9)
+    two = torch.stack([z, 2 * z])
+    close([torch.vmap(torch.func.hessian(von_neumann_entropy))(two)], [torch.stack([expected, expected / 4])], 1e-9)
+    for mode in ("reverse-mode", "forward-mode"):
+        found = torch.autograd.functional.hessian(von_neumann_entropy, z, vectorize=True, outer_jacobian_strategy=mode)
+        close([found.detach()], [expected], 1e-9)
+    for a in rules:
+        with pytest.raises(RuntimeError, match="third derivatives"):
+            a(torch.func.hessian(von_neumann_entropy))(z)
+
+
+def test_the_gradient_where_eigenvalues_are_0_in_torch_func():
+    z = turned(2, 1, 0, 0)
+    _, expected = of(von_neumann_entropy, z)
+    close([torch.func.grad(von_neumann_entropy)(z), torch.func.jacfwd(von_neumann_entropy)(z)], [expected] * 2, 1e-9)
+
+
+def test_not_a_number_in_torch_func():
+    z = normal(2, 6, 4)
+    z[1, 3, 2] = math.nan
+    close([torch.vmap(von_neumann_entropy)(z)[0]], [von_neumann_entropy(z[0])], 1e-12)
+    assert torch.vmap(von_neumann_entropy)(z)[1].isnan()
+    assert all(t.isnan() for t in torch.func.jvp(von_neumann_entropy, (z[1],), (z[0],)))
+    assert torch.func.grad(von_neumann_entropy)(z[1]).isnan().all()
+
+
 @pytest.mark.slow
 def test_compile_without_graph_breaks():
     torch._dynamo.reset()

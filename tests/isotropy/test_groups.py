@@ -66,6 +66,8 @@ def test_edges_of_the_step():
     assert torch.equal(found, weight)
     assert not prox_group_lasso_(weight.clone(), GROUPS, 1e9).any()
     assert not prox_group_lasso_(-weight, GROUPS, 1e9).signbit().any()  # no -0
+    nothing = torch.zeros(0, 3)
+    assert group_lasso(nothing, []) == 0 and prox_group_lasso_(nothing, [], 1.0) is nothing
     weight[2, 0], weight[5, 3] = math.nan, math.inf
     found = prox_group_lasso_(weight.clone(), GROUPS, 0.5)
     assert not found[:2].any() and found[2].isnan().all() and found[5, 3] == math.inf
@@ -91,6 +93,25 @@ def test_units_do_not_matter(size):
     assert torch.equal(prox_group_lasso_(single.clone(), GROUPS, 0.0), single)
     after = prox_group_lasso_(single.clone(), GROUPS, 1.5 * size)
     close([after.double() / size], [prox_group_lasso_(weight.clone(), GROUPS, 1.5)], 1e-6)
+
+
+@pytest.mark.parametrize("shape, strides, shared", [
+    ((3, 2), (1, 1), True), ((2, 3), (2, 1), True), ((6, 4), (0, 1), True), ((2, 2, 2), (3, 1, 2), True),
+    ((4, 3), (2, 3), True), ((2, 3), (3, 2), False), ((3, 2), (1, 3), False), ((3, 2), (4, 2), False),
+    ((3, 1), (1, 0), False), ((0, 3), (1, 0), False), ((3,), (2,), False),
+], ids=str)
+def test_elements_that_share_memory(shape, strides, shared):
+    """An element written twice has the second one's value."""
+    memory = torch.arange(1.0, 40)
+    weight = memory.as_strided(shape, strides)
+    before, sizes = memory.clone(), [1] * shape[0]
+    if shared:
+        with pytest.raises(ValueError, match="weight must have no elements that share memory"):
+            prox_group_lasso_(weight, sizes, 0.5)
+        assert torch.equal(memory, before)
+    else:
+        expected = prox_group_lasso_(weight.clone(), sizes, 0.5)
+        assert torch.equal(prox_group_lasso_(weight, sizes, 0.5), expected)
 
 
 def test_planted_groups_are_recovered():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference as ref
@@ -52,6 +53,42 @@ def test_the_authors_minimal_code():
     ours = 0.02 * sigreg(z, directions=directions).mean()
     ours = ours + LeJEPALoss(weight=0, distance="mean")(z) * 0.98
     close([ours, *torch.autograd.grad(ours, z)], [theirs, *torch.autograd.grad(theirs, z)], 1e-12)
+
+
+@pytest.mark.parametrize("knots, t_max, slices", [(17, 3.0, 1024), (9, 4.0, 50)])
+def test_lightlys_formulas(knots, t_max, slices):
+    """Its SIGReg and LeJEPALoss, 1.6: both terms of all views, global and local; the centre of the global ones."""
+    others, ours = normal(2, 24, 6).requires_grad_(), normal(3, 24, 6, seed=1).requires_grad_()  # global, local
+    every, lam = torch.cat([others, ours]), 0.05
+    t = torch.linspace(0, t_max, knots, dtype=torch.float64)
+    normal_one = torch.exp(-t.square() / 2)
+    weight = torch.full_like(t, 2 * t_max / (knots - 1))
+    weight[[0, -1]] /= 2
+    angle = (every @ draw(every, slices, 3, None)).unsqueeze(-1) * t  # views, points, directions, knots
+    apart = (angle.cos().mean(1) - normal_one).square() + angle.sin().mean(1).square()
+    spread = (24 * apart @ (weight * normal_one)).mean()
+    both = lam * spread + (1 - lam) * (others.mean(0) - every).square().mean()
+    found = LeJEPALoss(lam, num_slices=slices, knots=knots, t_max=t_max, distance="mean")(
+        torch.cat([others, ours]), others, seed=3)
+    for mine, theirs in ((SIGRegLoss(slices, knots, t_max)(every, seed=3), spread), (found, both)):
+        close([mine.detach(), *torch.autograd.grad(mine, (others, ours), retain_graph=True)],
+              [theirs.detach(), *torch.autograd.grad(theirs, (others, ours), retain_graph=True)], 1e-11)
+
+
+def test_the_page_has_lightlys_call():
+    """In the row that names it."""
+    page = (Path(__file__).parents[2] / "docs" / "isotropy.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| `lightly`: `LeJEPALoss")]
+    theirs, call = (cell.strip(" `").removeprefix("lightly`: `") for cell in row.strip("|").split("|"))
+    assert theirs == "LeJEPALoss(lambda_param)(local_proj=local_proj, global_proj=global_proj)"
+    given = {"local_proj": normal(3, 24, 6, seed=1), "global_proj": normal(2, 24, 6), "lambda_param": 0.05}
+    torch.manual_seed(0)
+    found = eval(call, {"torch": torch, "LeJEPALoss": LeJEPALoss, **given})
+    torch.manual_seed(0)
+    every = torch.cat([given["global_proj"], given["local_proj"]])
+    spread = sigreg(every, directions=draw(every, 1024, None, None)).mean()
+    distance = (given["global_proj"].mean(0) - every).square().mean()
+    close([found], [0.05 * spread + 0.95 * distance], 1e-12)
 
 
 def test_gradients_of_both_terms():

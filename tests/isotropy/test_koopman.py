@@ -102,6 +102,24 @@ def test_not_a_number_stays_in_its_view():
     z[1, 0, 0] = math.nan
     found = ridge_transition(z, after)
     assert found[0].isfinite().all() and found[1].isnan().all()
+    found = torch.vmap(ridge_transition)(z, after)
+    close([found[0]], [ridge_transition(z[0], after[0])], 1e-12)
+    assert found[1].isnan().all()
+    assert torch.func.jvp(lambda z: ridge_transition(z, after[1]), (z[1],), (z[0],))[0].isnan().all()
+    series = normal(2, 3, 6, 4)
+    series[1, 0, 0, 0] = math.nan
+    loss = KoopmanInformationLoss(k=1)
+    close([torch.vmap(lambda z: loss(z, z))(series)[0]], [loss(series[0], series[0])], 1e-11)
+    assert torch.vmap(lambda z: loss(z, z))(series)[1].isnan()
+    assert torch.func.jvp(lambda z: loss(z, z), (series[1],), (series[0],))[0].isnan()
+
+
+def test_what_is_not_positive_definite_is_not_a_number():
+    """In torch.func, too, where the factor that Cholesky had begun would be taken for one."""
+    z = torch.stack([normal(6, 3), 1e9 * torch.ones(6, 3, dtype=torch.float64)])
+    z[1, :, 1] = 3e8
+    for found in (ridge_transition(z, z), torch.vmap(ridge_transition)(z, z)):
+        assert found[0].isfinite().all() and found[1].isnan().all()
 
 
 def test_torch_func_takes_the_plain_formula():

@@ -1,5 +1,6 @@
 """λ-orthogonality: values and gradients, many weights in a call, where the distance is 0."""
 
+import collections
 import math
 import weakref
 
@@ -43,6 +44,15 @@ def test_many_weights_in_a_call():
           1e-12, floor=1e-3)
     alone = lambda_orthogonality(tuple(weights), 1.5, alpha=2.0)[1]
     assert torch.equal(alone, lambda_orthogonality(weights[1], 1.5, alpha=2.0))
+
+
+def test_any_sequence_of_weights():
+    weights = [torch.nn.Parameter(normal(*shape)) for shape in ((4, 6), (6, 4))]
+    expected = lambda_orthogonality(weights, 1.5)
+    for several in (torch.nn.ParameterList(weights), collections.deque(weights), tuple(weights)):
+        assert torch.equal(lambda_orthogonality(several, 1.5), expected)
+    with pytest.raises(ValueError, match="weight must be weights, got an empty ParameterList"):
+        lambda_orthogonality(torch.nn.ParameterList(), 1.5)
 
 
 def test_a_layers_matrix_goes_when_its_gradient_is_there():

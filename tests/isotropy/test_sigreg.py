@@ -94,6 +94,12 @@ def test_not_a_number_stays_one(bad):
         assert dz[0].isfinite().all() and dz[1].isnan().all()
 
 
+def test_large_points():
+    """Finite, as long as their projections are."""
+    assert sigreg(torch.full((4, 3), 1e37), seed=0).isfinite()
+    assert sigreg(torch.full((4, 3), 3e38), directions=torch.ones(3, 1)).isnan()
+
+
 def test_memory_of_any_order():
     z, directions = problem(2, 40, 24, 30)
     expected = ours(z, directions)

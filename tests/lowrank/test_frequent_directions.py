@@ -102,6 +102,7 @@ def test_what_is_not_finite_changes_nothing(bad, where):
     (torch.zeros(2, 3), torch.zeros(2, 3).double(), "block must be as sketch"),
     (torch.zeros(2, 3), torch.zeros(2, 4), "block must be"), (torch.zeros(0, 3), torch.zeros(2, 3), "got shape"),
     (torch.zeros(3), torch.zeros(2, 3), "got shape"), (torch.zeros(2, 2, 3), torch.zeros(3, 2, 3), "block must be"),
+    (torch.zeros(9).as_strided((2, 3), (1, 1)), torch.zeros(2, 3), "no elements that share memory"),
     (torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3), "must not require a gradient")])
 def test_what_does_not_fit(sketch, block, match):
     with pytest.raises((TypeError, ValueError), match=f"frequent_directions_: .*{match}"):

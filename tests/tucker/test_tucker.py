@@ -326,6 +326,7 @@ CORE, U, V, W = normal(2, 3), normal(5, 2), normal(7, 3), normal(5, 7)
     (CORE, [U, V], {"out": W.T}, ValueError, r"out has shape \(7, 5\), the result \(5, 7\)"),
     (CORE, [U, V], {"base": W, "out": W.float()}, TypeError, "out must have base's dtype"),
     (CORE, [U, V], {"out": W[:1].expand(5, 7)}, ValueError, "share memory"),
+    (CORE, [U, V], {"out": W.new_ones(99).as_strided((5, 7), (1, 1))}, ValueError, "share memory"),
     (CORE, [U, V], {"out": W.clone().requires_grad_()}, ValueError, "no_grad"),
     (CORE.clone().requires_grad_(), [U, V], {"out": W}, ValueError, "no_grad"),
 ])
