@@ -81,6 +81,7 @@ test-latest:    ## the same tests without the locks, on what the index has today
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip install -q --no-compile $(build_requires)
 	$(dev) .venv-latest/bin/pip install -q --no-compile --no-build-isolation -e '.[test,demo,bench]'
+	.venv-latest/bin/pip install -q --no-compile --no-deps pyvene # whose other needs are notebooks' and plots'
 	touch .venv-latest/.ready .venv-latest/.in_place
 	$(MAKE) test VENV=.venv-latest
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 def nearest_frame(a: Tensor) -> Tensor:
@@ -68,15 +69,36 @@ def _inverse(lower: Tensor) -> Tensor:
 
 
 def principal_directions(x: Tensor, k: int) -> Tensor:
-    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), by its smaller Gram."""
+    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), the largest first.
+
+    A Gram matrix has squares of lengths, and tells those below sqrt(eps) of the longest from nothing no more: these are
+    found in what the longer ones leave of x, and so on down to the rounding of x itself.
+    """
     if not x.any():
         return x[:0]
-    m, n = x.shape
     x = x / x.abs().amax()
+    found = _longest(x, k)
+    while len(found) < k:
+        left = x - x @ found.mT @ found
+        if left.norm() <= max(x.shape) ** 0.5 * torch.finfo(x.dtype).eps * x.norm():  # no more than rounding
+            break
+        more = _longest(left / left.abs().amax(), k - len(found))
+        more -= more @ found.mT @ found
+        found = nearest_frame(torch.cat([found, more]))
+    return found
+
+
+def _longest(x: Tensor, k: int) -> Tensor:
+    """Those of the k directions of largest energy of x (m, n) that its smaller Gram matrix tells from nothing."""
+    m, n = x.shape
     energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
     rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
     u = u[:, -min(k, rank) :].flip(1).mT
-    return nearest_frame(u @ x) if m < n else u
+    if m >= n:
+        if energy[-len(u)] > energy[-1] / 100:
+            return u
+        u = normalize(u @ x.mT, dim=1)  # a step of the power method: errors of u are eps over its share of the energy
+    return nearest_frame(normalize(u @ x, dim=1))
 
 
 def principal_frame(x: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:

@@ -8,10 +8,10 @@ minimum, for which several starts are made. A start draws its first subspace abo
 a point that the ones before hold least of (k-means++ with the residual for the distance): the point's nearest by
 |cosine|.
 
-A score is good to eps ||x||^2, so a distance by the difference of squares to sqrt(eps) ||x|| only: enough to assign by.
-The distances that are given out or summed at the end, by which starts are compared too, are lengths of residuals
-x - U'U x, in float64, a few rows at a time: to a point's own subspace, and to others that hold more than half of it. To
-those that hold less the difference is good to eps ||x||.
+A score is good to eps ||x||^2, so a distance by the difference of squares to sqrt(eps) ||x|| only. That is enough to
+assign by, but where scores differ by less, as beside an offset that subspaces share. What tells these apart, is given
+out or summed at the end are lengths of residuals x - U'U x, in float64, a few rows at a time: to a point's own
+subspace, and to others that hold more than half of it. To those that hold less the difference is good to eps ||x||.
 """
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ except ImportError as error:
     raise ImportError(f"KSubspaces needs scikit-learn >= 1.6 (pip install scikit-learn): {error}") from None
 
 CHUNK = 1 << 17  # entries of the points whose residuals are formed at a time: 1 MiB
+DOUBT = 32  # scores that differ by no more than so many eps of a point's energy may have changed places
 
 
 class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -119,7 +120,8 @@ class KSubspaces(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         """The subspace that holds most of each point, (n_samples,)."""
         x, frames = self._given(X)
         with _plainly():
-            return _scores(_scaled(x)[0], frames).argmax(1).numpy().astype(np.int32)
+            x, _ = _scaled(x)
+            return _nearest(x, x.square().sum(1), frames)[0].numpy().astype(np.int32)
 
     def transform(self, X: npt.ArrayLike) -> npt.NDArray[np.floating]:
         """Distances of the points to the subspaces, (n_samples, n_clusters); inf above what X's dtype holds."""
@@ -190,11 +192,6 @@ def _scaled(x: Tensor, dim: int | tuple[int, int] = 1) -> tuple[Tensor, Tensor]:
     return x / power, power
 
 
-def _scores(x: Tensor, frames: Tensor) -> Tensor:
-    """(points, subspaces), by which points are assigned, of scaled points in their dtype."""
-    return subspace_scores(x, frames.to(x.dtype))
-
-
 def _bases(frames: Tensor) -> Tensor:
     """Bases (count, n, dim) of the frames' subspaces, orthonormal in float64: a frame in float32 is so to eps only."""
     return torch.linalg.qr(frames.double().mT).Q
@@ -218,17 +215,42 @@ def _left(x: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
     return left
 
 
+def _nearest(x: Tensor, energy: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """(labels, squared distances) of scaled points: by the largest score, or the least residual of those that rounding
+    may have made the largest. Of points that are at most half held distances then differ by no more than rounding."""
+    scores = subspace_scores(x, frames.to(x.dtype))
+    held, labels = scores.max(1)
+    left = (energy - held).clamp_(min=0)
+    bound = torch.maximum(held.sub(energy, alpha=DOUBT * torch.finfo(x.dtype).eps), energy / 2)
+    rows = ((scores > bound[:, None]).sum(1) > 1).nonzero()[:, 0]
+    alike = scores[rows] > bound[rows, None]
+    if x.dtype == torch.float32 and 2 * alike.sum() > alike.numel():  # scores again, but in float64
+        wide = _bases(frames).mT.contiguous()
+        for some in rows.split(max(1, 32 * CHUNK // x.shape[1])):
+            points = x[some].double()
+            labels[some], least = _nearest(points, points.square().sum(1), wide)
+            left[some] = least.to(x.dtype)
+    elif len(rows):
+        far = x.new_full(alike.shape, math.inf)
+        for label in alike.any(0).nonzero()[:, 0].tolist():
+            some = alike[:, label].nonzero()[:, 0]
+            far[some, label] = _residuals(x, rows[some], _bases(frames[label])).to(x.dtype)
+        least, labels[rows] = far.min(1)
+        left[rows] = least.square()
+    return labels, left
+
+
 def _assigned(x: Tensor, frames: Tensor) -> tuple[Tensor, float]:
     """(labels, the sum of the squared distances to the points' own subspaces), of points of any size."""
     x, power = _scaled(x)
-    labels = _scores(x, frames).argmax(1)
+    labels, _ = _nearest(x, x.square().sum(1), frames)
     return labels, float((_left(x, labels, frames) * power[:, 0]).square().sum())
 
 
 def _distances(x: Tensor, frames: Tensor) -> Tensor:
     """Of all points, of any size, to all subspaces: sqrt(||x||^2 - score) where at most half of ||x||^2 is held."""
     x, power = _scaled(x)
-    scores, energy = _scores(x, frames), x.square().sum(1, keepdim=True)
+    scores, energy = subspace_scores(x, frames.to(x.dtype)), x.square().sum(1, keepdim=True)
     near = (scores > energy / 2).mT.contiguous()
     far = scores.sub_(energy).neg_().clamp_(min=0).sqrt_()
     for label, basis in enumerate(_bases(frames)):
@@ -242,13 +264,13 @@ def _start(x: Tensor, energy: Tensor, count: int, dim: int, generator: torch.Gen
     unit, left, frames = normalize(x, dim=1), energy, []
     near = min(len(x), max(2 * dim, len(x) // (4 * count)))
     for _ in range(count):
-        left = left.clamp(min=0).double()
+        left = left.double()
         sums = (left if left.any() else torch.ones_like(left)).cumsum(0)
         drawn = torch.rand((), dtype=sums.dtype, device=sums.device, generator=generator) * sums[-1]
         at = min(int(torch.searchsorted(sums, drawn, right=True)), len(x) - 1)
         chosen = (unit @ unit[at]).abs().topk(near).indices
         frames.append(principal_frame(x[chosen], dim, generator))
-        left = energy - subspace_scores(x, torch.stack(frames)).amax(1)
+        _, left = _nearest(x, energy, torch.stack(frames))
     return torch.stack(frames)
 
 
@@ -265,11 +287,10 @@ def _alternate(x: Tensor, energy: Tensor, count: int, dim: int, most: int, tol: 
     """(frames, labels, alternations, whether it ended) of one start."""
     frames, labels, before = _start(x, energy, count, dim, generator), None, float("inf")
     for turn in range(1, most + 1):
-        held, found = subspace_scores(x, frames).max(1)
-        left = (energy - held).clamp_(min=0)
+        found, left = _nearest(x, energy, frames)
         now = float(left.sum(dtype=torch.float64))
         if labels is not None and (before - now <= tol * before or torch.equal(found, labels)):
             return frames, found, turn, True
         labels, before = found, now
         frames = _frames_of(x, labels, left, count, dim, generator)
-    return frames, subspace_scores(x, frames).argmax(1), most, False
+    return frames, _nearest(x, energy, frames)[0], most, False

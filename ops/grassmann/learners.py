@@ -163,7 +163,8 @@ class DynamicSubspaceLearners(nn.Module):
             0-dim. Of each point all pairs with its own class, and as many of the nearest of others that are at least
             0.5 away; the mean of the terms that are not zero.
 
-        In training mode its backward adds up the effect of each coordinate, for `split`.
+        In training mode its backward adds up the effect of each coordinate, for `split`; torch.func.grad, which can't,
+        raises RuntimeError: it is for `eval()`.
         """
         name = "DynamicSubspaceLearners.loss"
         if learner is not None and whole(name, "learner", learner) >= len(self.dims):
@@ -176,6 +177,9 @@ class DynamicSubspaceLearners(nn.Module):
             raise ValueError(f"{name}: features and target must be as many, on one device, got {tuple(features.shape)} "
                              f"on {z.device} and {tuple(target.shape)} on {target.device}")
         if self.training and z.requires_grad:
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(f"{name}: torch.func's transforms can't add up effects for `split`, as the backward "
+                                   "in training mode does: call eval() first, or differentiate by torch.autograd")
             z.register_hook(self._watch(z.detach()))
         part = z / len(self.dims) ** 0.5 if learner is None else z.split(self.dims, -1)[learner]
         return self._margin_loss(part, target)

@@ -28,7 +28,8 @@ def subspace_patch(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
 
     Returns:
         base + (source - base) V' V, of base's dtype; float16 and bfloat16 are computed in float32, also under autocast,
-        and a basis may be float32 for them.
+        and a basis may be float32 for them. By the formula, an entry of base or source that is not finite
+        leaves no entry of its vector finite, not even those that V does not move: 0 times inf is NaN.
 
     Differentiable in all three; for a ``basis`` whose rows are orthonormal only nearly so, the formula as it stands.
 

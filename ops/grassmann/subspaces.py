@@ -127,37 +127,39 @@ def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: floa
     with torch.autocast(x.device.type, enabled=False):
         wide = wide_dtype(x.dtype)
         flat, w = x.reshape(-1, x.shape[-1]).to(wide), frames.to(wide)
-        ratio = math.hypot(signal, noise)
-        shrink = signal / ratio / ratio
+        size = flat.detach().abs().amax(-1, keepdim=True)
+        size = torch.where(size == 0, 1, size)  # the unit of a row, so that no square overflows or vanishes
+        flat = flat / size
         if _differentiated(x, frames):
-            mean = _plain(flat, w, dims, signal, noise)
+            mean = _plain(flat, w, size, dims, signal, noise)
         else:
             rows = w.numel() // max(1, w.shape[-1])
             start, keep = starts(dims, w.device), flat.shape[0] * rows <= KEEP_PROJECTIONS
             length, proj = _op.logits(flat, w, start, 1.0, False, keep)
-            dlogits = length * _weights(length, dims, signal, noise)
+            dlogits = length * _weights(length, size, dims, signal, noise)
             mean, _ = _op.logits_backward(dlogits, flat, w, start, proj, 1.0, False, True, False)
-        return (shrink * mean).to(x.dtype).view(x.shape)
+        root = math.sqrt(signal) / math.hypot(signal, noise)  # of the factor: a float holds it where not the factor
+        return (size * root * root * mean).to(x.dtype).view(x.shape)
 
 
-def _weights(length: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
-    """Probabilities of the subspaces, (rows, C), from the lengths of projections."""
+def _weights(length: Tensor, size: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
+    """Probabilities of the subspaces, (rows, C), from the lengths of projections over sizes (rows, 1)."""
     if length.shape[-1] == 0:
         return length
     if noise == 0:
         return one_hot(length.argmax(-1), length.shape[-1]).to(length)
     # Differences of squares, from which the largest is taken off: no more is lost than the lengths have lost already.
     most = length.amax(-1, keepdim=True)
-    factor = _factor(most, signal, noise)
+    factor = _factor(most, size, signal, noise)
     return _softmax((length - most) * factor * ((length + most) * factor) / 2, dims, signal, noise)
 
 
-def _factor(most: Tensor, signal: float, noise: float) -> Tensor:
-    """The root of what squares of lengths are multiplied by, given a bound of the lengths: held where the largest
+def _factor(most: Tensor, size: Tensor, signal: float, noise: float) -> Tensor:
+    """The root of what squares of lengths over sizes are multiplied by, given a bound of these: held where the largest
     product still is a number, as the weights beside it are 0 long before."""
     limit = torch.finfo(most.dtype).max
-    factor = min(signal / math.hypot(signal, noise) / noise, limit / 4)
-    return (math.sqrt(limit / 4) / most).clamp(max=factor)
+    root = math.sqrt(signal / math.hypot(signal, noise) / noise)
+    return torch.minimum((size * root * root).clamp(max=limit / 4), math.sqrt(limit / 4) / most)
 
 
 def _softmax(score: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
@@ -167,19 +169,20 @@ def _softmax(score: Tensor, dims: Sequence[int] | None, signal: float, noise: fl
     return score.softmax(-1)
 
 
-def _plain(x: Tensor, frames: Tensor, dims: Sequence[int] | None, signal: float, noise: float) -> Tensor:
+def _plain(x: Tensor, frames: Tensor, size: Tensor, dims: Sequence[int] | None, signal: float,
+           noise: float) -> Tensor:
     """The sum of projections by the plain formula, which has all derivatives, and from squares: at a projection of 0
-    a length has none."""
+    a length has none. x is that over sizes (rows, 1)."""
     flat = frames.flatten(0, -2)
     proj = linear(x, flat)
     if proj.shape[-1] == 0:
         return proj @ flat
     bound = proj.detach().abs().amax(-1, keepdim=True) * math.sqrt(proj.shape[-1])
     if noise == 0:
-        size = _by_class((proj.detach() / bound.masked_fill(bound == 0, 1)).square(), frames, dims)
-        weights = one_hot(size.argmax(-1), size.shape[-1]).to(proj)
+        held = _by_class((proj.detach() / bound.masked_fill(bound == 0, 1)).square(), frames, dims)
+        weights = one_hot(held.argmax(-1), held.shape[-1]).to(proj)
     else:
-        squares = _by_class((proj * _factor(bound, signal, noise)).square(), frames, dims)
+        squares = _by_class((proj * _factor(bound, size, signal, noise)).square(), frames, dims)
         weights = _softmax(squares / 2, dims, signal, noise)
     if dims is None:
         weights = weights.repeat_interleave(frames.shape[1], -1)

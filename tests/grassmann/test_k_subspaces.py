@@ -128,6 +128,38 @@ def test_small_distances_of_long_points(dtype, length, away, rel, monkeypatch):
     close(torch.from_numpy(model.transform(x)).amin(1), own, rel)
 
 
+def bunches(seed, lengths, offset=0.0, features=32, each=200):
+    """Points of three planes, whose axes have lengths, beside an offset that all share."""
+    draw = np.random.RandomState(seed)
+    axes = np.linalg.qr(draw.randn(features, 7))[0].T
+    parts = [draw.randn(each, 2) * lengths @ axes[1 + 2 * c : 3 + 2 * c] for c in range(3)]
+    return np.concatenate(parts) + offset * axes[0], np.repeat(range(3), each)
+
+
+@pytest.mark.parametrize("dtype, offset", [(np.float32, 30), (np.float32, 300), (np.float32, 3000), (np.float64, 1e8)])
+def test_beside_an_offset(dtype, offset):
+    """What tells points apart is less than scores, or a Gram matrix of squares, can tell."""
+    eps = float(np.finfo(dtype).eps)
+    for seed in range(3):
+        x, label = bunches(seed, (1, 1), offset)
+        x = x.astype(dtype)
+        model = KSubspaces(3, 3, n_init=5, random_state=0).fit(x)
+        assert clustering_accuracy(label, model.labels_) == 1 and np.array_equal(model.predict(x), model.labels_)
+        assert model.inertia_ == -model.score(x) < (4 * eps * offset) ** 2 * len(x)
+        assert np.array_equal(model.transform(x).argmin(1), model.labels_)
+
+
+@pytest.mark.parametrize("dtype, short", [(np.float32, 5e-3), (np.float32, 2e-3), (np.float32, 1e-5),
+                                          (np.float64, 1e-7), (np.float64, 1e-12)])
+def test_short_directions_beside_long_ones(dtype, short):
+    eps = float(np.finfo(dtype).eps)
+    for seed in range(3):
+        x, label = bunches(seed, (1, short))
+        model = KSubspaces(3, 2, n_init=5, random_state=0).fit(x.astype(dtype))
+        assert clustering_accuracy(label, model.labels_) == 1
+        assert model.inertia_ < (4 * eps) ** 2 * len(x), "as good as the points, not as their squares"
+
+
 def test_starts_and_seeds():
     x, _ = planted(2, noise=0.3)
     one, two = (KSubspaces(5, 3, random_state=3).fit(x) for _ in range(2))

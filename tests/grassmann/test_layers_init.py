@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
+from helpers import frame_error, normal
 from layers_cases import DOUBLE, assert_frames, rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_subspace import GrassmannLinear, swap_head
-from torch_subspace.grassmann.initial import drawn_frames
+from torch_subspace.grassmann.initial import drawn_frames, principal_directions
 
 
 def contains(w, v, tol=1e-6):
@@ -158,6 +159,13 @@ class TestInitFromFeatures:
             truth = torch.linalg.svd(x[y == c], full_matrices=False)[2][:4]
             torch.testing.assert_close(w.mT @ w, truth.mT @ truth)
 
+    def test_short_directions_beside_a_long_one(self):
+        x, y, frames = self.clusters(num_classes=2, each=20)
+        x = x + 1e9 * nn.functional.normalize(torch.ones(8, **DOUBLE), dim=0)
+        layer = GrassmannLinear(8, 2, 3, normalize=False, **DOUBLE).init_from_features(x, y)
+        for c, w in enumerate(rows(layer)):
+            assert contains(w, frames[c], 1e-5)
+
     def test_normalized_features_count_alike(self):
         x, y, _ = self.clusters()
         x = x + 0.1 * torch.randn_like(x)
@@ -256,3 +264,20 @@ def test_random_frames_are_orthonormal_however_near_k_is_to_n(k, n, given):
     wide = frames.double()
     assert (wide @ wide.mT - torch.eye(k)).abs().max() < 2e-6
     assert first is None or (frames[:, :1] - first).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype, powers", [(torch.float32, 5), (torch.float64, 12)], ids=str)
+@pytest.mark.parametrize("m, n", [(40, 12), (12, 40), (2000, 256)])
+def test_principal_directions_are_as_exact_as_points(m, n, dtype, powers):
+    """Of lengths down to the dtype's own rounding, where a Gram matrix ends at its root; and no more than there are."""
+    eps = torch.finfo(dtype).eps
+    for seed in range(3):
+        left, right = (torch.linalg.qr(normal(size, 6, seed=seed + size)).Q for size in (m, n))
+        length = 10 ** -torch.linspace(0, powers, 6, dtype=torch.float64)
+        x = (left * length @ right.mT).to(dtype)
+        found = principal_directions(x, 6)
+        v, wide = found.double(), x.double()
+        assert found.shape == (6, n) and frame_error(found) < 16 * eps
+        assert (wide - wide @ v.mT @ v).norm() < 20 * eps
+        assert ((v * right.mT).sum(1).abs() > 1 - 1e-4).all()  # the largest first
+        assert len(principal_directions(x, 8)) == 6

@@ -126,6 +126,19 @@ def test_a_split_keeps_what_matters():
         DynamicSubspaceLearners(6, 12).set_extra_state(model.get_extra_state())
 
 
+def test_transforms_of_torch_func():
+    """An effect can't be added up inside one: it is said, and in eval mode nothing is to be added."""
+    model = DynamicSubspaceLearners(4, 8, dtype=torch.float64)
+    x, y = normal(6, 4), torch.arange(6) % 2
+    gradient = torch.func.grad(lambda x: model.loss(x, y))
+    with pytest.raises(RuntimeError, match=r"DynamicSubspaceLearners.loss: torch.func.* call eval\(\) first"):
+        gradient(x)
+    assert model._seen == 0
+    (expected,) = torch.autograd.grad(model.loss(leaf := x.clone().requires_grad_(), y), leaf)
+    model.eval()
+    helpers.close(gradient(x), expected, 1e-14)
+
+
 def test_clusters_keep_their_learners():
     torch.manual_seed(0)
     model = DynamicSubspaceLearners(8, 12)
@@ -140,13 +153,14 @@ def test_clusters_keep_their_learners():
         assert torch.equal(model.assign(x, turned, seed=seed), turned)
 
 
-def test_learners_on_clusters_retrieve():
+@pytest.mark.parametrize("seed", range(3))
+def test_learners_on_clusters_retrieve(seed):
     """The whole schedule on planted classes: a nearest neighbour is of the class."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     centres = torch.randn(12, 10)
     y = torch.arange(240) % 12
     x = centres[y] + 0.4 * torch.randn(240, 10)
-    model = DynamicSubspaceLearners(10, 24, threshold=0.3)
+    model = DynamicSubspaceLearners(10, 24)
     trained(model, x, y, 30)
     assert model.split()
     cluster = None

@@ -75,6 +75,19 @@ def test_no_direction():
     assert subspace_patch(normal(4, 0), normal(4, 0), normal(0)).shape == (4, 0)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("v", [torch.eye(7)[:2], torch.eye(7)[0]], ids=["frame", "direction"])
+def test_what_is_not_finite(v, bad):
+    """It leaves no entry of its vector finite, also where the patch moves nothing, and other vectors alone."""
+    clean = torch.ones(3, 7), torch.zeros(3, 7)
+    for which in (0, 1):
+        given = [t.clone() for t in clean]
+        given[which][1, 6] = bad
+        patched = subspace_patch(*given, v)
+        assert not patched[1].isfinite().any()
+        assert torch.equal(patched[[0, 2]], subspace_patch(*clean, v)[[0, 2]])
+
+
 def test_its_gradients():
     inputs = [t.requires_grad_() for t in (normal(2, 5, seed=1), normal(2, 5, seed=2), rows(2, 5))]
     assert torch.autograd.gradcheck(subspace_patch, inputs) and torch.autograd.gradgradcheck(subspace_patch, inputs)
@@ -231,7 +244,8 @@ def test_the_illusion():
     helpers.close(moved, base @ weight.mT, 1e-14, absolute=True)
 
 
-def test_the_turn_of_real_digits():
+@pytest.mark.parametrize("seed", range(3))
+def test_the_turn_of_real_digits(seed):
     """examples/patching.py, briefly: a network on digits, upright or turned, and patches of its last hidden layer."""
     pytest.importorskip("matplotlib")
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -240,7 +254,7 @@ def test_the_turn_of_real_digits():
 
     data = load_digits()
     image, digit = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     order = torch.randperm(len(digit))
     (x, *labels), (other, *truth) = (patching.both_ways(image[part], digit[part]) for part in order.split(1200))
     net = patching.learn(x, *labels, steps=300)
@@ -318,3 +332,28 @@ def test_pyvenes_interface():
     ours(base, source, [[0], [1], [1]]).square().sum().backward()
     optimiser.step()
     assert ours.patch.basis_error() < 1e-6
+
+
+def test_an_intervenable_model_of_pyvene():
+    """The states of one token are patched, and the basis is trained in place."""
+    pyvene = pytest.importorskip("pyvene", exc_type=ImportError)
+    transformers = pytest.importorskip("transformers")
+    from torch_subspace.grassmann.pyvene import SubspaceIntervention
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **tokens)).eval()
+    base, source = torch.randint(50, (2, 4, 8))
+    before = plain(base).logits.detach()
+    place = pyvene.RepresentationConfig(0, "block_output", "pos", 1, low_rank_dimension=3)
+    model = pyvene.IntervenableModel(pyvene.IntervenableConfig([place], SubspaceIntervention), plain)
+    model.disable_model_gradients()
+    (intervention,) = model.interventions.values()
+    logits = model({"input_ids": base}, [{"input_ids": source}], {"sources->base": (7, 7)})[1].logits
+    moved = (logits - before).abs().amax((0, 2))
+    assert not moved[:7].any() and moved[7] > 1e-3
+    logits[:, -1].square().sum().backward()
+    basis = intervention.patch.basis.detach().clone()
+    SGD(intervention.parameters(), lr=0.1).step()
+    assert not torch.equal(basis, intervention.patch.basis) and intervention.patch.basis_error() < 1e-6

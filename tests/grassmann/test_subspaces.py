@@ -94,15 +94,35 @@ def test_derivatives_where_a_projection_is_zero(dims):
         close(function(x, frames), values, 1e-14)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e18])
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-22, 1e-10, 1e10, 1e19, 1e30, 1e37])
 @pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
-def test_denoising_does_not_depend_on_the_unit(size, noise):
-    x, frames = normal(5, 7), frames_of(None)
-    given = ((x * size).float(), frames.float())
-    expected = subspace_denoise(given[0].double(), given[1].double(), size, noise * size)
-    for x in (given[0], given[0].requires_grad_()):
-        found = subspace_denoise(x, given[1], size, noise * size)
-        close(found.double(), expected, 1e-5)
+@pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
+def test_denoising_does_not_depend_on_the_unit(size, noise, dims):
+    x, frames = (normal(5, 7) * size).float(), frames_of(dims).float()
+    expected = subspace_denoise(x.double() / size, frames.double(), noise=noise, dims=dims)
+    for trained in (False, True):
+        leaf = x.clone().requires_grad_(trained)
+        found = subspace_denoise(leaf, frames, size, noise * size, dims=dims)
+        assert found.requires_grad is trained
+        close(found, expected, 1e-5)
+
+
+def test_points_of_all_sizes_at_once():
+    sizes = torch.tensor([0, 1e-36, 1e-20, 1, 1e20, 1e36])
+    x, frames = normal(6, 7).float() * sizes[:, None], frames_of(None).float()
+    for noise in (0.0, 0.5):
+        expected = subspace_denoise(x.double(), frames.double(), noise=noise)
+        for trained in (False, True):
+            found = subspace_denoise(x.clone().requires_grad_(trained), frames, noise=noise).detach()
+            for row, truth in zip(found, expected, strict=True):
+                close(row, truth, 1e-5)
+
+
+def test_class_subspaces_of_short_directions():
+    frames = frames_of(None, n=12, k=3)
+    x = torch.cat([normal(50, 3, seed=c) * torch.tensor([1e9, 1, 1]) @ frames[c] for c in range(3)])
+    found = class_subspaces(x, torch.arange(3).repeat_interleave(50), 3)
+    close(found.mT @ found, frames.mT @ frames, 1e-5)
 
 
 def test_half_types_are_computed_in_float32():
