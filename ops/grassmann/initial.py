@@ -74,9 +74,10 @@ def principal_directions(x: Tensor, k: int) -> Tensor:
     A Gram matrix has squares of lengths, and tells those below sqrt(eps) of the longest from nothing no more: these are
     found in what the longer ones leave of x, and so on down to the rounding of x itself.
     """
-    if not x.any():
+    largest = x.abs().amax() if x.numel() else 0
+    if largest == 0:
         return x[:0]
-    x = x / x.abs().amax()
+    x = x / largest
     found = _longest(x, k)
     while len(found) < k:
         left = x - x @ found.mT @ found

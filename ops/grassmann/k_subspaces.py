@@ -279,7 +279,7 @@ def _frames_of(x: Tensor, labels: Tensor, left: Tensor, count: int, dim: int, ge
     sizes = labels.bincount(minlength=count)
     spare = iter(left.topk(int((sizes == 0).sum())).indices)
     own = labels.argsort(stable=True).split(sizes.tolist())
-    own = [x[rows] if len(rows) else x[next(spare)][None] for rows in own]
+    own = (x.index_select(0, rows) if len(rows) else x[next(spare)][None] for rows in own)  # one at a time
     return torch.stack([principal_frame(points, dim, generator) for points in own])
 
 
