@@ -27,7 +27,7 @@ def told(old, new):
     (run(), run(time=2.5), ["1 of 3", "worse    1.25", "2 -> 2.5"]),
     (run(), run(time=1.0, ratio=0.5), ["2 of 3", "better   2.00", "better   3.00"]),
     (run(sense=">="), run(sense=">=", ratio=0.5), ["1 of 3", "worse    3.00"]),
-    (run(), run(time=9.0, cpu="two"), ["0 of 2", "one, None, 1 -> two, None, 1"]),  # as near the limit of its machine
+    (run(), run(time=9.0, cpu="two"), ["0 of 2", "one, 1 -> two, 1"]),  # as near the limit of its machine
     (run(), run(time=9.0, limit=0.25, cpu="two"), ["1 of 2", "worse    2.00", "x the limit"]),
     (run(missing=True), run(), ["0 of 2"]),
 ])
@@ -48,7 +48,9 @@ def test_folders_and_what_only_one_has(tmp_path, monkeypatch, capsys):
         for op in ops:
             (tmp_path / name / f"{op}.json").write_text(json.dumps(run()))
         (tmp_path / name / "plan.json").write_text("[1]")
-    assert sorted(runs(tmp_path / "old")) == ["a", "b"]
+    (tmp_path / "old/other-processor").mkdir()
+    (tmp_path / "old/other-processor/a.json").write_text(json.dumps(run()))
+    assert sorted(runs(tmp_path / "old")) == ["a", "b", "other-processor/a"]
     monkeypatch.setattr("sys.argv", ["compare.py", str(tmp_path / "old"), str(tmp_path / "new")])
     main()
     out = capsys.readouterr().out

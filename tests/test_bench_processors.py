@@ -26,6 +26,8 @@ def files(folder):
 def test_names():
     assert processors.name(INTEL) == "intel-xeon-avx512" and processors.title(INTEL) == "Intel Xeon, avx512"
     assert processors.name(AMD) == "amd-epyc-avx512" and processors.title(AMD) == "AMD EPYC, avx512"
+    told = AMD | {"family": "26"}
+    assert processors.name(told) == "amd-epyc-26-avx512" and processors.title(told) == "AMD EPYC (family 26), avx512"
 
 
 def test_the_newest_of_each_processor_is_kept(tmp_path):

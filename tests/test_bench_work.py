@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import conv2d, linear, unfold
+from torch.nn.functional import conv2d, linear
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_subspace as ts
@@ -136,8 +136,17 @@ def frozen_linear(x, w, v, core, u, t):
 
 def thin_convolutions(x, w, v, core, u, t):
     """The same of a convolution."""
-    both(lambda x, v, core, u: conv2d(x, w, padding=1) + conv2d(conv2d(conv2d(x, v), core, padding=1), u), x, v, core,
-         u)
+    both(lambda x, v, core, u: conv2d(x, w) + conv2d(conv2d(conv2d(x, v), core), u), x, v, core, u)
+
+
+def tap_by_tap(x, t):
+    """Gradients of 3 x 3 kernels, a channel alone, where both the output's gradient and the input are there."""
+    for i in range(3):
+        for j in range(3):
+            near = [slice(max(0, step - 1), 8 + min(0, step - 1)) for step in (i, j)]
+            far = [slice(max(0, 1 - step), 8 + min(0, 1 - step)) for step in (i, j)]
+            a, b = x[:, :, near[0], near[1]], x[:, :, far[0], far[1]]
+            a.transpose(0, 1).flatten(1)[:, None] @ b.transpose(0, 1).flatten(1)[..., None]
 
 
 def ridge_and_back(z, after, c, t):
@@ -202,16 +211,15 @@ COUNTED = [  # what work.py says, a formula of the op, what it is given
     (work.coding_rate(128, 640, 2), lambda z, t: [t(own) @ own for own in z.chunk(2)], (some(128, 640),)),
     (work.coding_rate_soft(N, 64, C), lambda z, t: [t(z.mT, (z + c).mT) @ z.mT for c in range(C)], (some(N, 64),)),
     (work.sinkhorn(N), lambda k, f, t: (k @ f, k @ f), (some(N, N), some(N, 1))),
-    (work.depthwise(2, 3, 8, 3), lambda x, t: torch.einsum("bckp,bcp->ck", unfold(x, 3, padding=1).view(2, 3, 9, -1),
-                                                           x.flatten(2)), (some(2, 3, 8, 8),)),
+    (work.depthwise(2, 3, 8, 3), tap_by_tap, (some(2, 3, 8, 8),)),
     (work.tucker((10, 9, 3, 5), (4, 3, 2, 2)), hand,
      (some(4, 3, 2, 2), some(10, 4), some(9, 3), some(3, 2), some(5, 2))),
     (work.tucker_linear(B, N, D, K), frozen_linear, (some(B, N), some(D, N), some(K, N), some(K, K), some(D, K))),
-    (work.tucker_conv((2, 32, 8, 8), (2, 48, 8, 8), 3, 1, K), thin_convolutions,
-     (some(2, 32, 8, 8), some(48, 32, 3, 3), some(K, 32, 1, 1), some(K, K, 3, 3), some(48, K, 1, 1))),
-    (work.tucker_conv((2, 32, 8, 8), (2, 48, 8, 8), 3, 4, K),
-     lambda x, w, t: [both(lambda x, w: conv2d(x, w, padding=1), *own) for own in zip(x.chunk(4, 1), w.chunk(4))],
-     (some(2, 32, 8, 8), some(48, 8, 3, 3))),
+    (work.tucker_conv((2, 32, 10, 10), (2, 48, 8, 8), 3, 1, K), thin_convolutions,
+     (some(2, 32, 10, 10), some(48, 32, 3, 3), some(K, 32, 1, 1), some(K, K, 3, 3), some(48, K, 1, 1))),
+    (work.tucker_conv((2, 32, 10, 10), (2, 48, 8, 8), 3, 4, K),
+     lambda x, w, t: [both(conv2d, *own) for own in zip(x.chunk(4, 1), w.chunk(4))],
+     (some(2, 32, 10, 10), some(48, 8, 3, 3))),
 ]  # fmt: skip
 
 
@@ -219,6 +227,13 @@ COUNTED = [  # what work.py says, a formula of the op, what it is given
 def test_flops(said, function, given):
     found = flops(function, *given)
     assert abs(found / said["flops"] - 1) <= 1 / 60, (found, said)  # a triangle of 64 is a little more than half
+
+
+@pytest.mark.parametrize("side, k, stride, padding", [(8, 3, 1, 1), (9, 3, 2, 1), (7, 7, 1, 3), (12, 4, 4, 0),
+                                                      (5, 1, 1, 0)])
+def test_taps_that_are_not_padding(side, k, stride, padding):
+    reached = conv2d(torch.ones(1, 1, side, side), torch.ones(1, 1, k, k), stride=stride, padding=padding)
+    assert work.inside(side, reached.shape[-1], k, stride, padding) == reached.sum()
 
 
 def test_sums_of_transforms():

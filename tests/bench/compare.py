@@ -20,19 +20,22 @@ CHANGED = 1.1
 
 
 def runs(where, root=ROOT):
-    """{name of a file of rows: its content} of a folder, or of a commit."""
-    if Path(where).is_dir():
-        texts = {path.stem: path.read_text() for path in sorted(Path(where).glob("*.json"))}
+    """{name of a file of rows, before it a processor's folder: its content} of a folder, or of a commit."""
+    where = Path(where) if Path(where).is_dir() else where
+    if isinstance(where, Path):
+        paths = sorted(path.relative_to(where) for path in Path(where).rglob("*.json"))
+        texts = {str(path.with_suffix("")): (where / path).read_text() for path in paths}
     else:
         def git(*command):
             return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
 
         try:
-            names = git("ls-tree", "--name-only", f"{where}:{RESULTS}").split()
+            names = git("ls-tree", "-r", "--name-only", f"{where}:{RESULTS}").split()
         except subprocess.CalledProcessError as problem:
             raise SystemExit(f"compare: {where} is neither a folder nor a commit with {RESULTS}: "
                              f"{problem.stderr.strip()}") from None
-        texts = {Path(name).stem: git("show", f"{where}:{RESULTS}/{name}") for name in names if name.endswith(".json")}
+        texts = {name.removesuffix(".json"): git("show", f"{where}:{RESULTS}/{name}") for name in names
+                 if name.endswith(".json")}
     found = {name: json.loads(text) for name, text in texts.items()}
     rows = {"environment", "rows", "targets"}
     return {name: run for name, run in found.items() if isinstance(run, dict) and rows <= run.keys()}
@@ -40,7 +43,8 @@ def runs(where, root=ROOT):
 
 def machine(run):
     """What times depend on."""
-    return tuple(run["environment"].get(key) for key in ("device", "cpu", "instruction set", "threads"))
+    return tuple(run["environment"].get(key) for key in ("device", "cpu", "family", "instruction set",
+                                                      "threads"))
 
 
 def cost(row, alone):
@@ -79,7 +83,8 @@ def report(old, new):
             continue
         found = list(changes(old[name], new[name]))
         told = [c for c in found if not 1 / CHANGED <= c[-1] <= CHANGED]
-        machines = [", ".join(str(part) for part in machine(run)[1:]) for run in (old[name], new[name])]
+        machines = [", ".join(str(part) for part in machine(run)[1:] if part is not None)
+                    for run in (old[name], new[name])]
         where = machines[0] if len(set(machines)) == 1 else " -> ".join(machines)
         yield f"{name}: {len(told)} of {len(found)} figures have changed by more than {CHANGED - 1:.0%} ({where})"
         for what, was, now, unit, times in sorted(told, key=lambda c: -c[-1]):

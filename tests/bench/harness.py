@@ -115,20 +115,30 @@ def environment(device, threads):
     import torch_subspace.library
 
     loaded = torch_subspace.library.config()
-    cpu = platform.processor() or platform.machine()
+    cpu, family = platform.processor() or platform.machine(), None
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
+        key, _, value = map(str.strip, line.partition(":"))
+        if key == "model name":
+            cpu = value
             break
+        family = value if key == "cpu family" else family
     row = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "commit": commit, "cpu": cpu,
-           "instruction set": loaded["CPU"]["instruction set"], "blas": loaded["CPU"]["BLAS"], "threads": threads,
-           "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
+           "family": family, "instruction set": loaded["CPU"]["instruction set"], "blas": loaded["CPU"]["BLAS"],
+           "threads": threads, "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
            "system": platform.platform()}
     if device == "cuda":
         row |= gpu_timing.describe()
     if hasattr(torch, "get_num_threads") and Path("/proc/loadavg").exists():
         row["load before"] = float(Path("/proc/loadavg").read_text().split()[0])
     return row
+
+
+def as_chosen_at_load():
+    """Begin this script again where OpenBLAS is told which kernels to take: it is timed with its own choice."""
+    told = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & os.environ.keys()
+    if told:
+        kept = {name: value for name, value in os.environ.items() if name not in told}
+        os.execve(sys.executable, [sys.executable, *sys.argv], kept)
 
 
 def timed(function, repeats):

@@ -11,15 +11,17 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def name(where):
-    """A folder's name for the processor of a run: its own words, and the instruction set."""
+    """A folder's name for the processor of a run: its own words, its family, and the instruction set."""
     words = re.sub(r"\((r|tm)\)|@.*|\b(processor|cpu)\b", " ", where["cpu"].lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", words), where["instruction set"]])
+    family = [where["family"]] if where.get("family") else []
+    return "-".join([*re.findall(r"[a-z0-9]+", words), *family, where["instruction set"]])
 
 
 def title(where):
     """The same for readers."""
     words = re.sub(r"\((R|TM)\)|@.*|\b(Processor|CPU)\b", " ", where["cpu"])
-    return f"{' '.join(words.split())}, {where['instruction set']}"
+    family = f" (family {where['family']})" if where.get("family") else ""
+    return f"{' '.join(words.split())}{family}, {where['instruction set']}"
 
 
 def keep(results, op, where):

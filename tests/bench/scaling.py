@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 matplotlib.use("Agg")
-from harness import environment, peak_memory  # noqa: E402, I001  (first: it finds the benches)
+from harness import as_chosen_at_load, environment, peak_memory  # noqa: E402, I001  (first: it finds the benches)
 import bench_coding_rate as hard  # noqa: E402
 import bench_coding_rate_soft as soft  # noqa: E402
 import bench_sinkhorn as plans  # noqa: E402
@@ -89,6 +89,7 @@ def measure(make, sizes):
 
 def main():
     """Measure, write, draw."""
+    as_chosen_at_load()
     rows = []
     for title, make, what, values, rest in SWEEPS:
         for value in values:

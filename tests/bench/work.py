@@ -2,8 +2,9 @@
 
 Bytes are those of the arguments that are read and of the results that are written, forward and backward each once; what
 a call keeps from one to the other is its own affair. Flops are those of the matrix products and transforms that its
-formula can't do without, of a product known to be symmetric one triangle, so half. Work that grows no faster than what
-is read (norms, exponentials, k x k algebra) is left out: no bound is made of it. tests/test_bench_work.py counts both.
+formula can't do without: of a product known to be symmetric one triangle, so half, of a convolution what meets input
+and not padding. Left out are norms, exponentials, factorisations and the k x k part of a step, which is more than the
+rest for short frames of many rows: no bound is made of them. tests/test_bench_work.py counts both.
 """
 
 FLOAT, LONG = 4, 8  # bytes
@@ -206,10 +207,15 @@ def sinkhorn(n):
     return {"bytes": 5 * FLOAT * n * n, "flops": 4 * n * n}
 
 
+def inside(side, out, k, stride=1, padding=0):
+    """Pairs of a place of the output and a tap whose input is not padding, of a square of such."""
+    return sum(0 <= place * stride + tap - padding < side for place in range(out) for tap in range(k)) ** 2
+
+
 def depthwise(b, c, side, k):
-    """A multiply and an add for every place and tap."""
+    """A multiply and an add for every place and tap; as much padding as leaves the side as it is."""
     x = b * c * side * side
-    return {"bytes": FLOAT * (2 * x + c * k * k), "flops": 2 * x * k * k}
+    return {"bytes": FLOAT * (2 * x + c * k * k), "flops": 2 * b * c * inside(side, side, k, padding=k // 2)}
 
 
 def tucker(shape, ranks):
@@ -230,14 +236,15 @@ def tucker_linear(t, into, out, rank, size=FLOAT):
             "flops": 4 * t * into * out + 6 * t * thin}
 
 
-def tucker_conv(x, y, kernel, groups, rank, size=FLOAT):
+def tucker_conv(x, y, kernel, groups, rank, size=FLOAT, stride=1, padding=0):
     """The same of a convolution from x to y, (B, C, side, side): what it trains takes three thin convolutions, the
     first of all of x, or the dense weight's gradient, whichever is less. Of groups it is the latter."""
     b, i, side, _ = x
     o, places, taps = y[1], b * y[2] * y[3], kernel * kernel
-    whole = 2 * places * o * i // groups * taps
+    reached = b * inside(side, y[2], kernel, stride, padding)
+    whole = 2 * reached * o * i // groups
     p, q = min(rank, o), min(rank, i // groups)
-    thin = 6 * (b * side * side * i * q + places * (taps * p * q + p * o))
+    thin = 6 * (b * side * side * i * q + reached * p * q + places * p * o)
     flops = 2 * whole + (whole if groups > 1 else min(thin, whole))
     moved = 3 * b * i * side * side + 2 * places * o + 2 * o * i // groups * taps
     trained = taps * p * q + p * o + q * i // groups

@@ -263,6 +263,8 @@ def case(name, layer, size, device, promise=None, dtype=torch.float32, beside=No
     else:
         kernel, options = rest[0], dict(rest[1:])
         groups = options.get("groups", 1)
-        side = (size[2] + 2 * options.get("padding", 0) - kernel) // options.get("stride", 1) + 1
-        least = work.tucker_conv(size, (size[0], out, side, side), kernel, groups, RANK, dtype.itemsize)
+        padding, stride = options.get("padding", 0), options.get("stride", 1)
+        side = (size[2] + 2 * padding - kernel) // stride + 1
+        least = work.tucker_conv(size, (size[0], out, side, side), kernel, groups, RANK, dtype.itemsize, stride,
+                                 padding)
     return Case(name, contenders, targets, **least, seconds=8, dtype=dtype)
