@@ -7,10 +7,9 @@ few new ones: LoRA (peft), our Tucker adapter and `SpectralConfig`, by AdamW.
 
     python examples/finetune_memory.py                    # writes finetune_memory.json and .png beside it
 
-The learning rate of each method is the best of its grid in validation, one seed, found from the middle of the grid
-outward; then three seeds, the same for all.
-What has been measured is kept and not measured again. It takes about an hour of a processor. The times of steps are
-measured at the end, by turns.
+The learning rate of each method is picked in validation, one seed: from the middle of a grid outward for as long as it
+gets better. Then three seeds, the same for all. What has been measured is kept and not measured again. It takes about
+an hour of a processor. The times of steps are measured at the end, by turns.
 """
 
 import argparse
@@ -151,7 +150,9 @@ def fill(task, found, epochs, keep):
                     keep()
                 return rates[f"{lr:g}"]
 
-            row["lr"] = climb(grid, score)
+            best = climb(grid, score)
+            if row.get("lr") != best:
+                row.update(lr=best, runs=[])
             for seed in SEEDS[len(row["runs"]) :]:
                 bar.set_description(f"{method}, seed {seed}")
                 row["runs"].append(train(task, method, row["lr"], seed, epochs))

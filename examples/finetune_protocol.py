@@ -79,7 +79,7 @@ def run(task, method, seed, lr, progress, validate=False):
 
 
 def climb(grid, score):
-    """The best of rising rates, from the middle of the grid outward for as long as it gets better."""
+    """Of rising rates the one from which, from the middle of the grid outward, neither neighbour is better."""
     at = (len(grid) - 1) // 2
     way = 1 if at + 1 < len(grid) and score(grid[at + 1]) > score(grid[at]) else -1
     while 0 <= at + way < len(grid) and score(grid[at + way]) > score(grid[at]):

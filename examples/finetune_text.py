@@ -8,10 +8,10 @@ encoder's last layer over a text's tokens.
 
     python examples/finetune_text.py                      # writes finetune_text.json and .png beside it
 
-The learning rate of each method is the best of its grid in validation, one seed, for each task and number of texts by
-itself, found from the middle of the grid outward. Then three seeds, the same for all. What has been measured is kept
-and not measured again: `--output new.json` begins anew. It takes some two hours of a processor; `--jobs 2` trains by
-two methods at a time, a processor each.
+The learning rate of each method is picked in validation, one seed, for each task and number of texts by itself: from
+the middle of a grid outward for as long as it gets better. Then three seeds, the same for all. What has been measured
+is kept and not measured again: `--output new.json` begins anew. It takes some two hours of a processor; `--jobs 2`
+trains by two methods at a time, a processor each.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import os
 import re
 import statistics
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -245,7 +245,8 @@ def fill(found, keep, jobs, quick):
         entry = found["tasks"].setdefault(kind.name, {"validation": {}, "shots": {}})
         entry["validation"].setdefault(str(shots), {}).setdefault(method, {})
         entry["shots"].setdefault(str(shots), {}).setdefault(method, {"lr": None, "runs": []})
-    pool, keeping = multiprocessing.get_context("spawn").Pool(jobs, shorten if quick else None), Lock()
+    context, keeping = multiprocessing.get_context("spawn"), Lock()
+    pool = ProcessPoolExecutor(jobs, context, shorten if quick else None)
     with pool, ThreadPoolExecutor(jobs) as threads:
 
         def complete(kind, shots, method):
@@ -254,7 +255,7 @@ def fill(found, keep, jobs, quick):
 
             def score(lr):
                 if f"{lr:g}" not in rates:
-                    came_to = pool.apply(measured, (kind, shots, method, VALIDATION, lr, True))
+                    came_to = pool.submit(measured, kind, shots, method, VALIDATION, lr, True).result()
                     with keeping:
                         rates[f"{lr:g}"] = came_to["accuracy"]
                         keep()
@@ -264,7 +265,7 @@ def fill(found, keep, jobs, quick):
             with keeping:
                 row.update({} if row["lr"] == best else {"lr": best, "runs": []})
             for seed in SEEDS[len(row["runs"]) :]:
-                came_to = pool.apply(measured, (kind, shots, method, seed, best))
+                came_to = pool.submit(measured, kind, shots, method, seed, best).result()
                 with keeping:
                     row["runs"].append(came_to)
                     keep()

@@ -259,9 +259,11 @@ _STRIDED = torch.strided
 
 def shares_memory(x: Tensor) -> bool:
     """Whether two elements are one. They aren't where each stride is larger than all that smaller ones reach together;
-    of other strides, such as (3, 2), the places are counted."""
+    of other strides, such as (3, 2), the places are counted. torch.compile can't sort: it looks for strides of 0."""
     if x.is_contiguous():
         return False
+    if torch.compiler.is_compiling():
+        return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape))
     strides, reach = sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1), 0
     if x.numel() == 0 or not strides:
         return False

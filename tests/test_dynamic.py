@@ -87,6 +87,22 @@ def test_every_function(name):
         torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), z)[0] for t in results))
 
 
+IN_PLACE = {
+    "prox_group_lasso_": lambda w: ts.isotropy.prox_group_lasso_(w, [1] * w.shape[0], 0.1),
+    "tucker_compose": lambda w: ts.tucker_compose(w.new_ones(2, 2), [w.new_ones(n, 2) for n in w.shape], out=w),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_written_may_be_transposed(name):
+    compiled = torch.compile(IN_PLACE[name], dynamic=True, fullgraph=True, backend="aot_eager")
+    for count in (24, 16):
+        weights = [Z[:count, :5].clone().mT for _ in range(2)]
+        compiled(weights[0])
+        IN_PLACE[name](weights[1])
+        torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("kind", [ts.RiemannianSGD, ts.RiemannianAdamW], ids=lambda kind: kind.__name__)
 def test_both_optimisers(kind):
     """A step may break the graph, where it counts; its values are those of plain code."""

@@ -28,7 +28,7 @@ from ..common import (
     whole,
 )
 from .feedback import FEEDBACKS
-from .matrices import SIDES, Matrix, is_turned, matrix_shape
+from .matrices import SIDES, Matrix, is_turned, matrix_shape, on_host
 from .optimiser import MatrixOptimizer, check_torchs
 from .projectors import KINDS, PROJECTORS
 from .shards import local
@@ -158,7 +158,8 @@ class LowRankAdamW(MatrixOptimizer):
         work = [(i, Matrix(name, p, group)) for i, group in enumerate(self.param_groups)
                 for p in group["params"] if p.grad is not None and self._is_projected(group, p)]
         starts: dict[Any, Tensor] = {}
-        if len(work) < sum(p.grad is not None for group in self.param_groups for p in group["params"]):
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if len(work) < len(given) or not all(map(on_host, given)):  # elsewhere it also looks for a graph's capture
             self._adamw_step()
         for i, matrix in work:
             with full_precision(matrix.weight):

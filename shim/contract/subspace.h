@@ -159,7 +159,7 @@ typedef struct subspace_tucker_linear_args {
     void *y;                 /* [t, m]   forward in, out */
     const void *dy;          /* [t, m]   backward in */
     void *dx;                /* [t, n]   backward in, out: the gradient is added; or NULL */
-    void *dcore, *du, *dv;   /* like core, u and v; backward out, each or NULL */
+    void *dcore, *du, *dv;   /* like core, u and v, as they lie; backward out, each or NULL */
 } subspace_tucker_linear_args;
 
 /* ------------------------------------------------------------- tucker_conv
