@@ -31,6 +31,7 @@ def similarity_distillation(old: Tensor, new: Tensor, *, tau: float, alpha: floa
     Returns:
         losses, (...,), of new's dtype; float32 for half types, which are widened first (also under autocast). Means
         are over all n rows. Entries of -inf in `old` are masked: the divergence has no part there, whatever `new` has.
+        A row of nothing else (off the diagonal, with diagonal=False) has no divergence and isn't counted in its mean.
 
     Differentiable in ``new`` any number of times.
 
@@ -79,7 +80,9 @@ def _by_rows(old: Tensor, new: Tensor, tau: float, alpha: float, rows: str, diag
     wrong = old.diagonal(dim1=-2, dim2=-1) < old.amax(-1)  # NaN is not
     if not diagonal:
         old, new = old.masked_fill(own, -torch.inf), new.masked_fill(own, -torch.inf)
+    none = old.amax(-1) == -torch.inf  # all masked: no softmax, and none of new's, whose gradient would be 0 times NaN
+    old, new = (t.masked_fill(none[..., None], 0) for t in (old, new))
     before, after = ((t / divergence_tau).log_softmax(-1) for t in (old, new))
     apart = (before - after).masked_fill(before == -torch.inf, 0)  # 0 log 0
-    divergence = (before.exp() * apart).sum(-1)
-    return (nce + alpha * (divergence.masked_fill(wrong, 0) if rows == "correct" else divergence)).mean(-1)
+    divergence = (before.exp() * apart).sum(-1).masked_fill(none | wrong if rows == "correct" else none, 0)
+    return nce.mean(-1) + alpha * divergence.sum(-1) / (~none).sum(-1).clamp_min(1)

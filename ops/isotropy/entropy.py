@@ -139,16 +139,21 @@ class _Slope(Function):
 
     @staticmethod
     def backward(ctx, weight):
-        return *applied(_Second, weight, *ctx.saved_tensors), None, None, None
+        return *_second(weight, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def tangent(inputs, ddentropy, dmoments, *_):
-        along = applied(_Second, dmoments, *inputs)[1]  # as second derivatives are symmetric
+        along = _second(dmoments, *inputs)[1]  # as second derivatives are symmetric
         return applied(_Slope, ddentropy, *inputs[1:]) + along
 
 
+def _second(weight: Tensor, dentropy: Tensor, moments: Tensor, *known: Tensor) -> tuple[Tensor, Tensor]:
+    return applied(_Second, weight, dentropy, applied(_Constant, moments), *known)
+
+
 class _Second(Function):
-    """The derivatives of <weight, slope> in dS and G."""
+    """The derivatives of <weight, slope> in dS and G. Linear in weight, as in dS, and differentiable in both:
+    torch.autograd.functional.hvp asks for it. In G they are `_Constant`."""
 
     @staticmethod
     def forward(weight, dentropy, moments, p, vector, total):
@@ -163,6 +168,28 @@ class _Second(Function):
             dmoments = vector @ dmoments @ vector.mT
         scale = -(dentropy[..., None] / total.square())[..., None]
         return -(inner / total).squeeze(-1), scale * dmoments
+
+    @staticmethod
+    def backward(ctx, a, b):
+        weight, dentropy, *at = ctx.saved_tensors
+        along = _second(b, torch.ones_like(dentropy), *at)[1]  # as second derivatives are symmetric
+        dweight = applied(_Slope, a, *at) + dentropy[..., None, None] * along
+        return dweight, (along * weight).sum((-2, -1)), None, None, None, None
+
+    @staticmethod
+    def tangent(inputs, dweight, ddentropy, *_):
+        weight, dentropy, *at = inputs
+        inner, along = _second(dweight, dentropy, *at)
+        return inner, along + _second(weight, ddentropy, *at)[1]
+
+
+class _Constant(Function):
+    """G of second derivatives, which have none in it. A node of its own: asked for those in weight, torch passes it by.
+    """
+
+    @staticmethod
+    def forward(moments):
+        return moments.clone()
 
     @staticmethod
     def backward(ctx, *_):

@@ -79,15 +79,12 @@ def _with_rules(function: type[Function]) -> type[Function]:
 
         @staticmethod
         def jvp(ctx, *tangents):
-            # Torch has switched forward mode off, at all levels: to a jvp around this one, which asks for a derivative
-            # of this derivative, the result would be a constant. It is on again, and tangents of this level left out.
-            within = torch._C._functorch.peek_interpreter_stack()
-            if within is None or within.key() != torch._C._functorch.TransformType.Jvp:  # torch.autograd.forward_ad
-                return function.tangent(ctx.saved_tensors, *tangents)
+            # What is kept has tangents of this level. They are left out: within the level a graph that has them would
+            # give its derivatives tangents, too, one order more than was asked for. And torch has switched forward mode
+            # off, at all levels: to a jvp around this one, which asks for a derivative of this derivative, the result
+            # would be a constant.
             with forward_ad._set_fwd_grad_enabled(True):
-                kept, along = ([None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
-                               for tensors in (ctx.saved_tensors, tangents))
-                return function.tangent(kept, *along)
+                return function.tangent([forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors], *tangents)
 
         @staticmethod
         def vmap(info, in_dims, *args):

@@ -109,6 +109,42 @@ def test_masked_entries_have_no_part(rows, diagonal):
     assert similarity_distillation(old, new, **options | {"symmetric": True}).isfinite()
 
 
+@pytest.mark.parametrize("rows", ["correct", "all"])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_a_row_that_is_masked_is_not_counted(rows, diagonal):
+    """In InfoNCE it is: that is of the new similarities. Masked in both, too, where that leaves the pair's own."""
+    old, new = similarities(), similarities(seed=10)
+    off = ~torch.eye(6, dtype=torch.bool)[2]
+    options = {"tau": 0.5, "rows": rows, "diagonal": diagonal, "symmetric": False}
+
+    def of(old, new, alpha):
+        new = new.clone().requires_grad_()
+        loss = similarity_distillation(old, new, alpha=alpha, **options)
+        (slope,) = torch.autograd.grad(loss, new, create_graph=True)
+        (second,) = torch.autograd.grad(slope.square().sum(), new)
+        return loss.detach(), slope.detach(), second
+
+    def divergence(old, new):
+        return [a - b for a, b in zip(of(old, new, 2.0)[:2], of(old, new, 0.0)[:2])]
+
+    own, whole, both = old.clone(), old.clone(), new.clone()
+    own[2, off] = both[2, off] = whole[2] = -math.inf
+    none = old.clone()
+    none[2] = new[2]  # whose divergence is 0
+    expected = [6 / 5 * t for t in divergence(none, new)]
+    assert expected[0] > 0
+    for before, after in [(whole, new), (whole, both)] + [(own, new), (own, both)] * (not diagonal):
+        close(divergence(before, after), expected, 1e-12)
+        assert all(t.isfinite().all() for t in of(before, after, 2.0))
+        assert similarity_distillation(before, after, alpha=2.0, **options | {"symmetric": True}).isfinite()
+    nothing = torch.full_like(old, -math.inf)
+    found, plain = of(nothing, new, 2.0), of(old, new, 0.0)
+    close(found, plain, 1e-12)
+    several = torch.stack([old, whole, nothing]), torch.stack([new] * 3)
+    close([similarity_distillation(*several, alpha=2.0, **options)],
+          [torch.stack([of(before, new, 2.0)[0] for before in several[0]])], 1e-12)
+
+
 @pytest.mark.slow
 def test_compile_without_graph_breaks():
     torch._dynamo.reset()

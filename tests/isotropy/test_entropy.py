@@ -6,6 +6,7 @@ import pytest
 import reference as ref
 import torch
 from helpers import close, normal, same
+from torch.autograd import forward_ad
 
 from torch_subspace.isotropy import von_neumann_entropy
 
@@ -161,7 +162,8 @@ def test_not_a_number_stays_one(bad):
     assert dz[0].isfinite().all() and dz[1].isnan().all()
 
 
-def test_torch_func_takes_the_plain_formula():
+def test_values_and_gradients_in_torch_func():
+    """By the function's own rules: as outside of it."""
     z, v = normal(3, 6, 4), normal(6, 4, seed=1)
     entropy, dz = of(von_neumann_entropy, z[0])
     close([torch.func.grad(von_neumann_entropy)(z[0])], [dz], 1e-11)
@@ -169,7 +171,10 @@ def test_torch_func_takes_the_plain_formula():
     close([torch.vmap(von_neumann_entropy)(z)], [von_neumann_entropy(z)], 1e-12)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 2, 1), (3, 1e-3, 1e-3), (3, 2, 1)])
+SINGULAR = [(1, 1, 1), (2, 2, 1), (3, 1e-3, 1e-3), (3, 2, 1)]
+
+
+@pytest.mark.parametrize("lengths", SINGULAR)
 def test_second_derivatives_in_torch_func(lengths):
     """Exact where eigenvalues repeat, whatever mode is within which."""
     z = turned(*lengths)
@@ -185,6 +190,55 @@ def test_second_derivatives_in_torch_func(lengths):
     for a in rules:
         with pytest.raises(RuntimeError, match="third derivatives"):
             a(torch.func.hessian(von_neumann_entropy))(z)
+
+
+@pytest.mark.parametrize("lengths", SINGULAR)
+@pytest.mark.parametrize("kind", PREPARED)
+def test_second_derivatives_in_forward_mode(kind, lengths):
+    """Within a level and after it, reverse over forward and the other way round; also torch.func in a level, a level in
+    torch.func."""
+    def function(z):
+        return von_neumann_entropy(z, of=kind)
+
+    def slope(z):
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(z, along))).tangent
+
+    def slope_in_its_level(z):
+        with forward_ad.dual_level():
+            return slope(z)
+
+    z, along = turned(*lengths), normal(9, 3, seed=1)
+    expected = (torch.autograd.functional.hessian(function, z) * along).sum((-2, -1))
+    leaf, found = z.clone().requires_grad_(), []
+    with forward_ad.dual_level():
+        found += torch.autograd.grad(slope(leaf), leaf)
+        dual = forward_ad.make_dual(leaf, along)
+        found += torch.autograd.grad(forward_ad.unpack_dual(function(dual)).tangent, dual)
+        for gradient in (torch.autograd.grad(function(dual), leaf)[0], torch.func.grad(function)(dual)):
+            found.append(forward_ad.unpack_dual(gradient).tangent.detach())
+        after = slope(leaf)
+    found += torch.autograd.grad(after, leaf)
+    found.append(torch.func.grad(slope_in_its_level)(z))
+    found.append(torch.vmap(torch.func.grad(slope_in_its_level))(torch.stack([z, z]))[1])
+    found.append(torch.autograd.functional.hvp(function, z, along)[1])
+    close(found, [expected] * len(found), 1e-9)
+
+
+def test_second_derivatives_are_differentiable_in_what_they_are_linear_in():
+    """The vector that a Hessian is multiplied with, and the derivative that came from above."""
+    z, v, w = turned(2, 2, 1), normal(9, 3, seed=1), torch.tensor(2.0, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(von_neumann_entropy, z)
+
+    def product(w, v):
+        return torch.func.jvp(torch.func.grad(lambda z: w * von_neumann_entropy(z)), (z,), (v,))[1]
+
+    def twice_reverse(w, v):
+        return torch.func.grad(lambda z: (torch.func.grad(lambda z: w * von_neumann_entropy(z))(z) * v).sum())(z)
+
+    for of_both in (product, twice_reverse):
+        for rule in (torch.func.jacfwd, torch.func.jacrev):
+            by_w, by_v = rule(of_both, (0, 1))(w, v)
+            close([by_w, by_v], [(expected * v).sum((-2, -1)), 2 * expected], 1e-9)
 
 
 def test_the_gradient_where_eigenvalues_are_0_in_torch_func():
