@@ -68,38 +68,47 @@ def _inverse(lower: Tensor) -> Tensor:
                                          upper=False)
 
 
-def principal_directions(x: Tensor, k: int) -> Tensor:
-    """At most k orthonormal directions (j, n) of largest energy ‖x v‖ of the rows of x (m, n), the largest first.
+SHORT = 3e-4  # share of the largest energy down to which a Gram matrix in the points' dtype will do
 
-    A Gram matrix has squares of lengths, and tells those below sqrt(eps) of the longest from nothing no more: these are
-    found in what the longer ones leave of x, and so on down to the rounding of x itself.
+
+def principal_directions(x: Tensor, k: int) -> Tensor:
+    """At most k orthonormal directions (j, n) of largest energy ‖x v‖² of the rows of x (m, n), the largest first.
+
+    Row i is right to about eps s_1 / gap, with lengths s_1 >= s_2 >= ... and the gap of s_i to its neighbours. By a
+    Gram matrix it is to eps s_1² / (s_i² - s_j²), and after a step of the power method to that times (s_j / s_i)²,
+    j > i: enough down to SHORT. Shorter ones are found by the Gram matrix in float64 of what is float32, and by
+    singular vectors of what is float64.
     """
     largest = x.abs().amax() if x.numel() else 0
     if largest == 0:
         return x[:0]
-    x = x / largest
-    found = _longest(x, k)
-    while len(found) < k:
-        left = x - x @ found.mT @ found
-        if left.norm() <= max(x.shape) ** 0.5 * torch.finfo(x.dtype).eps * x.norm():  # no more than rounding
-            break
-        more = _longest(left / left.abs().amax(), k - len(found))
-        more -= more @ found.mT @ found
-        found = nearest_frame(torch.cat([found, more]))
-    return found
+    (m, n), dtype, eps = x.shape, x.dtype, torch.finfo(x.dtype).eps
+    x, k = x / largest, min(k, m, n)
+    energy, u = _by_gram(x)
+    if energy[-k] < energy[-1] * SHORT:
+        rounding = (8 + max(m, n) ** 0.5) * eps * float(x.norm())  # of entries, of sums they may be, of what follows
+        if dtype != torch.float32:
+            _, length, v = torch.linalg.svd(torch.linalg.qr(x, mode="r").R if m > n else x, full_matrices=False)
+            return v[: min(k, int((length > rounding).sum()))]
+        x = x.double()
+        energy, u = _by_gram(x)
+        k = min(k, int((energy > rounding**2).sum()))
+    u = u[:, -k:].flip(1).mT
+    if m < n:
+        u = _in_order(u @ x)
+    elif energy[-k] < energy[-1] / 100:
+        u = _in_order(_in_order(u @ x.mT) @ x)
+    return u.to(dtype)
 
 
-def _longest(x: Tensor, k: int) -> Tensor:
-    """Those of the k directions of largest energy of x (m, n) that its smaller Gram matrix tells from nothing."""
-    m, n = x.shape
-    energy, u = torch.linalg.eigh(x @ x.mT if m < n else x.mT @ x)  # ascending
-    rank = int((energy > energy[-1] * max(m, n) * torch.finfo(x.dtype).eps).sum())
-    u = u[:, -min(k, rank) :].flip(1).mT
-    if m >= n:
-        if energy[-len(u)] > energy[-1] / 100:
-            return u
-        u = normalize(u @ x.mT, dim=1)  # a step of the power method: errors of u are eps over its share of the energy
-    return nearest_frame(normalize(u @ x, dim=1))
+def _by_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the smaller Gram matrix."""
+    return torch.linalg.eigh(x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x)
+
+
+def _in_order(a: Tensor) -> Tensor:
+    """Rows made orthonormal, each to those before it: errors of the short ones tilt no long one."""
+    return torch.linalg.qr(normalize(a, dim=1).mT).Q.mT
 
 
 def principal_frame(x: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:

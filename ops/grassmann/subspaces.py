@@ -209,7 +209,9 @@ def class_subspaces(x: Tensor, y: Tensor, k: int, *, num_classes: int | None = N
     Returns:
         frames, (C, k, n), on x's device, of its dtype, rows in the order of their energy. For half types float32, since
         rows rounded to halves are not orthonormal: beside half points they are to be cast, ``frames.to(x.dtype)``.
-        Eigenproblems are torch.linalg.eigh's, in float64, of the smaller Gram matrix.
+        All in float64: torch.linalg.eigh of the smaller Gram matrix, and torch.linalg.svd of a class's points where
+        one of the k directions is shorter than 1/58 of the longest. Rows are right to rounding over the gaps between
+        lengths; what is no longer than rounding in float64 is no direction.
 
     Raises:
         TypeError: x is no dense floating tensor, y none of int64, or k or num_classes is no int.

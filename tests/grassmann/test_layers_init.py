@@ -281,3 +281,44 @@ def test_principal_directions_are_as_exact_as_points(m, n, dtype, powers):
         assert (wide - wide @ v.mT @ v).norm() < 20 * eps
         assert ((v * right.mT).sum(1).abs() > 1 - 1e-4).all()  # the largest first
         assert len(principal_directions(x, 8)) == 6
+
+
+FLOAT, WIDE = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("dtype, m, n, lengths", [
+    (WIDE, 6, 4, (1, 0.1, 4e-8)), (WIDE, 4, 6, (1, 0.1, 4e-8)), (WIDE, 50, 8, (1, 0.1, 2e-7)),
+    (WIDE, 50, 64, (1, 0.1, 2e-7)), (WIDE, 4, 4, (1, 3.2e-6, 3.7e-7, 2e-13)),
+    (WIDE, 40, 12, (1, 0.2, 6e-3, 2.7e-7, 2.1e-7, 6.8e-9, 1.5e-9, 1.1e-9, 2.5e-12)),
+    (WIDE, 20, 8, (1, 0.3, 0.05, 0.02)), (WIDE, 8, 20, (1, 0.3, 0.05, 0.02)),
+    (FLOAT, 50, 4, (1, 3e-3)), (FLOAT, 4, 50, (1, 3e-3)), (FLOAT, 200, 16, (1, 6e-3)), (FLOAT, 6, 4, (1, 0.1, 4e-5)),
+    (FLOAT, 50, 8, (1, 0.1, 3e-4, 1e-4)), (FLOAT, 20, 8, (1, 0.3, 0.05, 0.02)), (FLOAT, 8, 20, (1, 0.3, 0.05, 0.02)),
+])
+def test_no_long_direction_is_tilted_by_short_ones(dtype, m, n, lengths):
+    """Each row, and the first rows' span, is right to rounding of the longest over a gap: what no method betters."""
+    eps, rank = torch.finfo(dtype).eps, len(lengths)
+    length = torch.tensor(lengths, dtype=WIDE)
+    below = length - torch.cat([length[1:], length.new_zeros(1)])  # the gaps of spans
+    gap = torch.minimum(below, torch.cat([below.new_ones(1), below[:-1]]))
+    for seed in range(20):
+        left, right = (torch.linalg.qr(normal(size, rank, seed=seed + 100 * size)).Q for size in (m, n))
+        x = (left * length @ right.mT).to(dtype)
+        for k in range(1, rank + 1):
+            found = principal_directions(x, k).double()
+            assert found.shape == (k, n) and frame_error(found) < 16 * eps
+            cosines = (found @ right[:, :k]).diagonal()[:, None]
+            assert ((found - cosines * right[:, :k].mT).norm(dim=1) < 16 * eps / gap[:k]).all()
+            assert (right[:, :k].mT - right[:, :k].mT @ found.mT @ found).norm() < 16 * eps / below[k - 1]
+            assert ((x.double() @ found.mT).norm(dim=0) - length[:k]).abs().max() < 16 * eps  # so in order
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, WIDE], ids=str)
+@pytest.mark.parametrize("m, n, rank, seeds", [
+    (3, 3, 1, 40), (3, 3, 2, 40), (4, 4, 2, 40), (4, 4, 3, 40), (5, 3, 2, 40), (2, 9, 1, 40), (40, 12, 5, 20),
+    (12, 40, 5, 20), (400, 60, 20, 2)])
+def test_rounding_is_no_direction(dtype, m, n, rank, seeds):
+    for seed in range(seeds):
+        a, b = normal(m, rank, seed=seed).to(dtype), normal(rank, n, seed=1000 + seed).to(dtype)
+        product = a @ b
+        for x in (product, torch.cat([product, product.sum(0, keepdim=True)]), nn.functional.normalize(product)):
+            assert len(principal_directions(x, min(m, n))) == rank

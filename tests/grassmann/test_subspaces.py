@@ -125,6 +125,20 @@ def test_class_subspaces_of_short_directions():
     close(found.mT @ found, frames.mT @ frames, 1e-5)
 
 
+def test_class_subspaces_are_in_order_and_rounding_is_drawn_anew():
+    for seed in range(20):
+        left, right = torch.linalg.qr(normal(6, 3, seed=seed)).Q, torch.linalg.qr(normal(4, 3, seed=100 + seed)).Q
+        points = left * torch.tensor([1, 0.1, 4e-8]).double() @ right.mT
+        found, again = (class_subspaces(points, torch.zeros(6, dtype=torch.int64), 4,
+                                        generator=torch.Generator().manual_seed(1))[0] for _ in range(2))
+        assert torch.equal(found, again) and frame_error(found) < 1e-14
+        assert ((found[:3] * right.mT).sum(1).abs() > 1 - 1e-14).all()
+        points = normal(4, 2, seed=seed) @ normal(2, 4, seed=100 + seed)  # a plane, but for rounding
+        one, two = (class_subspaces(points, torch.zeros(4, dtype=torch.int64), 3,
+                                    generator=torch.Generator().manual_seed(draw))[0] for draw in (1, 2))
+        assert torch.equal(one[:2], two[:2]) and (one[2] @ two[2]).abs() < 1 - 1e-9
+
+
 def test_half_types_are_computed_in_float32():
     frames, x = frames_of(None).bfloat16(), (100 * normal(5, 7, seed=6)).bfloat16()
     wanted = subspace_denoise(x.double(), frames.double(), noise=0.3)
