@@ -7,9 +7,9 @@
  *     dV = k' drop(x),  dx += drop(k V)                                   one over x, one over dx
  *
  * z1, z2, h and k have a rank's width: x is read once more for z1 in the backward, and nothing is kept but x.
- * Every product is one of mode_product.h's two passes, where V and U' stand for [k, n] and U, and V turned, for [n, k]. A
- * step keeps few bytes beside its results, so what lies the other way is turned over piece by piece, the gradients of U and
- * of V turned, too, and k takes the place of z1.
+ * Every product is one of mode_product.h's two passes, where V and U' stand for [k, n] and U, and V turned, for [n, k].
+ * A step keeps few bytes beside its results, so what lies the other way is turned over piece by piece, the gradients of
+ * U and of V turned, too, and k takes the place of z1.
  */
 #include "cpu.h"
 
