@@ -115,5 +115,5 @@ def write():
     """Accuracy of ours, of what one would take otherwise, and points between them."""
     return "\n".join(["| | ours | other | points |", "|---|---|---|---|", characters(), *texts(), memory(), gamma(),
                       *convolutions(), rates(), clustering(), "",
-                      f"Means of {seeds()} seeds, points paired by seed, 95 %; rates: the best in validation. Also "
+                      f"Means of {seeds()} seeds, points paired by seed, 95 %; rates picked in validation. Also "
                       "where it does not help: [evidence](docs/evidence.md)."])

@@ -100,10 +100,10 @@ def texts():
         lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | "
                      f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
     setting = found["setting"]
-    lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, the best "
-              f"in validation; {setting['epochs']} epochs. With all weights the rate is the encoder's, the head's is "
-              f"{head_factor()} times as large. Heads on a frozen encoder take its features as they are, reckoned "
-              "once. " + place("finetune_text", setting)]
+    lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, picked in "
+              f"validation from the middle of a grid outward; {setting['epochs']} epochs. With all weights the rate is "
+              f"the encoder's, the head's is {head_factor()} times as large. Heads on a frozen encoder take its "
+              "features as they are, reckoned once. " + place("finetune_text", setting)]
     ours = "ours, Grassmann head"
     lines += ["", f"| {ours}, less | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
     for method in first:

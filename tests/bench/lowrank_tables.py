@@ -42,7 +42,7 @@ def memory_table():
         lines.append(f"| {method} | {row['lr']:g} | {mean} ({range_}) | {over} | {' | '.join(sizes + times)} |")
     lines += ["", f"all-MiniLM-L6-v2 with a linear head, {setting['shots']} texts a class of eight, "
               f"{setting['epochs']} epochs in batches of {setting['batch']}, {len(first)} seeds, one thread. Rates "
-              "from a grid, in validation; where AdamW or LowRankAdamW train all weights the head's is "
-              f"{evidence_heads.head_factor()} times as large. Over AdamW: points, paired by seed, with the half width "
-              "of a 95 % interval. Numbers in [finetune_memory.json](../examples/finetune_memory.json)."]
+              "picked in validation, from the middle of a grid outward; where AdamW or LowRankAdamW train all weights "
+              f"the head's is {evidence_heads.head_factor()} times as large. Over AdamW: points, paired by seed, with "
+              "the half width of a 95 % interval. Numbers in [finetune_memory.json](../examples/finetune_memory.json)."]
     return "\n".join(lines)
