@@ -124,8 +124,6 @@ def main():
     parser.add_argument("--quick", action="store_true", help="three sizes, few samples, nothing is written")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if not args.quick:
-        harness.as_chosen_at_load()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(args.threads)
     where, rates, rows = harness.environment("cpu", args.threads), limits(), []
@@ -144,4 +142,5 @@ def main():
 
 
 if __name__ == "__main__":
+    harness.as_chosen_at_load()
     main()

@@ -134,7 +134,8 @@ def environment(device, threads):
 
 
 def as_chosen_at_load():
-    """Begin this script again where OpenBLAS is told which kernels to take: it is timed with its own choice."""
+    """Begin this script again where OpenBLAS is told which kernels to take: it is timed with its own choice.
+    For scripts, not for what imports them."""
     told = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & os.environ.keys()
     if told:
         kept = {name: value for name, value in os.environ.items() if name not in told}

@@ -89,7 +89,6 @@ def measure(make, sizes):
 
 def main():
     """Measure, write, draw."""
-    as_chosen_at_load()
     rows = []
     for title, make, what, values, rest in SWEEPS:
         for value in values:
@@ -118,4 +117,5 @@ def main():
 
 
 if __name__ == "__main__":
+    as_chosen_at_load()
     main()

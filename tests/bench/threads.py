@@ -61,8 +61,6 @@ def main():
     parser.add_argument("--op", choices=bench.OPS, action="append", help="this op only (may be given again)")
     parser.add_argument("--quick", action="store_true", help="first case of an op, short timing, nothing is written")
     args = parser.parse_args()
-    if not args.quick:
-        harness.as_chosen_at_load()
     if torch.get_num_threads() < 2:
         sys.exit("threads: this machine, or OMP_NUM_THREADS, has one thread: nothing was measured")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -74,4 +72,5 @@ def main():
 
 
 if __name__ == "__main__":
+    harness.as_chosen_at_load()
     main()
