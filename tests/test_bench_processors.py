@@ -30,6 +30,13 @@ def test_names():
     assert processors.name(told) == "amd-epyc-26-avx512" and processors.title(told) == "AMD EPYC (family 26), avx512"
 
 
+def test_rows_with_openblas_held_back_are_named(tmp_path):
+    shown = {"op": [("big", "ours", ())]}
+    for blas, named in (("OpenBLAS 0.3 Haswell", True), ("OpenBLAS 0.3 SkylakeX", False)):
+        write(tmp_path, AMD | {"blas": blas}, 2)
+        assert ("held to kernels of AVX2" in processors.table(shown, lambda where: "", tmp_path)) == named
+
+
 def test_the_newest_of_each_processor_is_kept(tmp_path):
     for where, ms, left in ((INTEL, 1, {"op.json": 1}), (INTEL, 2, {"op.json": 2}),
                             (AMD, 3, {"op.json": 3, "intel-xeon-avx512/op.json": 2}),

@@ -56,6 +56,12 @@ def cells(run, case, ours):
             f"{share:.0%}" if share else ""]
 
 
+def held_back(run):
+    """Whether OpenBLAS, whose products are the limit, was held to kernels of AVX2 on a processor that has more."""
+    where = run["environment"]
+    return where["instruction set"].startswith("avx512") and "Haswell" in where.get("blas", "")
+
+
 def table(shown, place, results=RESULTS):
     """The first case of every op in `shown`, three columns a processor; `place` tells of a run."""
     found = {op: runs(op, results) for op in shown}
@@ -74,5 +80,10 @@ def table(shown, place, results=RESULTS):
               "OpenBLAS's, the higher one, measured beside the row (`tests/bench/work.py`). Rows that are not those of "
               "the first table"
               f"{':' if places else ': none.'}"]
+    slow = sorted({f"`{op}`" for op, by in found.items() for run in by.values() if held_back(run)})
+    if slow:
+        lines += ["", f"In some rows with AVX-512, of {', '.join(slow)}, OpenBLAS was held to kernels of AVX2 by "
+                  "OPENBLAS_CORETYPE: the limit is higher than they say, up to twice, and so are the rates of ops that "
+                  "use its products."]
     lines += ["", *(f"* {', '.join(ops)}: {told}" for told, ops in places.items())] if places else []
     return "\n".join(lines)

@@ -153,14 +153,14 @@ def test_clusters_keep_their_learners():
         assert torch.equal(model.assign(x, turned, seed=seed), turned)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_learners_on_clusters_retrieve(seed):
+@pytest.mark.parametrize("seed, threshold", [(0, 0.3), (0, 0.5), (1, 0.5), (2, 0.5)])
+def test_learners_on_clusters_retrieve(seed, threshold):
     """The whole schedule on planted classes: a nearest neighbour is of the class."""
     torch.manual_seed(seed)
     centres = torch.randn(12, 10)
     y = torch.arange(240) % 12
     x = centres[y] + 0.4 * torch.randn(240, 10)
-    model = DynamicSubspaceLearners(10, 24)
+    model = DynamicSubspaceLearners(10, 24, threshold=threshold)
     trained(model, x, y, 30)
     assert model.split()
     cluster = None
