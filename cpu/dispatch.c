@@ -60,6 +60,16 @@ const char *subspace_cpu_isa_available(void)
     return available;
 }
 
+bool subspace_cpu_intel(void)
+{
+#ifdef SUBSPACE_HAVE_X86_LEVELS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 /* Every function of the contract: on to the chosen level's. */
 #define TO_WORKSPACE(op)                                                                                               \
     size_t subspace_##op##_workspace_cpu(const subspace_ctx *ctx, const subspace_##op##_args *a)                       \

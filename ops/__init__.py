@@ -36,6 +36,7 @@ from .library import show_config
 from .lowrank import fastfood as _fastfood  # noqa: F401
 from .lowrank import hadamard as _hadamard  # noqa: F401
 from .lowrank import newton_schulz as _newton_schulz  # noqa: F401
+from .lowrank import product as _product  # noqa: F401
 from .rates import coding_rate_soft as _coding_rate_soft  # noqa: F401
 from .rates.coding_rate import coding_rate, rate_reduction
 from .rates.losses import CodingRateLoss, MCR2Loss, MLCLoss

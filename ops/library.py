@@ -52,6 +52,7 @@ def _load_cpu():
         library = _load("cpu")
     for name in ("isa", "isa_available", "blas"):
         getattr(library, f"torch_subspace_cpu_{name}").restype = ctypes.c_char_p
+    library.torch_subspace_cpu_intel.restype = ctypes.c_bool
     return library
 
 
@@ -126,6 +127,11 @@ def config() -> dict[str, Any]:
         },
         "CUDA": cuda,
     }
+
+
+def is_intel() -> bool:
+    """Whether this machine's processor is Intel's, for which torch's products are at their best."""
+    return _cpu.torch_subspace_cpu_intel()
 
 
 def show_config() -> None:

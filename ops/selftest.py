@@ -221,6 +221,13 @@ def _depthwise(x: Tensor, dy: Tensor) -> Tensor:
     return _op.depthwise(x, dy, (3, 3), (1, 1), (1, 1), (1, 1), x.shape[1])
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """As range_finder and LowRankAdamW have it: of a transposed matrix, added to another."""
+    y = a.new_ones((1, a.shape[1], b.shape[1]))
+    _op.product_(y, a[None], b[None], True, False, 0.5, 2.0)
+    return y[0]
+
+
 def _plain_depthwise(x: Tensor, dy: Tensor) -> Tensor:
     channels = x.shape[1]
     return torch.nn.grad.conv2d_weight(x, (channels, 1, 3, 3), dy, padding=1, groups=channels)
@@ -251,6 +258,8 @@ ROWS = (
         (256, 1024), 2e-4),
     Row("hadamard", _rows_of, lowrank.hadamard, _plain_hadamard, 1, (5, 64), (256, 4096)),
     Row("fastfood", _rows_of, _fastfood, _plain_fastfood, 1, (3, 20), (1, 1 << 16)),
+    Row("product", lambda m, n, k: _draw((k, m), (k, n)), _product, lambda a, b: 0.5 * (a.mT @ b) + 2, 0, (70, 9, 30),
+        (1024, 128, 1024)),
 )
 
 

@@ -62,6 +62,11 @@ EXPORT const char *torch_subspace_cpu_isa_available(void)
     return subspace_cpu_isa_available();
 }
 
+EXPORT bool torch_subspace_cpu_intel(void)
+{
+    return subspace_cpu_intel();
+}
+
 EXPORT const char *torch_subspace_cpu_blas(void)
 {
     return linalg_version();

@@ -64,7 +64,7 @@ def test_what_two_threads_slow_down_is_named(tmp_path):
 
 
 def test_a_slope_is_the_exponent():
-    sizes = growth.doubled(4)
+    sizes = growth.doubled(4, 5)
     assert sizes == [4, 8, 16, 32, 64] and growth.slope(sizes, [3 * s**2.5 for s in sizes]) == pytest.approx(2.5)
 
 

@@ -198,6 +198,7 @@ COUNTED = [  # what work.py says, a formula of the op, what it is given
     (work.lambda_orthogonality(1, 64), lambda w, t: t(w) @ w, (some(64, 64),)),
     (work.sigreg(1, N, D, K), lambda z, a, t: (z @ a) @ a.mT, (some(N, D), some(D, K))),
     (work.newton_schulz(64, 64), spectral, (some(64, 64),)),
+    (work.product(N, K, D), lambda a, b, t: a @ b, (some(N, D), some(D, K))),
     (work.newton_schulz(64, 640), gram_only, (some(64, 640),)),
     (work.trion(640, 80, 64), lambda m, q, p, t: (m @ q, p @ q.mT, gram_only(p.mT, t)),
      (some(640, 80), some(80, 64), some(640, 64))),
@@ -284,6 +285,12 @@ def margin_loss(x, weight, bias, label):
     return torch.func.functional_call(called, {"model.embed.weight": weight, "model.embed.bias": bias}, (x, label))
 
 
+def added(y, a, b):
+    """In place: y is read and written."""
+    torch.ops.torch_subspace.product_(y[None], a[None], b[None], False, False, 1.0, 1.0)
+    return y
+
+
 LABELS, FRAMES = torch.arange(N) % C, torch.linalg.qr(some(C, N, K)).Q.mT.contiguous()
 MOVED = [
     (work.logits(B, N, C, K, False), lambda x, w: ts.subspace_logits(x, w), (some(B, N), FRAMES), {"backward": False}),
@@ -319,6 +326,7 @@ MOVED = [
     (work.hadamard(3, 16), lowrank.hadamard, (some(3, 16),), {"backward": False}),
     (work.fastfood(9, 100), lambda x: lowrank.fastfood(x, 100, seed=1), (some(9),), {"needed": False}),
     (work.newton_schulz(N, D), lowrank.newton_schulz, (some(N, D),), {"backward": False}),
+    (work.product(N, K, D), added, (some(N, K), some(N, D), some(D, K)), {"backward": False}),
     (work.coding_rate(N, D, 0), ts.coding_rate, (some(N, D),), {}),
     (work.coding_rate(N, D, C), ts.coding_rate, (some(N, D), LABELS), {}),
     (work.coding_rate_soft(N, D, C), ts.coding_rate, (some(N, D), some(N, C).softmax(1)), {}),

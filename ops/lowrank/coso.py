@@ -31,6 +31,7 @@ from ..common import (
 )
 from .frequent_directions import merged
 from .optimiser import MatrixOptimizer, check_torchs
+from .product import add_product_, product
 from .shards import all_finite, local, owners, placed, sharing, total
 from .tasks import directions, matrix_of, off, remembered, resized
 
@@ -188,10 +189,10 @@ class CoSO(MatrixOptimizer):
             if sketch is None or sketch.shape[-2] != min(group["sketch_rank"], shape[-1]):
                 sketch = resized(sketch, block, min(group["sketch_rank"], shape[-1]))
             state["sketch"] = _kept(merged(sketch, block, group["decay"]).to(grad.dtype), p)
-            turn = None if before is None else before.mT @ basis
+            turn = None if before is None else product(before.mT, basis)
         if not moves:
             return 0
-        low = grad @ basis if low is None else low
+        low = product(grad, basis) if low is None else low
         low = -low if group["maximize"] else low
         mean, square = (local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq"))
         if mean is not None and turn is None and mean.shape == own.shape and own.shape != low.shape:  # AdamW's
@@ -211,10 +212,9 @@ class CoSO(MatrixOptimizer):
             weight = own.reshape(shape).to(grad.dtype).mT
             own.sub_((decay * off(weight, memory).mT).reshape(own.shape).to(own.dtype))
         if own.is_contiguous() and own.dtype == grad.dtype:
-            weight = own.view(shape)
-            (weight.baddbmm_ if len(shape) == 3 else weight.addmm_)(update, basis.mT)
+            add_product_(own.view(shape), update, basis.mT, 1.0)
         else:
-            own.add_((update @ basis.mT).reshape(own.shape).to(own.dtype))
+            own.add_(product(update, basis.mT).reshape(own.shape).to(own.dtype))
         moments = {key: placed(t, p) if own is not p else t for key, t in (("exp_avg", mean), ("exp_avg_sq", square))}
         state.update(step=torch.tensor(float(count)), basis=_kept(basis, p), **moments)
         return 0

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .product import add_product_
+
 FEEDBACKS = ("int8", "dense")
 BLOCK = 256
-CHUNK = 1 << 17  # entries
+CHUNK = 1 << 18  # entries
 
 
 def fed(grad: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -65,4 +67,6 @@ def chunks(t: Tensor) -> list[tuple[int | slice, ...]]:
 
 
 def _less(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (torch.baddbmm if t.dim() == 3 else torch.addmm)(t, a, b, alpha=-1)
+    less = t.clone(memory_format=torch.contiguous_format)
+    add_product_(less, a, b, 1.0, -1.0)
+    return less

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common import wide_dtype
 from .feedback import chunks, fed, left_out
+from .product import add_product_
 from .projectors import KINDS, STORED, along, carried, columns, project, without_rounding
 from .shards import all_finite, local, placed, sharing
 from .walsh import is_transformed, row_chunks, walsh_along, walsh_choice, walsh_move_
@@ -203,8 +204,7 @@ class Matrix:
         if not own.is_contiguous():
             own.mul_(decay).add_((a @ b).view(own.shape))
         else:
-            own = own.view(self.shape)
-            (torch.baddbmm if own.dim() == 3 else torch.addmm)(own, a, b, beta=decay, out=own)
+            add_product_(own.view(self.shape), a, b, decay)
 
     def _keep(self, state, count, new):
         for key in state.keys() - new.keys() - {"step"}:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cosine import basis_columns, columns_of, taken
+from .product import product
 from .range_finder import largest, orthonormal, rows_in_cache, scaled
 from .shards import total
 from .walsh import ROUNDING, in_order, walsh_columns, walsh_spectrum
@@ -39,21 +40,21 @@ def project(projector: str, g: Tensor, rank: int, start: Tensor | None,
     if projector == "svd":
         basis = _leading(_gram(scaled(g, group).double(), group), rank).to(g.dtype)
         return basis, along(g, basis, group)
-    x = g @ start
+    x = product(g, start)
     scale_(x, group)
-    y = g.mT @ x
+    y = product(g.mT, x)
     total(y, group)
     basis = orthonormal(scaled(y).add_(scaled(start), alpha=torch.finfo(g.dtype).eps))
-    low = g @ basis
+    low = product(g, basis)
     size = scale_(low, group)
     turn = _leading(_gram(low if g.device.type == "cpu" else low.double(), group), rank).to(g.dtype)
-    low = low @ turn
-    return basis @ turn, low.mul_(torch.where(_are_rounding(_squares(low, None, group)), 0, size))
+    low = product(low, turn)
+    return product(basis, turn), low.mul_(torch.where(_are_rounding(_squares(low, None, group)), 0, size))
 
 
 def along(g: Tensor, basis: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """G Q of a basis that is given by its columns."""
-    return without_rounding(g @ basis, group)
+    return without_rounding(product(g, basis), group)
 
 
 def without_rounding(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -93,7 +94,7 @@ def _share(of: Tensor) -> float:
 
 def _gram(low: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """LᵀL in float64, summed in L's own precision."""
-    gram = (low.mT @ low).double()
+    gram = product(low.mT, low).double()
     total(gram, group)
     return gram
 
@@ -124,5 +125,5 @@ def carried(moments: tuple[Tensor, Tensor], before: tuple[str, Tensor] | None, n
         return tuple(taken(t, place).masked_fill_(gone, 0) for t in moments)
     turn = columns(*now, size, mean.dtype)
     if before is not None:
-        turn = columns(*before, size, mean.dtype).mT @ turn
-    return mean @ turn, square @ turn.square()
+        turn = product(columns(*before, size, mean.dtype).mT, turn)
+    return product(mean, turn), product(square, turn.square())

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common import full_precision, told, whole, wide_dtype
 from ..draws import seeded_normal
 from .cosine import check_matrix
+from .product import product
 from .shards import total
 
 CHUNK = 1 << 17  # entries that stay in a core's cache
@@ -86,7 +87,7 @@ def range_basis(g: Tensor, basis: Tensor, power: int) -> Tensor:
     """orth((GᵀG + δ)^power Ω) of wide matrices, from the start on."""
     with full_precision(g):
         for _ in range(power):
-            y = g.mT @ scaled(g @ basis)
+            y = product(g.mT, scaled(product(g, basis)))
             basis = orthonormal(scaled(y) + torch.finfo(g.dtype).eps * scaled(basis))
     return basis
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..common import HALF, check_dense, check_word, told, whole
+from .product import product
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -175,9 +176,9 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _step(self, x: Tensor) -> None:
         v, first, size = self._v, not self._c.any(), float(x.abs().amax())
         x = x / size  # so that no square is lost
-        g = x.mT @ (x @ v)
+        g = product(x.mT, product(x, v))
         if first:
-            g = x.mT @ (x @ torch.linalg.qr(g)[0])
+            g = product(x.mT, product(x, torch.linalg.qr(g)[0]))
         new = g.double() * size**2
         if not first and self.method == "block_power":
             new += v.double() @ self._c
@@ -188,7 +189,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if not first:
             turn = (new.mT @ v).double()
             self._c = turn @ self._c @ turn.mT
-        scores = (x @ new).double() * size
+        scores = product(x, new).double() * size
         self._c += scores.mT @ scores
         values, turn = torch.linalg.eigh(self._c)
         self._c, self._v = values.flip(0).clamp(min=0).diag(), new @ turn.flip(1).to(v.dtype)

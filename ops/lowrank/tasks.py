@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common import FLOATS
+from .product import product
 from .range_finder import scaled
 from .shards import gathered, total
 
@@ -31,7 +32,7 @@ def matrix_of(group: dict[str, Any], p: Tensor) -> tuple[int, ...] | None:
 
 def off(x: Tensor, memory: Tensor | None) -> Tensor:
     """The columns of x (..., n, c) without their part in the memory."""
-    return x if memory is None else x - memory @ (memory.mT @ x)
+    return x if memory is None else x - product(memory, product(memory.mT, x))
 
 
 def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count: int,
@@ -47,7 +48,7 @@ def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count
     width = min(max(group["rank"], group["sketch_rank"]), m, n)
     if width < min(m, n):
         q = _range(grad, memory, _start(grad, width, group["seed"], count), processes)
-        small = grad @ q
+        small = product(grad, q)
     else:  # all of them
         q = None
         small = grad if memory is None else off(grad.mT, memory).mT
@@ -74,7 +75,7 @@ def directions(grad: Tensor, memory: Tensor | None, group: dict[str, Any], count
         return p, small @ (vectors[..., :r] * real).to(grad.dtype), block
     if memory is not None and r:
         p = torch.linalg.qr(off(p, memory))[0] * real  # columns of small energy have a trace of M
-    return p, grad @ p, block
+    return p, product(grad, p), block
 
 
 def _start(grad: Tensor, width: int, seed: int, count: int) -> Tensor:
@@ -87,7 +88,7 @@ def _start(grad: Tensor, width: int, seed: int, count: int) -> Tensor:
 def _range(grad: Tensor, memory: Tensor | None, start: Tensor, processes: dist.ProcessGroup | None) -> Tensor:
     """`range_finder`'s basis of G (1 - M M'), which is not made: what is projected are a few columns."""
     start = off(start, memory)
-    y = off(total(grad.mT @ scaled(grad @ start, processes), processes), memory)
+    y = off(total(product(grad.mT, scaled(product(grad, start), processes)), processes), memory)
     return off(torch.linalg.qr(scaled(y) + torch.finfo(y.dtype).eps * scaled(start))[0], memory)
 
 

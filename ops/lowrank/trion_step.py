@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common import FLOATS, wide_dtype
 from .cosine import basis_columns, columns_of
 from .newton_schulz import newton_schulz
+from .product import add_product_
 from .shards import all_finite, gathered, local, placed, sharing
 
 SCALES = ("original", "match_rms_adamw", "spectral_unclamped")  # torch.optim.Muon's words
@@ -111,4 +112,4 @@ def _add(to: Tensor, factors: tuple[Tensor, ...], beta: float, alpha: float, mov
     elif len(factors) == 1:
         to.mul_(beta).add_(factors[0], alpha=alpha)
     else:
-        (torch.baddbmm if to.dim() == 3 else torch.addmm)(to, *factors, beta=beta, alpha=alpha, out=to)
+        add_product_(to, *factors, beta, alpha)

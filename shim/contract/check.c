@@ -234,3 +234,14 @@ subspace_status subspace_fastfood_check(subspace_ctx *ctx, const subspace_fastfo
           "fastfood: both sizes must be 1 to 2^26, got %lld to %lld", LL(a->d), LL(a->m));
     return SUBSPACE_OK;
 }
+
+subspace_status subspace_product_check(subspace_ctx *ctx, const subspace_product_args *a)
+{
+    CHECK(ctx, a->v >= 0 && a->m >= 0 && a->n >= 0 && a->k >= 0, INVALID,
+          "product: negative size: %lld matrices of %lld x %lld x %lld", LL(a->v), LL(a->m), LL(a->n), LL(a->k));
+    CHECK(ctx, a->m <= INT32_MAX && a->n <= INT32_MAX && a->k <= INT32_MAX, INVALID,
+          "product: a BLAS dimension does not fit in 32 bits: %lld x %lld x %lld", LL(a->m), LL(a->n), LL(a->k));
+    CHECK(ctx, a->dtype == SUBSPACE_F32 || a->dtype == SUBSPACE_F64, INVALID,
+          "product: dtype must be float32 or float64, got subspace_dtype %d", (int)a->dtype);
+    return SUBSPACE_OK;
+}

@@ -346,6 +346,19 @@ typedef struct subspace_fastfood_args {
     void *dtheta;      /* [v, d] fastfood_adjoint out */
 } subspace_fastfood_args;
 
+/* ----------------------------------------------------------------- product
+ * y[v] <- scale op(a[v]) op(b[v]) + add y[v]: float32 or float64, summed as such. y is none of the others.          */
+typedef struct subspace_product_args {
+    subspace_dtype dtype;
+    int64_t v, m, n, k;
+    int transa, transb; /* a is [v, k, m], b [v, n, k] */
+    int shared;         /* b is one matrix, for all */
+    double scale, add;  /* rounded to dtype; y is not read where add is 0 */
+    const void *a;      /* [v, m, k] in */
+    const void *b;      /* [v, k, n] in */
+    void *y;            /* [v, m, n] in, out */
+} subspace_product_args;
+
 /* --------------------------------------------------------------- functions
  * Every function of every op, once: declarations, tables and dispatchers are made from this list.
  * OP(op) stands for what each op has once, FN(fn, op) for a function that takes subspace_<op>_args.   */
@@ -365,7 +378,8 @@ typedef struct subspace_fastfood_args {
     OP(gated_cosine) FN(gated_cosine, gated_cosine) FN(gated_cosine_backward, gated_cosine)                            \
     OP(newton_schulz) FN(newton_schulz, newton_schulz) FN(newton_schulz_backward, newton_schulz)                       \
     OP(hadamard) FN(hadamard, hadamard)                                                                                \
-    OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)
+    OP(fastfood) FN(fastfood, fastfood) FN(fastfood_adjoint, fastfood)                                                 \
+    OP(product) FN(product, product)
 /* clang-format on */
 
 #define SUBSPACE_DECLARE_OP(op)                                                                                        \

@@ -1,6 +1,6 @@
 """How the cost of each op grows with each of its sizes: slopes of log time over log size, beside those of its formulas.
 
-    python tests/bench/growth.py           # writes tests/bench/results/growth.json and .png; about three minutes
+    python tests/bench/growth.py           # writes tests/bench/results/growth.json and .png; about four minutes
     python tests/bench/growth.py --quick   # a look: three sizes, few samples, nothing is written
 
 One size is doubled, the others stay. The formula's cost is the machine's limit for what the op must move and multiply
@@ -33,7 +33,7 @@ import bench_sinkhorn
 from adapted_layers import case as adapted
 
 
-def doubled(first, count=5):
+def doubled(first, count=6):
     """`count` sizes."""
     return [first << i for i in range(count)]
 
@@ -45,26 +45,26 @@ def logits(b, n, c, k):
 
 SWEEPS = [  # op, a case of given sizes, the sizes, and of those that grow their values
     ("logits", logits, {"b": 128, "n": 512, "c": 500, "k": 8},
-     {"c": doubled(125), "k": doubled(2), "n": doubled(128), "b": doubled(32)}),
+     {"c": doubled(250), "k": doubled(2), "n": doubled(256), "b": doubled(64)}),
     ("cross_entropy", lambda b, n, c, k: bench_cross_entropy.case(b, n, c, k, "cpu", compile=False),
      {"b": 128, "n": 256, "c": 4000, "k": 4},
-     {"c": doubled(1000), "k": doubled(1), "n": doubled(64), "b": doubled(32)}),
+     {"c": doubled(1000), "k": doubled(1), "n": doubled(128), "b": doubled(64)}),
     ("rsgd", lambda c, k, n: bench_rsgd.case(c, k, n, "cpu", peers=False), {"c": 400, "k": 8, "n": 1024},
-     {"c": doubled(100), "k": doubled(2), "n": doubled(256)}),
+     {"c": doubled(200), "k": doubled(2), "n": doubled(256)}),
     ("coding_rate", lambda n, d, k: bench_coding_rate.case(n, d, k, "cpu"), {"n": 4096, "d": 128, "k": 8},
-     {"n": doubled(2048), "d": doubled(32)}),
+     {"n": doubled(4096), "d": doubled(32)}),
     ("coding_rate_soft", lambda n, d, k: bench_coding_rate_soft.case("soft", n, d, k, "cpu"),
-     {"n": 1024, "d": 64, "k": 64}, {"n": doubled(256), "d": doubled(16), "k": doubled(32)}),
-    ("sinkhorn", lambda n: bench_sinkhorn.case(n, "cpu", False), {"n": 512}, {"n": doubled(128)}),
+     {"n": 1024, "d": 64, "k": 64}, {"n": doubled(512), "d": doubled(16), "k": doubled(64)}),
+    ("sinkhorn", lambda n: bench_sinkhorn.case(n, "cpu", False), {"n": 512}, {"n": doubled(256, 5)}),
     ("sigreg", lambda n, d, slices: bench_sigreg.case(1, n, d, slices, "cpu", False),
-     {"n": 512, "d": 256, "slices": 256}, {"n": doubled(128), "d": doubled(64), "slices": doubled(64)}),
+     {"n": 512, "d": 256, "slices": 256}, {"n": doubled(256), "d": doubled(128), "slices": doubled(128)}),
     ("gated_cosine", lambda b, n, k: bench_gated_cosine.case(b, n, k, "cpu", False), {"b": 256, "n": 512, "k": 128},
-     {"b": doubled(64), "n": doubled(128), "k": doubled(64)}),
+     {"b": doubled(128), "n": doubled(256), "k": doubled(64)}),
     ("newton_schulz", lambda n: bench_newton_schulz.case(n, n, "cpu", 1, 1), {"n": 256}, {"n": doubled(64)}),
     ("hadamard", lambda v, n: bench_hadamard.case(v, n, "cpu"), {"v": 1024, "n": 1024},
      {"v": doubled(512), "n": doubled(256)}),
     ("tucker_linear", lambda b, n: adapted(f"T={b} n={n}", (torch.nn.Linear, n, n), (b, n), "cpu"),
-     {"b": 256, "n": 512}, {"b": doubled(64), "n": doubled(256, 4)}),
+     {"b": 256, "n": 512}, {"b": doubled(128), "n": doubled(512, 4)}),
 ]
 
 

@@ -44,6 +44,7 @@ def calls():
     taps, small, kernel = some(16, 4, 3, 3), some(2, 2, 3, 3), [some(16, 2), some(4, 2), None, None]
     image, dy = some(1, 4, 4, 4), some(1, 4, 4, 4)
     points, groups, soft = some(16, 4), torch.arange(16) % 3, some(16, 3).softmax(1)
+    low, basis = some(1, 4, 2), some(16, 2)
     lines = torch.nn.functional.normalize(some(16, 4), dim=0)
     return {
         MM: (lambda x: torch.mm(x, w[0].T), x),
@@ -63,6 +64,7 @@ def calls():
         "newton_schulz": (lambda m: lowrank.newton_schulz(m), x),
         "hadamard": (lambda v: lowrank.hadamard(v), x),
         "fastfood": (lambda t: lowrank.fastfood(t, 16, seed=1), some(16)),
+        "product": (lambda a: torch.ops.torch_subspace.product_(low, a[None], basis[None], False, False, 1.0, 1.0), x),
     }
 
 
@@ -132,7 +134,7 @@ def functions():
         ours = op not in TORCH
         forward = torch.no_grad()(lambda f=function, x=x: f(x))
         found["forward", op] = forward, bare(forward) if ours else None
-        if op != "depthwise":  # it has none
+        if op not in ("depthwise", "product"):  # they have none
             both = gradient(function, x)
             found["forward and backward", op] = both, bare(both, with_backward=True) if ours else None
     found["step", SGD] = step(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)), None

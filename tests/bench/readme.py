@@ -66,8 +66,8 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                *((f"{what} float32", "ours", ("floor: frozen layer", "peft LoRA", "FLoRA's formula"))
                  for what in ("grouped 3x3 (ResNeXt), 32 groups of 4, 28x28, B=8",
                               "patches 16x16 (ViT), 3 to 768, 224x224, B=8"))],
-    "tucker": [("compose 256x256x3x3 float32", "ours",
-                ("floor: a copy of base", "einsum", "by hand: matmul and addmm"))],
+    "tucker": [(f"compose {n}x{n}x3x3 float32", "ours",
+                ("floor: a copy of base", "einsum", "by hand: matmul and addmm")) for n in (256, 2048)],
     "coding_rate": [("n=2048 d=512 100 classes float32", "ours",
                      ("loop over classes", "eager, sorted and padded", "torch.compile of it")),
                     ("n=1024 d=128 R float32", "ours", ("eager, smaller side", "torch.compile of it"))],
@@ -86,6 +86,8 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
     "newton_schulz": [(f"{size} float32", "ours",
                        ("torch.optim.Muon's, float32", "torch.compile of it", "torch.optim.Muon's, bfloat16"))
                       for size in ("384x384", "384x1536", "1024x1024", "4096x1024")],
+    "product": [(f"{what}, {size}, r=128 float32", "ours", ("torch",))
+                for size in ("1024x1024", "4096x4096", "1536x384") for what in ("G Q", "G' X", "W + L Q'")],
     "low_rank_adamw": [(f"{what} rank=128 float32, directions {which}", "ours",
                         ("floor: matrix products alone", "ours: Hadamard's basis", "apollo-torch", "galore-torch",
                          "pytorch_optimizer GaLore", "torch AdamW(fused=True), all dimensions"))

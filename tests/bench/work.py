@@ -156,6 +156,11 @@ def bits(n):
     return (n - 1).bit_length()
 
 
+def product(m, n, k):
+    """Added to what is there, which is read and written."""
+    return {"bytes": FLOAT * (m * k + k * n + 2 * m * n), "flops": 2 * m * n * k}
+
+
 def newton_schulz(m, n):
     """Five steps on the matrix, of each A = X Xᵀ, A² and (b A + c A²) X; or all on the first Gram matrix R: R² five
     times, Q P four times, P R P four times, then Q X."""

@@ -125,6 +125,13 @@ def step(retraction, **rule):
     return call
 
 
+def product(y, a, b):
+    """Of a copy of y, so that it can be repeated."""
+    y = y.detach().clone()
+    torch.ops.torch_subspace.product_(y, a, b, True, False, 0.5, 2.0)
+    return y
+
+
 def frames(c=5, k=3, n=50):
     """Frames, gradients and momentum."""
     (weight,), (grad, buffer) = draw((c, n, k)), draw((c, k, n), (c, k, n), seed=1)
@@ -179,6 +186,8 @@ CASES = [
     Case("fastfood", lambda: draw((2, 5)), lambda t: fastfood(t, 300, seed=3), 1),
     Case("fastfood to fewer", lambda: draw((2, 300)), lambda t: fastfood(t, 7, seed=3), 1),
     Case("fastfood adjoint", lambda: draw((2, 90)), lambda x: fastfood_adjoint(x, 20, seed=3), 1),
+    Case("product", lambda: draw((3, 40, 5), (3, 70, 40), (3, 70, 5)), product, 0, halves=()),
+    Case("product, one for all", lambda: draw((3, 40, 5), (3, 70, 40), (1, 70, 5)), product, 0, halves=()),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # what the adapters' dropout does can't be compared with the CPU by value: the seed is another

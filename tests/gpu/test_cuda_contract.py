@@ -18,6 +18,7 @@ from cases import (
     cast,
     exact_products,
     gradient_of,
+    product,
     run,
     synchronise,
     without_waiting,
@@ -260,6 +261,7 @@ EMPTY = [
     ("sigreg, no points", lambda d: OP.sigreg(torch.ones(2, 0, 3, device=d), torch.ones(3, 4, device=d), 5, 0.5)),
     ("hadamard, no rows", lambda d: ts.lowrank.hadamard(torch.ones(0, 8, device=d))),
     ("fastfood, no rows", lambda d: ts.lowrank.fastfood(torch.ones(0, 8, device=d), 20, seed=0)),
+    ("product, nothing to sum", lambda d: product(*(torch.ones(1, *s, device=d) for s in ((3, 4), (0, 3), (0, 4))))),
 ]
 
 
@@ -301,6 +303,7 @@ REFUSED = {  # calls of the ops themselves, past the checks in Python
     "newton_schulz": lambda: OP.newton_schulz(ones(1, 6, 4), [1.0, 2.0], 1e-7),
     "hadamard": lambda: OP.hadamard(ones(2, 12), 1.0),
     "fastfood": lambda: OP.fastfood(ones(2, 12), 0, 3),
+    "product": lambda: OP.product_(ones(1, 3, 4), ones(1, 3, 2), ones(1, 3, 4), False, False, 1.0, 0.0),
     "depthwise": lambda: OP.depthwise(ones(1, 2, 9), ones(1, 3, 7), [3], [1], [0], [1], 2),
 }
 

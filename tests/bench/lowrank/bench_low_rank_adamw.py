@@ -14,6 +14,7 @@ from harness import Case, Contender, Target, relative
 from torch import nn
 
 from torch_subspace.lowrank import LowRankAdamW
+from torch_subspace.lowrank.product import add_product_, product
 
 FLOOR, OURS, FIXED = "floor: matrix products alone", "ours", "ours: Hadamard's basis"
 ADAMW = "torch AdamW(fused=True), all dimensions"
@@ -121,7 +122,7 @@ def peers(shapes, device, gap, decompositions):
 
 
 def products(shapes, device, number):
-    """The matrix products of a step, and nothing else."""
+    """The matrix products of a step at this machine's rate, torch's or our library's, and nothing else."""
 
     def build():
         made = [p for group in groups(shapes, device)[:1] for p in group["params"]]
@@ -131,10 +132,11 @@ def products(shapes, device, number):
         @torch.no_grad()
         def step():
             for w, g, q in work:
-                y = g @ q
+                y = product(g, q)
                 if number == 4:
-                    y = g @ (g.mT @ y)
-                w.addmm_(y, q.mT, beta=1 - LR * DECAY, alpha=1e-12)
+                    y = product(g, product(g.mT, y))
+                a, b = (y, q.mT) if w.is_contiguous() else (q, y.mT)
+                add_product_(w if w.is_contiguous() else w.mT, a, b, 1 - LR * DECAY, 1e-12)
 
         return step
 

@@ -14,6 +14,7 @@ from torch_subspace.transport.sinkhorn import sinkhorn
 
 ETA, TOL = 0.1, 1e-6
 OURS, PUBLIC, UNROLLED = "ours", "five half steps", "twenty unrolled sweeps"
+SAME = "ours, five half steps"  # the public computation
 
 
 def half_steps(scores, steps=5):
@@ -156,7 +157,7 @@ def case(n, device, promised):
         contender(OURS, symmetric, exact(symmetric), **known),
         contender("ours, symmetry found out", found_out, exact(found_out)),
         contender("ours, general", general, exact(general)),
-        contender("ours, five half steps", cpp, truncated(cpp)),
+        contender(SAME, cpp, truncated(cpp)),
         contender(PUBLIC, half_steps, truncated(half_steps), f"truncated gradient, {truncation}", **known),
         contender(f"{PUBLIC}, compiled", compiled(half_steps), None, f"truncated gradient, {truncation}"),
         contender(UNROLLED, unrolled, None, unconverged, **known),
@@ -167,7 +168,8 @@ def case(n, device, promised):
         contenders.append(Contender("POT: ot.sinkhorn", lambda: lambda: pot(scores), None, note="the plan alone"))
     targets = []
     if promised:
-        targets = [Target(OURS, (PUBLIC,), ">=", 7, 7), Target(OURS, (UNROLLED,), ">=", 35, 60)]
+        targets = [Target(SAME, (PUBLIC,), ">=", 7, 7), Target(OURS, (PUBLIC,), ">=", 7, 7),
+                   Target(OURS, (UNROLLED,), ">=", 35, 60)]
     return Case(f"n={n} eta={ETA} float32", contenders, targets, **work.sinkhorn(n), seconds=16)
 
 

@@ -1,0 +1,176 @@
+"""Matrix products of the optimisers: against float64, through our library and through torch alike."""
+
+import itertools
+
+import helpers
+import pytest
+import torch
+from helpers import normal
+
+import torch_subspace as ts
+from torch_subspace.lowrank import product as module
+from torch_subspace.lowrank.product import add_product_, product
+
+OP = torch.ops.torch_subspace.product_
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}
+SIZES = [(1, 1, 1, 1), (1, 700, 5, 33), (3, 65, 130, 7), (2, 1, 9, 300), (1, 1025, 16, 64), (1, 128, 128, 3000)]
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(params=[True, False], ids=["by our library", "by torch"])
+def outruns(request, monkeypatch):
+    """Whichever this processor would take."""
+    monkeypatch.setattr(module, "outruns_torch", lambda: request.param)
+    monkeypatch.setattr(module, "WORTH", 0)
+
+
+def close(found, truth, sizes, dtype):
+    """Up to rounding of a sum of so many."""
+    v, m, n, k = sizes
+    assert found.shape == truth.shape and found.dtype == dtype
+    assert torch.all((found.double() - truth).abs() <= TOLERANCE[dtype] * (k + 10) ** 0.5 * 5)
+
+
+def operands(sizes, dtype, transa=False, transb=False):
+    v, m, n, k = sizes
+    a, b = normal(v, *((k, m) if transa else (m, k))), normal(v, *((n, k) if transb else (k, n)), seed=1)
+    return a.to(dtype), b.to(dtype), normal(v, m, n, seed=2).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- the op
+
+
+@each_dtype
+@pytest.mark.parametrize("transa, transb", [*itertools.product((False, True), repeat=2)])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values(sizes, transa, transb, dtype):
+    a, b, y = operands(sizes, dtype, transa, transb)
+    wide = (a.mT if transa else a).double() @ (b.mT if transb else b).double()
+    truth = 0.5 * wide - 2 * y.double()
+    OP(y, a, b, transa, transb, 0.5, -2.0)
+    close(y, truth, sizes, dtype)
+
+
+@each_dtype
+def test_one_matrix_for_all(dtype):
+    a, b, y = operands((4, 30, 6, 20), dtype)
+    OP(y, a, b[:1], False, False, 1.0, 0.0)
+    close(y, a.double() @ b[0].double(), (4, 30, 6, 20), dtype)
+
+
+def test_what_is_not_read():
+    """A factor of 0 for y is no product with it."""
+    a, b, y = operands((1, 9, 4, 5), torch.float32)
+    y.fill_(torch.nan)
+    OP(y, a, b, False, False, 1.0, 0.0)
+    assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("v, m, n, k", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_empty(v, m, n, k):
+    a, b, y = operands((v, m, n, k), torch.float32)
+    truth = y * 0.5
+    OP(y, a, b, False, False, 1.0, 0.5)
+    assert torch.equal(y, truth)
+
+
+@each_dtype
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_same_bits_for_any_number_of_threads(sizes, dtype):
+    a, b, y = operands(sizes, dtype)
+    found = []
+    for _ in helpers.threads(1, 2, 3):
+        found.append(y.clone())
+        OP(found[-1], a, b, False, False, 1.0, 1.0)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("transa, transb", [(False, False), (True, True)])
+def test_opcheck(transa, transb):
+    a, b, y = operands((2, 5, 4, 3), torch.float32, transa, transb)
+    torch.library.opcheck(OP, (y, a, b, transa, transb, 1.0, 0.5))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    def function(y, a, b):
+        y = y.clone()
+        OP(y, a, b, False, False, 1.0, 0.5)
+        return 2 * y
+
+    fast = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for sizes in ((1, 5, 4, 3), (2, 7, 3, 9)):
+        a, b, y = operands(sizes, torch.float32)
+        torch.testing.assert_close(fast(y, a, b), function(y, a, b))
+
+
+@pytest.mark.parametrize("words, call", [
+    ("expected stacks of matrices", lambda o, x: OP(x(3, 4), x(1, 3, 2), x(1, 2, 4), False, False, 1.0, 0.0)),
+    (r"y \[1, 3, 4\] does not fit a \[1, 3, 2\] and b \[1, 3, 4\]",
+     lambda o, x: OP(x(1, 3, 4), x(1, 3, 2), x(1, 3, 4), False, False, 1.0, 0.0)),
+    (r"a \[1, 3, 2\] transposed", lambda o, x: OP(x(1, 3, 4), x(1, 3, 2), x(1, 2, 4), True, False, 1.0, 0.0)),
+    (r"b \[3, 2, 4\]", lambda o, x: OP(x(2, 3, 4), x(2, 3, 2), x(3, 2, 4), False, False, 1.0, 0.0)),
+    ("all be float32 or all float64",
+     lambda o, x: OP(x(1, 3, 4), x(1, 3, 2).double(), x(1, 2, 4), False, False, 1.0, 0.0)),
+    ("all be float32 or all float64",
+     lambda o, x: OP(x(1, 3, 4).half(), x(1, 3, 2).half(), x(1, 2, 4).half(), False, False, 1.0, 0.0)),
+    ("must be", lambda o, x: OP(x(1, 4, 3).mT, x(1, 3, 2), x(1, 2, 4), False, False, 1.0, 0.0)),
+])
+def test_what_does_not_fit_is_named(words, call):
+    with pytest.raises(RuntimeError, match=rf"product_.*{words}"):
+        call(OP, torch.ones)
+
+
+# ------------------------------------------------------------------------------------------------------- from Python
+
+
+@each_dtype
+def test_orientations_and_stacks(outruns, dtype):
+    a, b = normal(70, 40).to(dtype), normal(40, 9, seed=1).to(dtype)
+    several, single = normal(3, 70, 40, seed=2).to(dtype), normal(3, 40, 9, seed=3).to(dtype)
+    strided = torch.stack((b, b), -1)[..., 0]
+    for x, y in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (b.mT, a.mT), (a, strided), (several, b),
+                 (several, single), (several[:1], single[:1]), (several.mT.contiguous().mT, single), (a, single),
+                 (a, b[:, 0]), (a[:, :0], b[:0]), (a[:0], b)):
+        truth = x.double() @ y.double()
+        close(product(x, y), truth, (1, 1, 1, 40), dtype)
+    y = normal(70, 9, seed=4).to(dtype)
+    for own in (y, y.mT.contiguous().mT):
+        own, truth = own.clone(memory_format=torch.preserve_format), 0.5 * own.double() - 3 * (a.double() @ b.double())
+        add_product_(own, a, b, 0.5, -3.0)
+        close(own, truth, (1, 70, 9, 40 * 9), dtype)
+    y = normal(3, 70, 9, seed=5).to(dtype)
+    truth = y.double() + several.double() @ single.double()
+    add_product_(y, several, single, 1.0)
+    close(y, truth, (1, 1, 1, 40), dtype)
+
+
+def test_what_torch_is_left(outruns):
+    """Gradients, transforms and dtypes that the op has not."""
+    a, b = normal(6, 4).requires_grad_(), normal(4, 3, seed=1)
+    product(a, b).sum().backward()
+    torch.testing.assert_close(a.grad, b.sum(1).expand(6, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(product(a, b), a @ b)
+    both = torch.stack((b, b))
+    torch.testing.assert_close(torch.func.vmap(product, (None, 0))(b.mT, both), b.mT @ both)
+    assert torch.func.jvp(lambda t: product(t, b), (a.detach(),), (torch.ones(6, 4, dtype=a.dtype),))[1].any()
+    assert product(a.bfloat16(), b.bfloat16()).dtype == torch.bfloat16
+    assert product(a.detach().to("meta"), b.to("meta")).shape == (6, 3)
+
+
+@pytest.mark.parametrize("projector", ["range", "svd", "cosine"])
+def test_an_optimisers_steps_are_the_same_either_way(monkeypatch, projector):
+    def trained(ours):
+        monkeypatch.setattr(module, "outruns_torch", lambda: ours)
+        monkeypatch.setattr(module, "WORTH", 0)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.Tanh(), torch.nn.Linear(60, 30)).double()
+        opt, x = ts.lowrank.LowRankAdamW(model.parameters(), lr=1e-2, rank=8, projector=projector), normal(16, 40)
+        for _ in range(5):
+            opt.zero_grad()
+            model(x).square().sum().backward()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-6, atol=1e-8)
