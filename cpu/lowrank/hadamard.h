@@ -21,6 +21,7 @@ enum {
     STRIP = 512,                 /* bytes */
     NEAR = VECTOR == 64 ? 4 : 3, /* bits done at one go: of as many vectors as there are registers for, */
     FAR = 3,                     /* or of lines, which a cache has but so many places for at powers of two apart */
+    PAGE = 1 << 12,              /* bytes, that rows of fewer are asked for ahead of their turn */
     WORTH_A_THREAD = 1 << 15,    /* entries */
 };
 
@@ -97,10 +98,11 @@ static inline __attribute__((always_inline)) FN(vec) FN(within)(FN(vec) v, const
 
 /* The bits of a row's number that 2^bits rows differ in: of those `step` rows apart, all of them among `span` rows.
  * Rows of x are xs entries apart, of y ys; `width` entries of each. The last pass over short rows, that of single
- * vectors, ends with the bits of a place within them. */
-static inline
-    __attribute__((always_inline)) void FN(butterflies)(const T *x, int64_t xs, T *y, int64_t ys, int64_t step,
-                                                        int64_t width, const int bits, const bool last, T scale)
+ * vectors, ends with the bits of a place within them. What comes next, at in and out, is asked for, a vector for each
+ * of these: rows of a page or less are too short for a prefetcher. */
+static inline __attribute__((always_inline)) void FN(butterflies)(const T *x, int64_t xs, T *y, int64_t ys,
+                                                                  int64_t step, int64_t width, const int bits,
+                                                                  const bool last, T scale, const T *in, const T *out)
 {
     enum { MOST = 1 << NEAR };
     const int count = 1 << bits;
@@ -109,6 +111,16 @@ static inline
             const T *from = x + row * xs + i;
             T *to = y + row * ys + i;
             FN(vec) v[MOST];
+            if (in) {
+#pragma GCC unroll 16
+                for (int k = 0; k < count; k++) __builtin_prefetch(in + k * FN(LANES), 0, 2);
+                in += count * FN(LANES);
+            }
+            if (out) {
+#pragma GCC unroll 16
+                for (int k = 0; k < count; k++) __builtin_prefetch(out + k * FN(LANES), 1, 2);
+                out += count * FN(LANES);
+            }
 #pragma GCC unroll 16
             for (int k = 0; k < count; k++) v[k] = *(const FN(vecu) *)(from + k * step * xs);
 #pragma GCC unroll 4
@@ -126,13 +138,14 @@ static inline
 }
 
 static void FN(pass)(const T *x, int64_t xs, T *y, int64_t ys, int64_t rows, int64_t step, int64_t width, int bits,
-                     bool last, T scale)
+                     bool last, T scale, const T *in, const T *out)
 {
     const int64_t span = step << bits;
 #define CASE(count, end)                                                                                               \
     case 2 * (count) + (end):                                                                                          \
         for (int64_t at = 0; at < rows; at += span)                                                                    \
-            FN(butterflies)(x + at * xs, xs, y + at * ys, ys, step, width, count, end, scale);                         \
+            FN(butterflies)(x + at * xs, xs, y + at * ys, ys, step, width, count, end, scale,                          \
+                            in ? in + at * xs : NULL, out ? out + at * ys : NULL);                                     \
         return
     switch (2 * bits + last) {
         CASE(1, 0);
@@ -150,9 +163,10 @@ static void FN(pass)(const T *x, int64_t xs, T *y, int64_t ys, int64_t rows, int
 }
 
 /* Columns of `rows` rows, a power of two: as few passes of at most `most` bits as that takes, each of as many. What
- * lies between two of them is in `between`, whose rows are bs apart. */
+ * lies between two of them is in `between`, whose rows are bs apart. `next`: entries from here to the next such rows.
+ */
 static void FN(columns)(const T *x, int64_t xs, T *y, int64_t ys, T *between, int64_t bs, int64_t rows, int64_t width,
-                        int most, bool last, T scale)
+                        int most, bool last, T scale, int64_t next)
 {
     const int bits = __builtin_ctzll((uint64_t)rows), passes = CEIL_DIV(bits, most);
     for (int pass = 0, left = bits; pass < passes; pass++) {
@@ -160,7 +174,7 @@ static void FN(columns)(const T *x, int64_t xs, T *y, int64_t ys, T *between, in
         const bool end = pass == passes - 1;
         left -= now;
         FN(pass)(pass ? between : x, pass ? bs : xs, end ? y : between, end ? ys : bs, rows, (int64_t)1 << left, width,
-                 now, end && last, scale);
+                 now, end && last, scale, next && !pass ? x + next : NULL, next && end ? y + next : NULL);
     }
 }
 
@@ -192,7 +206,8 @@ static void FN(short_rows)(const T *x, T *y, int64_t count, int64_t n, T scale)
     enum { L = FN(LANES) };
     if (n <= L) FN(tiny_rows)(x, y, count, n, scale);
     else
-        for (int64_t i = 0; i < count; i += n) FN(columns)(x + i, L, y + i, L, y + i, L, n / L, L, NEAR, true, scale);
+        for (int64_t i = 0, next = n * MAX(1, PAGE / (n * (int64_t)sizeof(T))); i < count; i += n)
+            FN(columns)(x + i, L, y + i, L, y + i, L, n / L, L, NEAR, true, scale, i + next < count ? next : 0);
 }
 
 /* Some strips of a long row's columns */
@@ -200,7 +215,7 @@ static void FN(strips)(const T *x, T *y, int64_t n, T *strip, int64_t begin, int
 {
     const int64_t lines = lines_of(n, sizeof(T)), line = n / lines, width = STRIP / sizeof(T);
     for (int64_t at = begin * width; at < end * width; at += width)
-        FN(columns)(x + at, line, y + at, line, strip, width, lines, width, FAR, false, 1);
+        FN(columns)(x + at, line, y + at, line, strip, width, lines, width, FAR, false, 1, 0);
 }
 
 /* `count` entries of rows of any n */

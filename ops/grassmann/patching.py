@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common import check_floating, full_precision, over_largest, wide_dtype
+from . import watch
 from .stiefel import StiefelModule
 
 
@@ -131,6 +132,7 @@ class SubspacePatch(StiefelModule):
         super().__init__(in_features, dim, device=device, dtype=dtype, generator=generator)
 
     def forward(self, base: Tensor, source: Tensor) -> Tensor:
+        watch.look(self, "basis")
         return subspace_patch(base, source, self.basis)
 
 

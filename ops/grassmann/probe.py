@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from ..common import check_dense, check_floating, full_precision, told, transformed, whole, wide_dtype
+from . import watch
 from .stiefel import StiefelModule
 
 IGNORED = -100  # a label that counts for nothing, as in torch
@@ -78,6 +79,7 @@ class OrthogonalProbe(StiefelModule):
 
     def _projected(self, name: str, x: Tensor) -> Tensor:
         self._check(name, x)
+        watch.look(self, "basis")
         with full_precision(x):
             return x.to(torch.promote_types(wide_dtype(x.dtype), self.basis.dtype)) @ self.basis.mT
 

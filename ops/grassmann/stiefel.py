@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import HALF, WIDE, check_device, check_generator, told, whole, wide_dtype
+from . import watch
 from .frames import is_known, know
 from .initial import drawn_frames
 
@@ -53,6 +54,10 @@ class StiefelModule(nn.Module):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)  # copied or unpickled
         self._enter()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        watch.again(self)
 
     def _enter(self) -> None:
         """The optimisers shall know the basis."""

@@ -24,6 +24,7 @@ from ..common import (
     check_generator,
     check_number,
     exporting,
+    full_precision,
     told,
     transformed,
     whole,
@@ -47,10 +48,12 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
         dims: dimension of each subspace (a sequence of C ints) for ragged frames.
 
     Returns:
-        (..., C), of x's dtype: ||frames[c] @ x||^2. What a subspace does not hold is ||x||^2 less that, so the nearest
-        subspace has the largest score, of those of one dimension the likeliest too.
+        (..., C): ||frames[c] @ x||^2, float64 for float64 and else float32, as squares are soon too large for float16.
+        What a subspace does not hold is ||x||^2 less that, so the nearest subspace has the largest score, of those of
+        one dimension the likeliest too.
 
-    Differentiable in ``x`` and ``frames`` any number of times; under autocast in its dtype, as a linear layer.
+    Differentiable in ``x`` and ``frames`` any number of times; under autocast the products are taken in its dtype, as a
+    linear layer's.
 
     Raises:
         TypeError: x or frames is no dense floating tensor, or their dtypes differ.
@@ -66,11 +69,12 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
     x, frames = autocast(x, frames)
     dims = check_frames("subspace_scores", x, frames, dims, "frames")
     if _differentiated(x, frames):
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             wide = wide_dtype(x.dtype)
             proj = linear(x.to(wide), frames.to(wide).flatten(0, -2))
-            return _by_class(proj.square(), frames, dims).to(x.dtype)
-    return subspace_logits(x, frames, gamma=1.0, normalize=False, dims=dims).square()
+            return _by_class(proj.square(), frames, dims)
+    lengths = subspace_logits(x, frames, gamma=1.0, normalize=False, dims=dims)
+    return lengths.to(wide_dtype(x.dtype)).square()  # from 256 on a square is no float16
 
 
 def _differentiated(*tensors: Tensor) -> bool:
@@ -124,7 +128,7 @@ def subspace_denoise(x: Tensor, frames: Tensor, signal: float = 1.0, noise: floa
     dims = check_frames(name, x, frames, dims, "frames")
     check_number(name, "signal", signal, POSITIVE)
     check_number(name, "noise", noise, AT_LEAST_0)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         wide = wide_dtype(x.dtype)
         flat, w = x.reshape(-1, x.shape[-1]).to(wide), frames.to(wide)
         size = flat.detach().abs().amax(-1, keepdim=True)

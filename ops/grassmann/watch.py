@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import transformed
-from .frames import is_known, know, moved_by_others
+from .frames import is_known, know, known_as, moved_by_others
 
 LIMIT = 1e-2  # of |W W' - I|; drift that a step repairs by itself is far below
 
@@ -39,9 +39,19 @@ def again(layer: nn.Module) -> None:
     _watches.pop(layer, None)
 
 
-def look(layer: nn.Module) -> None:
-    """Before a forward: warn once if the frames of the layer are off by more than LIMIT."""
-    weight = layer.weight
+WORDS = {
+    "weight": "the rows of a class are off from orthonormal by {error:.1e} (largest entry of W W' - I): its logits are "
+              "no lengths of projections. Train frames by torch_subspace.RiemannianSGD or RiemannianAdamW, average "
+              "them by torch_subspace.grassmann.average_frames; orthonormalize_() repairs them",
+    "basis": "the rows of its basis are off from orthonormal by {error:.1e} (largest entry of B B' - I): what is taken "
+             "along them is no projection. Train it by torch_subspace.RiemannianSGD or RiemannianAdamW; their next "
+             "step repairs it",
+}
+
+
+def look(layer: nn.Module, frames: str = "weight") -> None:
+    """Before a forward: warn once if the frames of the layer, its weight or its basis, are off by more than LIMIT."""
+    weight = getattr(layer, frames)
     if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_meta or not is_known(weight):
         return
     if transformed() or weight.dtype.itemsize < 4:
@@ -53,26 +63,19 @@ def look(layer: nn.Module) -> None:
     watch.forwards += 1
     watch.moves += moved
     if watch.error is None and (_is_power_of_two(watch.forwards) or (moved and _is_power_of_two(watch.moves))):
-        _measure(layer, watch)
+        _measure(layer, weight, watch)
     if watch.error is not None and (watch.ready is None or watch.ready.query()):
         error, watch.error, watch.ready = watch.error.item(), None, None
         if not error <= LIMIT:  # a NaN is off too
             watch.warned = True
-            warnings.warn(
-                f"GrassmannLinear: the rows of a class are off from orthonormal by {error:.1e} (largest entry of "
-                "W W' - I): its logits are no lengths of projections. Train frames by torch_subspace.RiemannianSGD or "
-                "RiemannianAdamW, average them by torch_subspace.grassmann.average_frames; orthonormalize_() "
-                "repairs them",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            name = "GrassmannLinear" if frames == "weight" else type(layer).__name__
+            warnings.warn(f"{name}: {WORDS[frames].format(error=error)}", RuntimeWarning, stacklevel=4)
 
 
-def _measure(layer: nn.Module, watch: Watch) -> None:
-    weight = layer.weight
+def _measure(layer: nn.Module, weight: Tensor, watch: Watch) -> None:
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        error = layer.frame_error(weight.dtype)
-        know(weight, layer.dims)  # as it is now
+        error = layer.basis_error() if weight is getattr(layer, "basis", None) else layer.frame_error(weight.dtype)
+        know(weight, *known_as(weight))  # as it is now
         if weight.is_cuda:
             watch.error = torch.empty((), dtype=error.dtype, pin_memory=True).copy_(error, non_blocking=True)
             watch.ready = torch.cuda.Event()

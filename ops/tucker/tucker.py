@@ -100,9 +100,12 @@ def _into(core, factors, scale, base, out, shape, wide):
 
 
 def _overlaps(out: Tensor, given: list[Tensor], base: Tensor | None) -> bool:
-    """Does out share memory with what is read after it is written? base may be out itself, element by element."""
+    """Does out share memory with what is read after it is written, or is it negative by a bit? base may be out itself,
+    element by element."""
     if out.is_meta or torch.compiler.is_compiling():
         return False
+    if out.is_neg():
+        return True
     storage = out.untyped_storage().data_ptr()
     return any(t.untyped_storage().data_ptr() == storage and
                not (t is base and t.is_contiguous() and t.storage_offset() == out.storage_offset()) for t in given)

@@ -65,7 +65,8 @@ def find(op, device, case, contender):
 def peak_in_new_process(op, args, case, contender):
     """Peak memory of a contender's function, measured by this file in a process of its own."""
     # memory that is freed goes back to the system at once, or it would hide what the next call takes
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    env = {name: value for name, value in os.environ.items() if name not in harness.KEEPS_PAGES}
+    env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, __file__, "--threads", str(args.threads), "--peak", op, case, contender]
     return int(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -236,5 +237,5 @@ def main():
 
 
 if __name__ == "__main__":
-    harness.as_chosen_at_load()
+    harness.as_chosen_at_load(**{} if "--peak" in sys.argv else harness.KEEPS_PAGES)
     main()

@@ -32,9 +32,6 @@ import bench_sigreg
 import bench_sinkhorn
 from adapted_layers import case as adapted
 
-# Else each result of more than 32 MB is new memory at every call, whose pages take as long as a quarter of the op.
-KEEPS_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": f"{1 << 40}"}
-
 
 def doubled(first, count=6):
     """`count` sizes."""
@@ -145,5 +142,5 @@ def main():
 
 
 if __name__ == "__main__":
-    harness.as_chosen_at_load(**KEEPS_PAGES)
+    harness.as_chosen_at_load(**harness.KEEPS_PAGES)
     main()

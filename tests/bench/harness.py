@@ -126,11 +126,17 @@ def environment(device, threads):
            "family": family, "instruction set": loaded["CPU"]["instruction set"], "blas": loaded["CPU"]["BLAS"],
            "threads": threads, "torch": torch.__version__, "torch_subspace": loaded["torch_subspace"], "device": "cpu",
            "system": platform.platform()}
+    if os.environ.get("MALLOC_MMAP_MAX_") == "0":
+        row["pages"] = "kept"
     if device == "cuda":
         row |= gpu_timing.describe()
     if hasattr(torch, "get_num_threads") and Path("/proc/loadavg").exists():
         row["load before"] = float(Path("/proc/loadavg").read_text().split()[0])
     return row
+
+
+# Else each result of more than 32 MB is new memory at every call, and to make its pages takes longer than most ops.
+KEEPS_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": f"{1 << 40}"}
 
 
 def as_chosen_at_load(**more):

@@ -27,6 +27,26 @@ def log_density(x, frames, dims, signal, noise):
     return torch.stack([law.log_prob(x) for law in laws]).logsumexp(0)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("how", ["half", "autocast"])
+def test_squares_that_are_no_float16_are_scores(how, trained):
+    """Labels by float16's scores were those of the first that is infinite."""
+    frames, x = torch.eye(4).view(4, 1, 4), torch.tensor([0.0, 270.0, 0.0, 500.0])
+    if how == "half":
+        x, frames = x.half(), frames.half()
+    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        scores = subspace_scores(x.requires_grad_(trained), frames)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, torch.tensor([0.0, 72900.0, 0.0, 250000.0]))
+
+
+def test_on_meta():
+    x, frames = torch.empty(3, 6, device="meta"), torch.empty(4, 2, 6, device="meta")
+    for trained in (False, True):
+        x.requires_grad_(trained)
+        assert subspace_scores(x, frames).shape == (3, 4) and subspace_denoise(x, frames).shape == (3, 6)
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=["alike", "ragged"])
 def test_scores(dims):
     frames, x = frames_of(dims), normal(2, 5, 7, seed=1)

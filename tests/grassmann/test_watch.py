@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import torch_subspace as ts
 
+SubspacePatch, OrthogonalProbe = ts.grassmann.SubspacePatch, ts.grassmann.OrthogonalProbe
 SGD, ADAM = ts.RiemannianSGD, ts.RiemannianAdamW
 X, Y = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 5
 
@@ -164,6 +165,37 @@ def test_rotten_frames_are_noticed():
         layer.weight[2, 1, 3] = torch.nan
     with pytest.warns(RuntimeWarning, match="off from orthonormal by nan"):
         layer(X)
+
+
+BASES = {"SubspacePatch": (lambda: SubspacePatch(12, 3), lambda m, x: m(x, x.flip(0))),
+         "OrthogonalProbe": (lambda: OrthogonalProbe(12, 3), lambda m, x: m(x)),
+         "OrthogonalProbe, distances": (lambda: OrthogonalProbe(12, 3), lambda m, x: m.distances(x))}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_basis_off_its_manifold_is_noticed(name):
+    make, forward = BASES[name]
+    module, x = make(), torch.randn(9, 12)
+    optimiser = SGD(module.parameters(), lr=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            forward(module, x).square().sum().backward()
+            optimiser.step()
+        module.load_state_dict(module.state_dict())
+        forward(module, x)
+    with torch.no_grad():
+        module.basis *= 1.5
+    with pytest.warns(RuntimeWarning, match=rf"^{name.split(',')[0]}: the rows of its basis are off from orthonormal"):
+        forward(module, x).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        forward(module, x)
+    optimiser.step()
+    assert module.basis_error() < 1e-5
+    module.load_state_dict({key: 2 * t for key, t in module.state_dict().items()})
+    with pytest.warns(RuntimeWarning, match="off from orthonormal"):
+        forward(module, x)
 
 
 def test_what_inference_mode_makes_is_used_there(silent):

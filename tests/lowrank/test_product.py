@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 from helpers import normal
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_subspace as ts
 from torch_subspace.lowrank import product as module
@@ -17,11 +18,31 @@ SIZES = [(1, 1, 1, 1), (1, 700, 5, 33), (3, 65, 130, 7), (2, 1, 9, 300), (1, 102
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
+class Taken:
+    """Which way products go: whether `ours`, and how many have gone that way."""
+
+    def __init__(self, ours, monkeypatch):
+        self.ours, self.count, into = ours, 0, module._into
+        monkeypatch.setattr(module, "outruns_torch", lambda: ours)
+        monkeypatch.setattr(module, "WORTH", 0)
+
+        def counted(*given):
+            self.count += 1
+            into(*given)
+
+        monkeypatch.setattr(module, "_into", counted)
+
+    def more(self, function):
+        """Of these calls."""
+        before = self.count
+        function()
+        return self.count - before
+
+
 @pytest.fixture(params=[True, False], ids=["by our library", "by torch"])
 def outruns(request, monkeypatch):
     """Whichever this processor would take."""
-    monkeypatch.setattr(module, "outruns_torch", lambda: request.param)
-    monkeypatch.setattr(module, "WORTH", 0)
+    return Taken(request.param, monkeypatch)
 
 
 def close(found, truth, sizes, dtype):
@@ -75,14 +96,16 @@ def test_empty(v, m, n, k):
 
 
 @each_dtype
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_same_bits_for_any_number_of_threads(sizes, dtype):
+@pytest.mark.parametrize("sizes", [*SIZES, (1, 30, 500, 400), (2, 10, 130, 600), (1, 600, 600, 50)], ids=str)
+def test_same_bits_every_time_with_any_threads(sizes, dtype):
+    """Of few rows threads get columns."""
     a, b, y = operands(sizes, dtype)
-    found = []
-    for _ in helpers.threads(1, 2, 3):
-        found.append(y.clone())
-        OP(found[-1], a, b, False, False, 1.0, 1.0)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for _ in helpers.threads(1, 2, 3, 16):
+        first, second = y.clone(), y.clone()
+        for own in (first, second):
+            OP(own, a, b, False, False, 1.0, 1.0)
+        assert torch.equal(first, second)
+        close(first, y.double() + a.double() @ b.double(), sizes, dtype)
 
 
 @pytest.mark.parametrize("transa, transb", [(False, False), (True, True)])
@@ -128,21 +151,62 @@ def test_what_does_not_fit_is_named(words, call):
 def test_orientations_and_stacks(outruns, dtype):
     a, b = normal(70, 40).to(dtype), normal(40, 9, seed=1).to(dtype)
     several, single = normal(3, 70, 40, seed=2).to(dtype), normal(3, 40, 9, seed=3).to(dtype)
-    strided = torch.stack((b, b), -1)[..., 0]
-    for x, y in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (b.mT, a.mT), (a, strided), (several, b),
-                 (several, single), (several[:1], single[:1]), (several.mT.contiguous().mT, single), (a, single),
-                 (a, b[:, 0]), (a[:, :0], b[:0]), (a[:0], b)):
-        truth = x.double() @ y.double()
-        close(product(x, y), truth, (1, 1, 1, 40), dtype)
-    y = normal(70, 9, seed=4).to(dtype)
-    for own in (y, y.mT.contiguous().mT):
-        own, truth = own.clone(memory_format=torch.preserve_format), 0.5 * own.double() - 3 * (a.double() @ b.double())
-        add_product_(own, a, b, 0.5, -3.0)
-        close(own, truth, (1, 70, 9, 40 * 9), dtype)
+    for x, y in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (b.mT, a.mT), (several, b),
+                 (several, single), (several[:1], single[:1]), (several.mT.contiguous().mT, single), (a[:0, :], b),
+                 (a[:, :0], b[:0])):
+        truth, found = x.double() @ y.double(), []
+        taken = outruns.more(lambda x=x, y=y, found=found: found.append(product(x, y)))
+        assert taken == (outruns.ours and len(x) > 0)
+        close(found[0], truth, (1, 1, 1, 40), dtype)
+    y, truth = normal(70, 9, seed=4).to(dtype), a.double() @ b.double()
+    for own, ours in ((y.clone(), True), (y.mT.contiguous().mT, False)):  # ours writes rows
+        expected = 0.5 * own.double() - 3 * truth
+        assert outruns.more(lambda own=own: add_product_(own, a, b, 0.5, -3.0)) == (outruns.ours and ours)
+        close(own, expected, (1, 70, 9, 40 * 9), dtype)
     y = normal(3, 70, 9, seed=5).to(dtype)
     truth = y.double() + several.double() @ single.double()
-    add_product_(y, several, single, 1.0)
+    assert outruns.more(lambda: add_product_(y, several, single, 1.0)) == outruns.ours
     close(y, truth, (1, 1, 1, 40), dtype)
+
+
+@each_dtype
+def test_what_blas_does_not_read_as_it_lies(outruns, dtype):
+    """Slices, steps and stacks whose matrices lie apart; broadcasts; vectors: torch's, without a copy."""
+    a, b = normal(70, 40).to(dtype), normal(40, 9, seed=1).to(dtype)
+    several, single = normal(3, 70, 40, seed=2).to(dtype), normal(3, 40, 9, seed=3).to(dtype)
+    for x, y in ((a, torch.stack((b, b), -1)[..., 0]), (normal(70, 80).to(dtype)[:, :40], b), (a[::2], b),
+                 (several.transpose(0, 1).contiguous().transpose(0, 1), single), (a, single), (several[:1], single),
+                 (several, single[:1]), (a, b[:, :1]), (a[:1], b), (a, b[:, 0]), (a[0], b), (a.expand(3, 70, 40), b)):
+        truth, found = x.double() @ y.double(), []
+        assert not outruns.more(lambda x=x, y=y, found=found: found.append(product(x, y)))
+        close(found[0], truth, (1, 1, 1, 40), dtype)
+
+
+def test_a_step_is_seen_by_autograd(outruns):
+    """As every write in place: a graph that has kept the weight must not go on with another."""
+    w, x, a, b = normal(20, 30), normal(5, 20, seed=1).requires_grad_(), normal(20, 4, seed=2), normal(4, 30, seed=3)
+    y, version = x @ w, w._version
+    assert outruns.more(lambda: add_product_(w, a, b, 1.0)) == outruns.ours
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_tensors_that_are_more_than_memory(outruns):
+    """What is negative by a bit, what inference mode has made, and what a dispatch mode looks at."""
+    a, b = normal(20, 4), normal(4, 30, seed=1)
+    y = torch._neg_view(normal(20, 30, seed=2))
+    truth = y.clone() + a @ b
+    assert not outruns.more(lambda: add_product_(y, a, b, 1.0))
+    torch.testing.assert_close(y.clone(), truth)
+    with torch.inference_mode():
+        made = normal(20, 30)
+        assert outruns.more(lambda: add_product_(made, a, b, 1.0)) == outruns.ours
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        add_product_(made, a, b, 1.0)
+    with FlopCounterMode(display=False) as flops:
+        product(a, b)
+    assert flops.get_total_flops() == 2 * 20 * 4 * 30
 
 
 def test_what_torch_is_left(outruns):
