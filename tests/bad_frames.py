@@ -65,3 +65,5 @@ def add_calls(add, w):
     add("grassmann.DynamicSubspaceLearners.assign", method(
         learners, "assign", features=x(5, 6), previous=torch.tensor([0, 0, 0, 0, 0]), seed=0),
         features=bad.tensor, previous=bad.optional(bad.labels), seed=bad.whole(-1, 2**32))
+    add("grassmann.DynamicSubspaceLearners.split", method(learners, "split", process_group=None),
+        process_group=bad.optional(bad.those()))

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..common import (
     FLOATS,
+    all_reduce,
     check_dense,
     check_device,
     check_floating,
+    check_group,
     check_number,
     full_precision,
     told,
@@ -92,6 +95,9 @@ class DynamicSubspaceLearners(nn.Module):
     epochs, and `split` where nothing has got better for some; in the end ``loss(features, target)`` of the whole
     embedding on batches of all points. The public code does these every 2 epochs, after 10, and from the 250th of 300.
 
+    Under DistributedDataParallel, `loss` belongs inside what is wrapped, and pairs the points of a process's own batch;
+    `assign` takes all points in every process; `split` takes a ``process_group``, without which replicas come apart.
+
     Raises:
         TypeError, ValueError: arguments of a wrong kind, or out of range.
 
@@ -110,8 +116,7 @@ class DynamicSubspaceLearners(nn.Module):
         >>> model.loss(x[cluster == 1], y[cluster == 1], learner=1).backward()
     """
 
-    _effect: Tensor
-    _seen: Tensor
+    _effect: Tensor | None  # (D,), of the losses since a split; no buffer, of which to_empty would leave any numbers
 
     def __init__(self, in_features: int, dim: int = 128, *, beta: float = 1.2, margin: float = 0.2,
                  threshold: float = 0.5, least: int = 5, device: torch.device | str | int | None = None,
@@ -131,8 +136,7 @@ class DynamicSubspaceLearners(nn.Module):
         self.beta, self.margin, self.threshold = float(beta), float(margin), float(threshold)
         self.embed = nn.Linear(in_features, dim, device=device, dtype=dtype)
         self.dims: tuple[int, ...] = (dim,)
-        self.register_buffer("_effect", torch.zeros(dim, device=device), persistent=False)
-        self.register_buffer("_seen", torch.zeros((), device=device), persistent=False)
+        self._effect = None
 
     def forward(self, features: Tensor) -> Tensor:
         """The embedding (..., D), of unit length: each learner's part has length 1 / sqrt(K)."""
@@ -161,7 +165,8 @@ class DynamicSubspaceLearners(nn.Module):
 
         Returns:
             0-dim. Of each point all pairs with its own class, and as many of the nearest of others that are at least
-            0.5 away; the mean of the terms that are not zero.
+            0.5 away; the mean of the terms that are not zero. All are of this batch: in several processes each has its
+            own pairs, and a mean of its own.
 
         In training mode its backward adds up the effect of each coordinate, for `split`; torch.func.grad, which can't,
         raises RuntimeError: it is for `eval()`.
@@ -200,8 +205,8 @@ class DynamicSubspaceLearners(nn.Module):
 
     def _watch(self, z: Tensor):
         def add(gradient: Tensor) -> None:
-            self._effect += (z * gradient).sum(0).to(self._effect)
-            self._seen += len(z)
+            effect = (z.to(wide_dtype(z.dtype)) * gradient.detach()).sum(0)
+            self._effect = effect if self._effect is None else self._effect.to(effect) + effect
 
         return add
 
@@ -249,30 +254,56 @@ class DynamicSubspaceLearners(nn.Module):
         return found.to(features.device)
 
     @torch.no_grad()
-    def split(self) -> bool:
-        """Split the last learner, by the losses since the last call (or the start): was it?
+    def split(self, *, process_group: dist.ProcessGroup | None = None) -> bool:
+        """Split the last learner, by the losses since the last call (or the start, or a state was loaded): was it?
 
         Coordinates whose effect exceeds the threshold become one learner, all others begin anew as the next. Nothing
         happens where a part would have fewer than ``least`` coordinates, or no loss has had a backward in training mode
         since. An optimiser's state of `embed` goes on as it is.
+
+        Args:
+            process_group: a torch.distributed group whose processes hold replicas, all of which call this, or None.
+                They split alike, by the losses of all, and have the rows of the first one.
+
+        Raises:
+            TypeError: process_group is of a wrong kind.
+            ValueError: its processes have other dims than one another; in all of them, and nothing has changed.
         """
+        check_group("DynamicSubspaceLearners.split", process_group)
         last, start = self.dims[-1], sum(self.dims[:-1])
-        effect, seen = self._effect[start:].abs(), float(self._seen)
-        self._effect.zero_(), self._seen.zero_()
+        weight, bias = self.embed.weight, self.embed.bias
+        effect = torch.zeros_like(bias) if self._effect is None else self._effect
+        effect = effect.to(bias.device, wide_dtype(bias.dtype))
+        if process_group is not None:
+            effect = self._over(effect, process_group)
+        self._effect = None
+        effect = effect[start:].abs()
         low, high = effect.min(), effect.max()
-        if seen == 0 or not bool((high > low) & high.isfinite()):
+        if not bool((high > low) & high.isfinite()):  # nothing seen: all are zero
             return False
         stay = ((effect - low) / (high - low) > self.threshold).nonzero()[:, 0]
         rest = last - len(stay)
         if min(len(stay), rest) < self.least:
             return False
-        weight, bias = self.embed.weight, self.embed.bias
         fresh = nn.Linear(self.embed.in_features, rest, device=weight.device, dtype=weight.dtype)
         nn.init.xavier_normal_(fresh.weight)
-        weight[start:] = torch.cat([weight[start + stay], fresh.weight])
-        bias[start:] = torch.cat([bias[start + stay], fresh.bias])
+        for p, new in ((weight, fresh.weight), (bias, fresh.bias)):
+            rows = torch.cat([p[start + stay], new])
+            if process_group is not None:
+                dist.broadcast(rows, dist.get_global_rank(process_group, 0), group=process_group)
+            p[start:] = rows
         self.dims = (*self.dims[:-1], len(stay), rest)
         return True
+
+    def _over(self, effect: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The sum of all processes' effects, which is the same to the bit in each; raises where dims differ."""
+        ends = torch.zeros_like(effect)
+        ends[torch.tensor(self.dims, device="cpu").cumsum(0) - 1] = 1
+        effect, ends = all_reduce(torch.stack((effect, ends)), group)
+        if ((ends != 0) & (ends != group.size())).any():
+            raise ValueError("DynamicSubspaceLearners.split: dims must be the same in all processes of process_group, "
+                             f"got {self.dims} in this one")
+        return effect
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"dims": self.dims}
@@ -281,7 +312,7 @@ class DynamicSubspaceLearners(nn.Module):
         dims = as_dims("DynamicSubspaceLearners", state["dims"])
         if dims is None or sum(dims) != self.embed.out_features:
             raise ValueError(f"DynamicSubspaceLearners: dims must sum to {self.embed.out_features}, got {told(dims)}")
-        self.dims = dims
+        self.dims, self._effect = dims, None
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, beta={self.beta:g}, margin={self.margin:g}"

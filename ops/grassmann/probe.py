@@ -68,6 +68,12 @@ class OrthogonalProbe(StiefelModule):
                 vectors.normal_(std=0.1, generator=generator)
             self.register_parameter(what, None if vectors is None else nn.Parameter(vectors))
 
+    def _reset_others(self, generator: torch.Generator | None) -> None:
+        for what in ("pairs", "tokens"):
+            vectors = self._parameters.get(what)  # none while the module is made
+            if vectors is not None and not vectors.is_meta:
+                vectors.normal_(std=0.1, generator=generator)
+
     def _check(self, name: str, x: Tensor) -> None:
         check_floating(name, "x", x)
         if x.dim() < 2 or x.shape[-1] != self.basis.shape[1] or x.shape[-2] < 1:

@@ -34,12 +34,16 @@ class StiefelModule(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """basis <- random orthonormal rows, uniformly distributed."""
+        """basis <- random orthonormal rows, uniformly distributed; other parameters as in a new module."""
         if self.basis.is_meta:
             return
         shape, wide = (1, *self.basis.shape), torch.float32 if self.basis.device.type == "mps" else torch.float64
         self.basis.copy_(drawn_frames(shape, None, generator, self.basis.device, wide, wide)[0])
         know(self.basis, None, "stiefel")
+        self._reset_others(generator)
+
+    def _reset_others(self, generator: torch.Generator | None) -> None:
+        """Of a subclass."""
 
     def basis_error(self) -> Tensor:
         """Largest entry of |basis @ basis.T - I|, 0-dim, in float64."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from ..common import HALF, WIDE, check_floating, full_precision, over_largest, told, whole, wide_dtype
 from .products import Function, applied, check_points, product, traced
@@ -85,12 +85,26 @@ class _PolarGradient(Function):
     tangent = backward
 
 
+class _Turned(parametrizations._Orthogonal):
+    """torch's own, on the meta device too, where no numbers tell whether they are orthogonal; and row by row in memory,
+    as safetensors wants it."""
+
+    def right_inverse(self, Q: Tensor) -> Tensor:
+        if Q.is_meta:
+            self.base = torch.empty_like(Q)
+            return Q
+        raw = super().right_inverse(Q.contiguous())
+        self.base = self.base.contiguous()
+        return raw
+
+
 class OrthogonalAdapter(nn.Module):
     """A trained orthogonal map of features, ``x @ Q``: it turns them and keeps all lengths and angles.
 
-    The weight is parametrised by torch.nn.utils.parametrizations.orthogonal, as a start times the exponential of a skew
-    matrix, so that any optimiser keeps it orthogonal, to rounding. It starts as the identity; assigning an orthogonal
-    matrix of either determinant to ``adapter.weight``, such as the transpose of `procrustes`' Q, starts there.
+    The weight is parametrised as by torch.nn.utils.parametrizations.orthogonal, a start times the exponential of a skew
+    matrix, so that any optimiser keeps it orthogonal, to rounding. It starts as the identity, also where it gets memory
+    after the meta device; assigning an orthogonal matrix of either determinant to ``adapter.weight``, such as the
+    transpose of `procrustes`' Q, starts there.
 
     Args:
         d: number of features, at least 1.
@@ -132,7 +146,15 @@ class OrthogonalAdapter(nn.Module):
         if weight.dtype not in WIDE:  # torch's default, where it is a half
             weight = weight.float()
         self.weight = nn.Parameter(weight)
-        parametrizations.orthogonal(self, "weight", orthogonal_map="matrix_exp")
+        turned = _Turned(self.weight, parametrizations._OrthMaps.matrix_exp)
+        parametrize.register_parametrization(self, "weight", turned, unsafe=True)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Q <- the identity."""
+        start = self.parametrizations.weight
+        start.original.zero_()  # in place, as it may be a shard
+        nn.init.eye_(start[0].base)
 
     def forward(self, x: Tensor) -> Tensor:
         check_floating("OrthogonalAdapter", "x", x)
@@ -149,7 +171,14 @@ class OrthogonalAdapter(nn.Module):
             out = fn(t)
             return t.to(out.device, torch.float32) if t.dtype in WIDE and out.dtype in HALF else out
 
-        return super()._apply(keep_wide, recurse)
+        def without_values():
+            return any(t.is_meta for t in (*self.parameters(), *self.buffers()))
+
+        was_meta = without_values()
+        applied = super()._apply(keep_wide, recurse)
+        if was_meta and not without_values():  # to_empty: never leave what the memory held
+            self.reset_parameters()
+        return applied
 
     @torch.no_grad()
     def merge(self, linear: nn.Linear | None = None) -> nn.Linear:

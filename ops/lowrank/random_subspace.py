@@ -146,14 +146,23 @@ class RandomSubspace(nn.Module):
         same = []
         if self.module is not None and any(fn(t).dtype != dtype for dtype, t in probe.items()):
             same = [name for name, (p, _) in self._base().items() if p is not None]
-        super()._apply(fn, recurse)
+        was_meta, made = self.theta.is_meta, {id(kept) for kept in self.buffers(recurse=False)}
+
+        def of_seed(t: Tensor) -> Tensor:  # the projection goes along, neither rounded nor what a memory held
+            if id(t) not in made:
+                return fn(t)
+            device = fn(t[:0]).device
+            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+        super()._apply(of_seed, recurse)
         now = self._now_there() if same else {}
         for name in same:  # rounded, which is no change
             dtypes = self._known[name][1], now[name].dtype
             self._known[name] = known(now[name]).bits, max(dtypes, key=coarseness)
         self._kept.at = None
-        if any(kept.is_floating_point() and kept.dtype != torch.float32 for kept in self.buffers(recurse=False)):
-            self._project()  # of all its digits
+        if was_meta and not self.theta.is_meta:  # to_empty: as it begins
+            nn.init.zeros_(self.theta)
+            self._project()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RandomSubspace:
@@ -323,6 +332,8 @@ class RandomSubspace(nn.Module):
                 state_dict.setdefault(prefix + name, p)  # nothing of the module's is missing
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._kept.at = None
+        if any(kept.device != self.theta.device for kept in self.buffers(recurse=False)):  # assigned from elsewhere
+            self._project()
 
     def _check_state(self, state: object) -> list[int]:
         """Raises unless it is of this kind and dim and of the same theta_0: before anything is changed. Returns of each

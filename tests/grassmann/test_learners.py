@@ -1,6 +1,7 @@
 """Groups are unit vectors, zeros stay zeros; learners split by what matters, and cluster points to train on."""
 
 import copy
+import pickle
 
 import helpers
 import numpy as np
@@ -101,7 +102,7 @@ def test_a_split_keeps_what_matters():
     assert not model.split()  # nothing seen so far
     first = trained(model, x, y, 1)
     assert trained(model, x, y) < first
-    model._effect.zero_(), model._seen.zero_()
+    model._effect = None
     z = grouped_normalize(model.embed(x), model.dims)
     z.retain_grad()
     model._margin_loss(z, y).backward()
@@ -118,12 +119,105 @@ def test_a_split_keeps_what_matters():
     assert not any((row == before).all(1).any() for row in model.embed.weight[model.dims[0] :])
     assert not model.split()  # its losses are forgotten
     model.eval().loss(x, y).backward()
-    assert model._seen == 0
+    assert model._effect is None
     again = DynamicSubspaceLearners(6, 20)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     assert again.dims == model.dims and torch.equal(again(x), model(x))
     with pytest.raises(ValueError, match="dims must sum to 12"):
         DynamicSubspaceLearners(6, 12).set_extra_state(model.get_extra_state())
+
+
+def emptied(module, monkeypatch):
+    """In memory that was used before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda t, device: torch.arange(
+            1, t.numel() + 1, dtype=t.dtype, device=device).view(t.shape))
+        return module.to_empty(device="cpu")
+
+
+def seen(model, seed=0, create_graph=False):
+    """The model, after a loss."""
+    x, y = normal(30, 6, seed=seed).to(model.embed.weight), torch.arange(30) % 3
+    torch.autograd.grad(model.loss(x, y), model.embed.weight, create_graph=create_graph)
+    return model
+
+
+@pytest.mark.parametrize("way", ["made on meta", "there and back", "where it is"])
+def test_memory_that_is_given_is_no_effect(way, monkeypatch):
+    trained = DynamicSubspaceLearners(6, 20)
+    model = DynamicSubspaceLearners(6, 20, device="meta" if way == "made on meta" else None)
+    if way == "there and back":
+        model.to("meta")
+    emptied(model, monkeypatch).load_state_dict(trained.state_dict())
+    assert not model.split() and torch.equal(model.embed.weight, trained.embed.weight)
+
+
+def test_effects_are_the_weights():
+    """They go with a copy; other weights have none; the module's dtype and what backward keeps are not theirs."""
+    torch.manual_seed(0)
+    model = seen(DynamicSubspaceLearners(6, 20, threshold=0.3))
+    state = copy.deepcopy(model.state_dict())
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()
+    assert model.split()
+    for other in copies:
+        assert other.split() and other.dims == model.dims
+    other = seen(DynamicSubspaceLearners(6, 20, threshold=0.3))
+    assert copy.deepcopy(other).split()
+    other.load_state_dict(state)
+    assert not other.split()
+    with torch.device("meta"):
+        other = DynamicSubspaceLearners(6, 20, threshold=0.3)
+    other.load_state_dict(state, assign=True)
+    assert not other.split()
+    assert seen(other).split() and other.dims == model.dims
+    half = seen(DynamicSubspaceLearners(6, 20, dtype=torch.bfloat16), create_graph=True)
+    assert half._effect.dtype == torch.float32 and not half._effect.requires_grad
+
+
+def test_effects_of_a_module_that_moves():
+    model = seen(DynamicSubspaceLearners(6, 20))
+    first = model._effect
+    other = DynamicSubspaceLearners(6, 20, dtype=torch.float64)
+    other.embed.load_state_dict(model.embed.state_dict())
+    helpers.close(seen(model.double(), 1)._effect, first.double() + seen(other, 1)._effect, 1e-6)
+
+
+def replica(seen_by=(0, 1)):
+    torch.manual_seed(0)
+    model = DynamicSubspaceLearners(6, 20, threshold=0.3)
+    for rank in seen_by:
+        seen(model, rank)
+    return model
+
+
+def worker(rank, folder):
+    """Splits of replicas that saw other losses and would draw other rows."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group, found = torch.distributed.group.WORLD, []
+    for model in (replica([rank]), replica([0] * (rank == 0)), replica([])):
+        torch.manual_seed(7 + rank)
+        found.append((model.split(process_group=group), model.dims, model.embed.state_dict()))
+    model = replica([rank])
+    model.dims = (8, 12 - rank, rank) if rank else (8, 12)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"split: dims must be the same in all .* got \(8, 1"):
+        model.split(process_group=group)
+    assert torch.equal(model.embed.weight, before["embed.weight"]) and model._effect is not None
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_replicas_split_alike(tmp_path):
+    """By the losses of all of them, also where some had none."""
+    helpers.in_two_processes(worker, str(tmp_path))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for i, losses in enumerate(((0, 1), (0,), ())):
+        model = replica(losses)
+        torch.manual_seed(7)
+        assert model.split() == bool(losses)
+        for split, dims, state in (found[0][i], found[1][i]):
+            assert split == bool(losses) and dims == model.dims
+            assert helpers.same(state.values(), model.embed.state_dict().values())
 
 
 def test_transforms_of_torch_func():
@@ -133,7 +227,7 @@ def test_transforms_of_torch_func():
     gradient = torch.func.grad(lambda x: model.loss(x, y))
     with pytest.raises(RuntimeError, match=r"DynamicSubspaceLearners.loss: torch.func.* call eval\(\) first"):
         gradient(x)
-    assert model._seen == 0
+    assert model._effect is None
     (expected,) = torch.autograd.grad(model.loss(leaf := x.clone().requires_grad_(), y), leaf)
     model.eval()
     helpers.close(gradient(x), expected, 1e-14)
@@ -184,6 +278,7 @@ def test_learners_on_clusters_retrieve(seed, threshold):
     (lambda m: DynamicSubspaceLearners(4, 8, beta=3.0), "beta must be a number from 0 to 2, got 3.0"),
     (lambda m: m.loss(torch.randn(3, 4), torch.tensor([0, 1])), "features and target must be as many"),
     (lambda m: m.loss(torch.randn(2, 4), torch.tensor([0, 1]), 1), "learner must be below 1, got 1"),
+    (lambda m: m.split(process_group=1), "DynamicSubspaceLearners.split: process_group must be .* got int 1"),
     (lambda m: m.assign(torch.randn(2, 4), torch.tensor([0, 1])), "previous must be"),
 ])
 def test_wrong_input(call, message):

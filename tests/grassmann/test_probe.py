@@ -226,3 +226,13 @@ def test_tokens_that_nothing_is_known_of_take_no_part():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half.loss(padded.bfloat16(), distance.bfloat16()).backward()
     assert half.basis.grad.isfinite().all()
+
+
+def test_memory_that_is_given_is_no_label(monkeypatch):
+    """to_empty leaves whatever the memory held."""
+    probe, empty = OrthogonalProbe(16, 4, 3, 5, device="meta"), torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **how: empty(t, **how).fill_(7))
+    probe.to_empty(device="cpu")
+    assert probe.basis_error() < 1e-5
+    for vectors in (probe.pairs, probe.tokens):
+        assert 0 < vectors.abs().max() < 1

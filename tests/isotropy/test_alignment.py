@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import close, frame_error, normal, same
+from helpers import close, frame_error, normal, optional, same
 from torch import nn
 
 from torch_subspace.isotropy import OrthogonalAdapter, procrustes
@@ -232,6 +232,50 @@ def test_a_model_of_halves_keeps_it_orthogonal(dtype):
         next(adapter.parameters()).add_(0.1 * torch.randn(32, 32))
     assert frame_error(adapter.weight) < 1e-5
     assert adapter.double().weight.dtype == torch.float64 and adapter.half().weight.dtype == torch.float32
+
+
+MADE = [lambda: OrthogonalAdapter(4, device="meta"), lambda: OrthogonalAdapter(4).to("meta")]
+
+
+@pytest.mark.parametrize("make", MADE, ids=["made there", "moved there"])
+def test_without_values(make):
+    """On the meta device; memory that is given holds the identity, then what is loaded."""
+    source = OrthogonalAdapter(4)
+    source.weight = turn(4, 3, -1).float()
+    with torch.no_grad():
+        next(source.parameters()).add_(0.1 * normal(4, 4))
+    x = normal(5, 4, dtype=torch.float32)
+    adapter, eye = make(), torch.eye(4)
+    assert adapter(x.to("meta")).shape == (5, 4) and adapter.merge().weight.is_meta
+    assert all(t.is_meta for t in adapter.state_dict().values())
+    torch.full((16, 16), 7.0)  # memory that was used before
+    model = nn.Sequential(nn.Sequential(adapter)).to_empty(device="cpu")
+    assert torch.equal(adapter.weight, eye) and torch.equal(model(x), x)
+    adapter.load_state_dict(source.state_dict())
+    assert torch.equal(adapter.weight, source.weight)
+    adapter.reset_parameters()
+    assert torch.equal(adapter.weight, eye)
+    adapter(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+    with torch.device("meta"):
+        other = OrthogonalAdapter(4)
+    other.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(other.weight, source.weight)
+    skipped = nn.utils.skip_init(OrthogonalAdapter, 4, dtype=torch.float64)
+    assert torch.equal(skipped.weight, eye.double())
+
+
+def test_accelerate_puts_it_in_place(tmp_path):
+    accelerate = optional("accelerate")
+    from safetensors.torch import save_file
+
+    source = nn.Sequential(OrthogonalAdapter(4))
+    source[0].weight = turn(4).float()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        model = nn.Sequential(OrthogonalAdapter(4))
+    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+    assert torch.equal(model[0].weight, source[0].weight)
 
 
 @pytest.mark.slow

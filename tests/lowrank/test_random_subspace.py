@@ -108,6 +108,33 @@ def test_copies_and_merged_modules(kind):
             call()
 
 
+@pytest.mark.parametrize("way", ["where it is", "there and back", "assigned"])
+@each_kind
+def test_memory_that_is_given_is_no_projection(kind, way, monkeypatch):
+    """That one is the seed's, whatever to_empty leaves."""
+    model, other = moved(wrapped(kind)).eval(), wrapped(kind).eval()
+    state = copy.deepcopy(dict(model.named_parameters()) | model.state_dict())  # theta_0 too
+    if way != "where it is":
+        other.to("meta")
+    if way != "assigned":
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda t, device: torch.arange(
+                1, t.numel() + 1, dtype=t.dtype, device=device).view(t.shape))
+            other.to_empty(device="cpu")
+        assert way == "where it is" or not other.theta.any()
+    other.load_state_dict(state, assign=way == "assigned")
+    assert torch.equal(other(X), model(X)) and sorted(other.state_dict()) == sorted(model.state_dict())
+
+
+def test_projections_are_not_rounded():
+    model = wrapped("dense")
+    p = model.columns
+    for dtype in (torch.float16, torch.float64):
+        assert torch.equal(model.to(dtype).columns, p) and model.columns.dtype == torch.float32
+    shared = wrapped("dense").share_memory()
+    assert shared.columns.is_shared() and torch.equal(shared.columns, p)
+
+
 def test_frozen_parameters_stay_and_ties_hold():
     module = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     module["b"].weight = module["a"].weight

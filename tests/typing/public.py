@@ -57,7 +57,7 @@ units: Tensor = ts.grassmann.grouped_normalize(x, [8, 4, 4])
 learners = ts.grassmann.DynamicSubspaceLearners(16, dim=32, threshold=0.4)
 cluster: Tensor = learners.assign(x, None, seed=0)
 pairs: Tensor = learners.loss(x, labels, learner=0)
-more: bool = learners.split()
+more: bool = learners.split(process_group=None)
 
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 style = ts.distributed.ClassParallel(sample_rate=0.1, sparse_grad=True, use_local_output=True)
