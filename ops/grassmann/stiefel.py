@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..common import HALF, WIDE, check_device, check_generator, told, whole, wide_dtype
 from . import watch
-from .frames import is_known, know
+from .frames import gathered, is_known, is_sharded, know, put
 from .initial import drawn_frames
 
 
@@ -38,7 +38,11 @@ class StiefelModule(nn.Module):
         if self.basis.is_meta:
             return
         shape, wide = (1, *self.basis.shape), torch.float32 if self.basis.device.type == "mps" else torch.float64
-        self.basis.copy_(drawn_frames(shape, None, generator, self.basis.device, wide, wide)[0])
+        drawn = drawn_frames(shape, None, generator, self.basis.device, wide, wide)[0].to(self.basis.dtype)
+        if is_sharded(self.basis):
+            put(self.basis, drawn)
+        else:
+            self.basis.copy_(drawn)
         know(self.basis, None, "stiefel")
         self._reset_others(generator)
 
@@ -48,7 +52,7 @@ class StiefelModule(nn.Module):
     def basis_error(self) -> Tensor:
         """Largest entry of |basis @ basis.T - I|, 0-dim, in float64."""
         with torch.no_grad():
-            basis = self.basis.double()
+            basis = gathered(self.basis).double()
             return (basis @ basis.mT - torch.eye(len(basis), dtype=basis.dtype, device=basis.device)).abs().max()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -72,6 +72,10 @@ def worker(rank, folder):
             net[1].weight.mul_(2)
         assert net[1].orthonormalize_().frame_error() < 1e-6
         with torch.device("meta"):
+            probe = ts.grassmann.OrthogonalProbe(16, 4, 3, 5)
+        shard(probe).to_empty(device="cpu")
+        assert probe.basis_error() < 1e-5 and 0 < probe.tokens.full_tensor().abs().max() < 1
+        with torch.device("meta"):
             empty = model()
         torch.manual_seed(rank)
         assert shard(empty).to_empty(device="cpu")[1].frame_error() < 1e-6

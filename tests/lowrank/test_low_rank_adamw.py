@@ -9,6 +9,7 @@ import torch
 from helpers import close, normal, same
 from low_rank_cases import FEEDBACKS, PROJECTORS, Reference, fixed, matrix, net, singular, stepped, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_subspace as ts
 from torch_subspace.lowrank import LowRankAdamW, low_rank_adamw, matrices, projectors, walsh
@@ -324,3 +325,28 @@ def test_digits(monkeypatch, rank, most):
 
     found = projectors.train(projectors.low_rank(rank=rank), seed=0)
     assert found["loss"] < most and found["accuracy"] > 0.93
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_no_step_stalls(projector):
+    """All do the same work, where directions are found in each: GaLore's every two hundredth takes a decomposition."""
+    weight = nn.Parameter(normal(90, 70, dtype=torch.float32))
+    opt, work = LowRankAdamW([weight], rank=8, projector=projector), []
+    for i in range(7):
+        weight.grad = normal(90, 70, seed=i, dtype=torch.float32)
+        with Operations() as made:
+            opt.step()
+        work.append(made.names)
+    assert work[0] and all(names == work[1] for names in work[2:])
+
+
+class Operations(TorchDispatchMode):
+    """The names and sizes of what torch does."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append((str(func), [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
