@@ -94,7 +94,8 @@ SHOWN = {  # op, case, our contender, theirs, in the order of the table
                        for what in ("4096x4096", "1024x1024", "MiniLM") for which in ("found", "kept")],
     "trion": [(f"{size} rank 128 float32", "ours",
                ("floor: transform, products, Newton-Schulz", "torch.optim.Muon, bfloat16",
-                "ours: LowRankAdamW, cosines", "torch.optim.AdamW")) for size in ("1024x1024", "4096x1024")],
+                "ours: LowRankAdamW, cosines", "torch.optim.AdamW"))
+              for size in ("1024x1024", "4096x1024", "4096x4096", "a MiniLM's layers")],
     "hadamard": [("1 rows of 1048576 float32", "ours",
                   ("floor: a copy", "chunks and concatenations", "torch.compile of it")),
                  *((f"{v} rows of {n} float32", "ours", ("floor: a copy",)) for v, n in ((16384, 1024), (2048, 8192)))],

@@ -1,4 +1,5 @@
-"""Trion's step of one matrix: ours, torch's Muon, LowRankAdamW along cosines, and the least that the step does.
+"""Trion's step of a matrix, and of a small model's: ours, torch's Muon, LowRankAdamW along cosines, and the least that
+it does.
 
 The floor is Fourier's transform of the momentum, both products with the basis and Newton-Schulz of r columns.
 """
@@ -21,12 +22,14 @@ def inputs(m, n, device):
     return [torch.randn(m, n, generator=seed).to(device) for _ in range(2)]
 
 
-def stepped(make, m, n, device):
-    """An optimiser of one parameter that has a gradient, and the parameter."""
-    weight, grad = inputs(m, n, device)
-    p = torch.nn.Parameter(weight)
-    p.grad = grad
-    return make([p]), p
+def stepped(make, device, *shapes):
+    """An optimiser of parameters that have gradients, and the first of them."""
+    parameters = []
+    for m, n in shapes:
+        weight, grad = inputs(m, n, device)
+        parameters.append(p := torch.nn.Parameter(weight))
+        p.grad = grad
+    return make(parameters), parameters[0]
 
 
 def floor(m, n, rank, device):
@@ -46,25 +49,26 @@ def floor(m, n, rank, device):
     return Contender(FLOOR, lambda: step)
 
 
-def contender(name, make, m, n, device, check=None, note=""):
-    """One step."""
+def steps(rank, device, shapes, check=None):
+    """One step of each: ours, Muon's, and others of other kinds."""
+    made = {OURS: (ours(rank), check, ""), MUON: (torch.optim.Muon, None, "full rank, in bfloat16"),
+            LOW: (lambda params: LowRankAdamW(params, rank=rank, projector="cosine"), None, "another step"),
+            ADAMW: (torch.optim.AdamW, None, "another step")}
+    return [Contender(name, lambda make=make: stepped(make, device, *shapes)[0].step, held, note=note, peak=True)
+            for name, (make, held, note) in made.items()]
 
-    def build():
-        optimizer, _ = stepped(make, m, n, device)
-        return optimizer.step
 
-    return Contender(name, build, check, note=note, peak=True)
+def ours(rank):
+    """Trion."""
+    return lambda params: Trion(params, lr=0.02, rank=rank, weight_decay=0.0)
 
 
 def case(m, n, rank, device, must, stretch):
     """All contenders at one size."""
 
-    def make(params):
-        return Trion(params, lr=0.02, rank=rank, weight_decay=0.0)
-
     def check():
         """The weight's change in the first step, of a power of two."""
-        optimizer, p = stepped(make, m, n, device)
+        optimizer, p = stepped(ours(rank), device, (m, n))
         before = p.detach().cpu().double()
         optimizer.step()
         momentum = inputs(m, n, "cpu")[1].double()
@@ -77,17 +81,22 @@ def case(m, n, rank, device, must, stretch):
         update = (update.T if m < n else update) * max(1, m / n) ** 0.5
         return relative(p.detach().cpu().double(), before - 0.02 * update)
 
-    contenders = [floor(m, n, rank, device), contender(OURS, make, m, n, device, check),
-                  contender(MUON, torch.optim.Muon, m, n, device, note="full rank, in bfloat16"),
-                  contender(LOW, lambda params: LowRankAdamW(params, rank=rank, projector="cosine"), m, n, device,
-                            note="another step"),
-                  contender(ADAMW, torch.optim.AdamW, m, n, device, note="another step")]
+    contenders = [floor(m, n, rank, device), *steps(rank, device, [(m, n)], check)]
     return Case(f"{m}x{n} rank {rank} float32", contenders,
                 [Target(OURS, (MUON,), ">=", must, stretch), Target(OURS, (FLOOR,), "<=", 2, 1.4)],
                 **work.trion(m, n, rank), seconds=4)
 
 
+def model(rank, device):
+    """The matrices of a MiniLM's six layers."""
+    shapes = [*[(384, 384)] * 4, (1536, 384), (384, 1536)] * 6
+    each = [work.trion(m, n, rank) for m, n in shapes]
+    return Case(f"a MiniLM's layers rank {rank} float32", steps(rank, device, shapes),
+                [Target(OURS, (MUON,), ">=", 2, 4)],
+                **{key: sum(one[key] for one in each) for key in ("bytes", "flops")}, seconds=4)
+
+
 def cases(device):
-    """Square, tall and wide."""
+    """Square, tall and wide, and a model's."""
     return [case(1024, 1024, 128, device, 2, 4), case(4096, 1024, 128, device, 2.5, 4),
-            case(1024, 4096, 128, device, 2.5, 4)]
+            case(1024, 4096, 128, device, 2.5, 4), case(4096, 4096, 128, device, 2.5, 4), model(128, device)]
