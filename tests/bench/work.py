@@ -174,6 +174,12 @@ def trion(m, n, rank):
     return {"bytes": 5 * FLOAT * m * n, "flops": 4 * m * n * rank + newton_schulz(max(m, n), rank)["flops"]}
 
 
+def trion_model(shapes, rank):
+    """That of each matrix."""
+    each = [trion(m, n, rank) for m, n in shapes]
+    return {key: sum(one[key] for one in each) for key in ("bytes", "flops")}
+
+
 def coso(n, rank, sketch, memory):
     """Three products at the sketch's width, two at the rank, two with the memory. Weight, gradient and memory are read,
     the weight written, the sketch and both moments read and written."""

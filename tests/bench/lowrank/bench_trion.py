@@ -90,10 +90,8 @@ def case(m, n, rank, device, must, stretch):
 def model(rank, device):
     """The matrices of a MiniLM's six layers."""
     shapes = [*[(384, 384)] * 4, (1536, 384), (384, 1536)] * 6
-    each = [work.trion(m, n, rank) for m, n in shapes]
     return Case(f"a MiniLM's layers rank {rank} float32", steps(rank, device, shapes),
-                [Target(OURS, (MUON,), ">=", 2, 4)],
-                **{key: sum(one[key] for one in each) for key in ("bytes", "flops")}, seconds=4)
+                [Target(OURS, (MUON,), ">=", 2, 4)], **work.trion_model(shapes, rank), seconds=4)
 
 
 def cases(device):
