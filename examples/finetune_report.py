@@ -12,7 +12,7 @@ import torch
 from matplotlib import ticker
 from scipy.stats import t as student
 
-OURS, COLORS = "#1f6fb2", ("#8a8f98", "#c2410c", "#7a5195", "#2f855a", "#b7791f")
+OURS, COLORS = "#1f6fb2", ("#8a8f98", "#c2410c", "#7a5195", "#2f855a", "#b7791f", "#0e7490")
 
 
 def summary(runs, rates, peaks):
