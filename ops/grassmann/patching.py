@@ -155,7 +155,8 @@ def rowspace_split(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: not dense floating-point tensors, or of two dtypes.
-        ValueError: shapes or devices do not fit, or weight is not finite.
+        ValueError: shapes or devices do not fit, or weight is not finite; in a graph of torch.compile that is for
+            torch.linalg.svd to say.
 
     Source: the interpretability illusion of subspace patching (Makelov, Lange and Nanda, 2023, arXiv 2311.17030).
 
@@ -182,12 +183,10 @@ def rowspace_split(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_space(name: str, weight: Tensor, eps: float) -> Tensor:
-    """Orthonormal rows (rank, d) that span those of the weight."""
-    if weight.is_meta:
+    """Orthonormal rows that span those of the weight, and zeros after them."""
+    if weight.is_meta or not weight.numel():
         return weight[:0]
-    if not weight.isfinite().all():
+    if not torch.compiler.is_compiling() and not weight.isfinite().all():
         raise ValueError(f"{name}: weight is not finite")
-    if not weight.numel() or not weight.any():
-        return weight[:0]
     _, size, rows = torch.linalg.svd(weight, full_matrices=False)
-    return rows[size > size[0] * max(weight.shape) * eps]
+    return rows * (size > size[0] * max(weight.shape) * eps)[:, None]

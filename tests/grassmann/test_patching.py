@@ -110,6 +110,17 @@ def test_other_ways_to_call_it():
     assert subspace_patch(base[:0], source[:0], v).shape == (0, 7)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_split_without_graph_breaks(dynamic):
+    fast = torch.compile(rowspace_split, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for v, weight in ((normal(6, 7), normal(3, 7, seed=1)), (normal(2, 9), normal(12, 9, seed=1)[:, :1].expand(12, 9)),
+                      (normal(2, 9), torch.zeros(4, 9, dtype=torch.float64))):
+        for found, expected in zip(fast(v, weight), rowspace_split(v, weight)):
+            helpers.close(found, expected, 1e-12, absolute=True)
+    with pytest.raises(torch.linalg.LinAlgError):
+        fast(normal(4, 5), normal(3, 5) / 0)
+
+
 def test_the_module_keeps_its_basis():
     patch = SubspacePatch(9, 3, generator=torch.Generator().manual_seed(0))
     same = SubspacePatch(9, 3, generator=torch.Generator().manual_seed(0))
