@@ -704,6 +704,11 @@ const char *subspace_cpu_isa_available(void)
     return "sm_80 sm_86 sm_90";
 }
 
+bool subspace_cpu_intel(void)
+{
+    return true; // products stay torch's: here ours are far slower
+}
+
 #define TO_WORKSPACE(op)                                                                                               \
     size_t subspace_##op##_workspace_cpu(const subspace_ctx *ctx, const subspace_##op##_args *a)                       \
     {                                                                                                                  \
