@@ -21,7 +21,9 @@ enum {
     STRIP = 512,                 /* bytes */
     NEAR = VECTOR == 64 ? 4 : 3, /* bits done at one go: of as many vectors as there are registers for, */
     FAR = 3,                     /* or of lines, which a cache has but so many places for at powers of two apart */
-    PAGE = 1 << 12,              /* bytes, that rows of fewer are asked for ahead of their turn */
+    PAGE = 1 << 12,              /* bytes, that rows of fewer, */
+    ASKED = 1 << 10,             /* but of as many, are asked for ahead of their turn, */
+    FAR_AWAY = 1 << 23,          /* where there are more of them than a cache holds */
     WORTH_A_THREAD = 1 << 15,    /* entries */
 };
 
@@ -205,9 +207,12 @@ static void FN(short_rows)(const T *x, T *y, int64_t count, int64_t n, T scale)
 {
     enum { L = FN(LANES) };
     if (n <= L) FN(tiny_rows)(x, y, count, n, scale);
-    else
-        for (int64_t i = 0, next = n * MAX(1, PAGE / (n * (int64_t)sizeof(T))); i < count; i += n)
-            FN(columns)(x + i, L, y + i, L, y + i, L, n / L, L, NEAR, true, scale, i + next < count ? next : 0);
+    else {
+        const int64_t bytes = n * (int64_t)sizeof(T), next = n * MAX(1, PAGE / bytes);
+        const bool far = x != y && bytes >= ASKED && count * (int64_t)sizeof(T) >= FAR_AWAY;
+        for (int64_t i = 0; i < count; i += n)
+            FN(columns)(x + i, L, y + i, L, y + i, L, n / L, L, NEAR, true, scale, far && i + next < count ? next : 0);
+    }
 }
 
 /* Some strips of a long row's columns */

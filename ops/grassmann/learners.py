@@ -305,6 +305,13 @@ class DynamicSubspaceLearners(nn.Module):
                              f"got {self.dims} in this one")
         return effect
 
+    def _apply(self, fn, recurse=True):
+        was_meta = self.embed.weight.is_meta
+        applied = super()._apply(fn, recurse)
+        if was_meta and not self.embed.weight.is_meta:
+            self._effect = None  # of weights that are gone
+        return applied
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"dims": self.dims}
 

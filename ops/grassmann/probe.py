@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from ..common import check_dense, check_floating, full_precision, told, transformed, whole, wide_dtype
 from . import watch
+from .frames import is_sharded, local, put
 from .stiefel import StiefelModule
 
 IGNORED = -100  # a label that counts for nothing, as in torch
@@ -71,7 +72,10 @@ class OrthogonalProbe(StiefelModule):
     def _reset_others(self, generator: torch.Generator | None) -> None:
         for what in ("pairs", "tokens"):
             vectors = self._parameters.get(what)  # none while the module is made
-            if vectors is not None and not vectors.is_meta:
+            if vectors is not None and is_sharded(vectors):  # of one draw, or all shards might be alike
+                own = local(vectors)
+                put(vectors, own.new_empty(vectors.shape).normal_(std=0.1, generator=generator))
+            elif vectors is not None and not vectors.is_meta:
                 vectors.normal_(std=0.1, generator=generator)
 
     def _check(self, name: str, x: Tensor) -> None:

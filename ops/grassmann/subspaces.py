@@ -48,12 +48,12 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
         dims: dimension of each subspace (a sequence of C ints) for ragged frames.
 
     Returns:
-        (..., C): ||frames[c] @ x||^2, float64 for float64 and else float32, as squares are soon too large for float16.
+        (..., C): ||frames[c] @ x||^2, float64 for float64 and else float32, in which half types are computed.
         What a subspace does not hold is ||x||^2 less that, so the nearest subspace has the largest score, of those of
         one dimension the likeliest too.
 
-    Differentiable in ``x`` and ``frames`` any number of times; under autocast the products are taken in its dtype, as a
-    linear layer's.
+    Differentiable in ``x`` and ``frames`` any number of times; under autocast both are rounded to its dtype, as for a
+    linear layer.
 
     Raises:
         TypeError: x or frames is no dense floating tensor, or their dtypes differ.
@@ -73,8 +73,9 @@ def subspace_scores(x: Tensor, frames: Tensor, *, dims: Sequence[int] | None = N
             wide = wide_dtype(x.dtype)
             proj = linear(x.to(wide), frames.to(wide).flatten(0, -2))
             return _by_class(proj.square(), frames, dims)
-    lengths = subspace_logits(x, frames, gamma=1.0, normalize=False, dims=dims)
-    return lengths.to(wide_dtype(x.dtype)).square()  # from 256 on a square is no float16
+    with full_precision(x):  # a half's rounding of lengths would decide between subspaces, and its range end soon
+        wide = wide_dtype(x.dtype)
+        return subspace_logits(x.to(wide), frames.to(wide), gamma=1.0, normalize=False, dims=dims).square()
 
 
 def _differentiated(*tensors: Tensor) -> bool:

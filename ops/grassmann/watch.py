@@ -44,8 +44,8 @@ WORDS = {
               "no lengths of projections. Train frames by torch_subspace.RiemannianSGD or RiemannianAdamW, average "
               "them by torch_subspace.grassmann.average_frames; orthonormalize_() repairs them",
     "basis": "the rows of its basis are off from orthonormal by {error:.1e} (largest entry of B B' - I): what is taken "
-             "along them is no projection. Train it by torch_subspace.RiemannianSGD or RiemannianAdamW; their next "
-             "step repairs it",
+             "along them is no projection. Train it by torch_subspace.RiemannianSGD or RiemannianAdamW, average "
+             "it by torch_subspace.grassmann.average_frames; a step of theirs repairs it",
 }
 
 

@@ -19,6 +19,7 @@ _op = torch.ops.torch_subspace
 
 
 WORTH = 1 << 19  # multiplications, below which a call takes longer than what it saves
+PANEL = 1 << 13  # entries of a product that a further thread asks for: the op shares out no sums
 AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's kernels, by its own words
 
 
@@ -59,7 +60,8 @@ def _ours(a: Tensor, b: Tensor | None = None) -> bool:
                 or (t.requires_grad and torch.is_grad_enabled())):
             return False
     if b is not None and (b.shape[-2] != a.shape[-1] or (b.dim() == 3 and b.shape[:-2] != a.shape[:-2])
-                          or a.shape[-2] < 2 or b.shape[-1] < 2 or a.numel() * b.shape[-1] < WORTH):
+                          or a.shape[-2] < 2 or b.shape[-1] < 2 or a.numel() * b.shape[-1] < WORTH
+                          or a.shape[-2] * b.shape[-1] < PANEL * (torch.get_num_threads() - 1)):
         return False
     return not transformed() and not is_in_torch_dispatch_mode()
 

@@ -284,3 +284,12 @@ def test_learners_on_clusters_retrieve(seed, threshold):
 def test_wrong_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(DynamicSubspaceLearners(4, 8))
+
+
+def test_effects_end_on_meta():
+    """With the weights that they were of."""
+    model = DynamicSubspaceLearners(6, 12)
+    model.loss(torch.randn(20, 6), torch.arange(20) % 4).backward()
+    assert model._effect is not None
+    model.to("meta").to_empty(device="cpu")
+    assert model._effect is None

@@ -40,6 +40,15 @@ def test_squares_that_are_no_float16_are_scores(how, trained):
     assert torch.equal(scores, torch.tensor([0.0, 72900.0, 0.0, 250000.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_half_types_are_those_with_gradients(dtype):
+    x = torch.randn(500, 16).to(dtype)
+    frames = torch.linalg.qr(torch.randn(10, 16, 3)).Q.mT.contiguous().to(dtype)
+    found, truth = subspace_scores(x, frames), subspace_scores(x, frames.clone().requires_grad_())
+    torch.testing.assert_close(found, truth.detach())
+    assert torch.equal(found.argmax(-1), truth.argmax(-1))
+
+
 def test_on_meta():
     x, frames = torch.empty(3, 6, device="meta"), torch.empty(4, 2, 6, device="meta")
     for trained in (False, True):

@@ -25,6 +25,7 @@ class Taken:
         self.ours, self.count, into = ours, 0, module._into
         monkeypatch.setattr(module, "outruns_torch", lambda: ours)
         monkeypatch.setattr(module, "WORTH", 0)
+        monkeypatch.setattr(module, "PANEL", 0)
 
         def counted(*given):
             self.count += 1
@@ -228,6 +229,7 @@ def test_an_optimisers_steps_are_the_same_either_way(monkeypatch, projector):
     def trained(ours):
         monkeypatch.setattr(module, "outruns_torch", lambda: ours)
         monkeypatch.setattr(module, "WORTH", 0)
+        monkeypatch.setattr(module, "PANEL", 0)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.Tanh(), torch.nn.Linear(60, 30)).double()
         opt, x = ts.lowrank.LowRankAdamW(model.parameters(), lr=1e-2, rank=8, projector=projector), normal(16, 40)
