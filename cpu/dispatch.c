@@ -1,6 +1,12 @@
 /* dispatch.c - choose a level's kernels once, at load; after that every call is one jump. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "dispatch.h"
 #include <stdlib.h>
+#ifdef SUBSPACE_HAVE_X86_LEVELS
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define SUBSPACE_LEVEL baseline
 #include "cpu.h"
 
@@ -12,7 +18,7 @@ extern const subspace_kernels subspace_kernels_avx2, subspace_kernels_avx512;
 static const subspace_kernels *kernels = &subspace_kernels_baseline;
 static const char *chosen = "baseline";
 static char available[64] = "baseline";
-static bool bf16 = false;
+static bool bf16 = false, amx = false;
 
 static void offer(const char *name, const subspace_kernels *k, bool runs, const char *forced)
 {
@@ -21,6 +27,23 @@ static void offer(const char *name, const subspace_kernels *k, bool runs, const 
     strcat(available, name);
     if (!forced || !strcmp(forced, name)) kernels = k, chosen = name;
 }
+
+#ifdef SUBSPACE_HAVE_X86_LEVELS
+/* Whether there are tiles of bf16 and Linux lets this process use them: since 5.16, if it is asked, as oneDNN asks too.
+ */
+static bool tiles_of_bf16(unsigned features)
+{
+    enum { PERMISSION = 0x1023, TILE_DATA = 18, BF16 = 1 << 22, TILES = 1 << 24 };
+    return features & BF16 && features & TILES && syscall(SYS_arch_prctl, PERMISSION, TILE_DATA) == 0;
+}
+
+/* Leaf 7's, of the register that tells of AMX. */
+static unsigned features_of_leaf_7(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) ? d : 0;
+}
+#endif
 
 void subspace_cpu_init(void)
 {
@@ -39,15 +62,28 @@ void subspace_cpu_init(void)
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     offer("avx2", &subspace_kernels_avx2, avx2, forced);
+    const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+    const unsigned features = features_of_leaf_7();
+    /* Intel's processors that have AVX512-FP16 (bit 23) begin two FMAs in every cycle and one vdpbf16ps, of twice the
+     * flops, in every other: bf16 is faster widened there, but for AMX */
+    const bool slow_pairs = subspace_cpu_intel() && features & (1 << 23);
+    if (slow_pairs) offer("avx512_bf16", &subspace_kernels_avx512, pairs, forced);
     offer("avx512", &subspace_kernels_avx512, avx512, forced);
-    offer("avx512_bf16", &subspace_kernels_avx512, avx512 && __builtin_cpu_supports("avx512bf16"), forced);
+    if (!slow_pairs) offer("avx512_bf16", &subspace_kernels_avx512, pairs, forced);
+    offer("amx_bf16", &subspace_kernels_avx512, pairs && tiles_of_bf16(features), forced);
 #endif
-    bf16 = !strcmp(chosen, "avx512_bf16");
+    amx = !strcmp(chosen, "amx_bf16");
+    bf16 = amx || !strcmp(chosen, "avx512_bf16");
 }
 
 bool subspace_cpu_bf16(void)
 {
     return bf16;
+}
+
+bool subspace_cpu_amx(void)
+{
+    return amx;
 }
 
 const char *subspace_cpu_isa(void)

@@ -6,7 +6,7 @@
  * 1.2e-38 count as 0 in it. B is packed by pairs of rows; where k is odd, a row of zeros stands beside the last, and A
  * must have a zero there too. C is float32, or bf16 rounded once where no sum is cut (k <= 2 MULTIPLY_DEPTH).
  *
- * Included once by panels.c, after the definitions that multiply.h asks for.
+ * Included once by panels.c, after the definitions that multiply.h asks for. With AMX, multiply_tiles.h does its work.
  */
 #include <immintrin.h>
 #include "cpu.h"
@@ -16,6 +16,18 @@ typedef enum { SET, ADD, NARROW } how; /* C = A B, C += A B, or C = A B in bf16 
 
 enum { PAIR_LANES = VECTOR / sizeof(float), PAIR_STRIP = 3 * PAIR_LANES };
 #define MULTIPLIES_PAIRS __attribute__((target("avx512bf16")))
+
+/* A vector of sums into C, which begins with `at` numbers before it; the mask has those that count. */
+static inline __attribute__((always_inline)) MULTIPLIES_PAIRS void put_pairs(__m512 sums, __mmask16 mask, how store,
+                                                                             void *c, int64_t at)
+{
+    float *to = (float *)c + at;
+    if (store == ADD) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, to));
+    if (store != NARROW) _mm512_mask_storeu_ps(to, mask, sums);
+    else _mm256_mask_storeu_epi16((uint16_t *)c + at, mask, (__m256i)_mm512_cvtneps_pbh(sums));
+}
+
+#include "multiply_tiles.h"
 
 /* C of `rows` rows and `vecs` vectors, of which `cols` columns count; b is a packed strip [k, vecs vectors]. */
 static inline __attribute__((always_inline)) MULTIPLIES_PAIRS void
@@ -39,14 +51,8 @@ pair_microkernel(const int rows, const int vecs, int64_t k, const pair *a, int64
     const __mmask16 last = (__mmask16)(0xffff >> (vecs * L - cols));
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < vecs; v++) {
-            const int64_t at = i * ldc + v * L;
-            const __mmask16 mask = v == vecs - 1 ? last : (__mmask16)0xffff;
-            float *to = (float *)c + at;
-            if (store == ADD) acc[i][v] = _mm512_add_ps(acc[i][v], _mm512_maskz_loadu_ps(mask, to));
-            if (store != NARROW) _mm512_mask_storeu_ps(to, mask, acc[i][v]);
-            else _mm256_mask_storeu_epi16((uint16_t *)c + at, mask, (__m256i)_mm512_cvtneps_pbh(acc[i][v]));
-        }
+        for (int v = 0; v < vecs; v++)
+            put_pairs(acc[i][v], v == vecs - 1 ? last : (__mmask16)0xffff, store, c, i * ldc + v * L);
 }
 
 #define PAIR_MICROKERNELS(rows)                                                                                        \
@@ -63,12 +69,18 @@ PAIR_MICROKERNELS(4)
 PAIR_MICROKERNELS(1)
 #undef PAIR_MICROKERNELS
 
-/* `cols` columns of `rows` rows of b as strips [pairs of rows, STRIP], as multiply.h's pack. */
-static void pack_pairs(const uint16_t *b, int64_t ldb, int64_t rows, int64_t cols, uint32_t *restrict out)
+/* `cols` columns of `rows` rows of b as strips [pairs of rows, STRIP], as multiply.h's pack; what a strip has beyond
+ * those pairs, up to `depth` of them, is zero. */
+static void pack_pairs(const uint16_t *b, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
+                       uint32_t *restrict out)
 {
-    const int64_t depth = CEIL_DIV(rows, 2), whole = cols - cols % PAIR_STRIP, rest = cols - whole;
+    const int64_t pairs = CEIL_DIV(rows, 2), whole = cols - cols % PAIR_STRIP, rest = cols - whole;
     const int64_t width = CEIL_DIV(rest, PAIR_LANES) * PAIR_LANES;
-    for (int64_t l = 0; l < depth; l++) {
+    for (int64_t j = 0; j < cols && pairs < depth; j += PAIR_STRIP) {
+        const int64_t wide = j < whole ? PAIR_STRIP : width;
+        memset(out + j * depth + pairs * wide, 0, (size_t)((depth - pairs) * wide) * sizeof *out);
+    }
+    for (int64_t l = 0; l < pairs; l++) {
         const bool alone = 2 * l + 1 == rows;
         const uint16_t *restrict even = b + 2 * l * ldb, *restrict odd = alone ? even : even + ldb;
         const uint32_t upper = alone ? 0 : 0xffff0000;
@@ -86,13 +98,20 @@ static void multiply_pairs(int64_t m, int64_t n, int64_t k, const pair *a, int64
                            int64_t ldb, how store, void *c, int64_t ldc, uint32_t *packed)
 {
     const int64_t width = MULTIPLY_STRIPS * PAIR_STRIP, pairs = CEIL_DIV(k, 2);
+    const bool tiles = subspace_cpu_amx();
+    const int64_t most = tiles ? TILES_DEPTH : MULTIPLY_DEPTH;
     const size_t item = store == NARROW ? sizeof(uint16_t) : sizeof(float);
     uint32_t gathered[MULTIPLY_DEPTH * 8];
     for (int64_t j0 = 0; j0 < n; j0 += width)
-        for (int64_t l0 = 0; l0 < pairs; l0 += MULTIPLY_DEPTH) {
-            const int64_t depth = MIN(MULTIPLY_DEPTH, pairs - l0), cols = MIN(width, n - j0);
+        for (int64_t l0 = 0; l0 < pairs; l0 += most) {
+            const int64_t depth = MIN(most, pairs - l0), cols = MIN(width, n - j0);
+            const int64_t padded = tiles ? CEIL_DIV(depth, TILE) * TILE : depth;
             const how now = l0 > 0 ? ADD : store;
-            pack_pairs(b + 2 * l0 * ldb + j0, ldb, MIN(2 * depth, k - 2 * l0), cols, packed);
+            pack_pairs(b + 2 * l0 * ldb + j0, ldb, MIN(2 * depth, k - 2 * l0), cols, padded, packed);
+            if (tiles) {
+                multiply_tiles(m, cols, depth, a + l0 * al, ai, al, packed, now, (char *)c + (size_t)j0 * item, ldc);
+                continue;
+            }
             for (int64_t i = 0, rows; i < m; i += rows) {
                 const pair *ablock = a + i * ai + l0 * al;
                 int64_t si = ai, sl = al;

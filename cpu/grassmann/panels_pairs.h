@@ -34,16 +34,31 @@ static const uint16_t *pairs_x(const panels *p)
     return p->xhat ? p->xhat : p->a->x;
 }
 
-/* xt[j, i] = x_s[i, j] for 16 rows of the batch at a time */
+/* xt[j, i] = x_s[i, j] for 16 rows of the batch at a time: of 16 pairs of columns, where there are so many, by
+ * registers */
 static void pairs_transpose(int64_t begin, int64_t end, void *arg)
 {
     const panels *p = arg;
     const int64_t n = p->a->n, b = p->a->b;
     const uint16_t *x = pairs_x(p);
     uint16_t *xt = p->xt;
-    for (int64_t i0 = begin * 16; i0 < MIN(end * 16, b); i0 += 16)
-        for (int64_t j = 0; j < n; j++)
+    for (int64_t i0 = begin * 16; i0 < MIN(end * 16, b); i0 += 16) {
+        const int64_t whole = b - i0 < 16 ? 0 : n / 32 * 32;
+        for (int64_t j = 0; j < whole; j += 32) {
+            __m512i v[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(x + (i0 + i) * n + j);
+            transpose_tile(v);
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; l++) {
+                uint16_t *to = xt + (j + 2 * l) * b + i0;
+                _mm256_storeu_si256((__m256i_u *)to, _mm512_cvtepi32_epi16(v[l]));
+                _mm256_storeu_si256((__m256i_u *)(to + b), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v[l], 16)));
+            }
+        }
+        for (int64_t j = whole; j < n; j++)
             for (int64_t i = i0; i < MIN(i0 + 16, b); i++) xt[j * b + i] = x[i * n + j];
+    }
 }
 
 static void pairs_prepare(const panels *p, int64_t grain, bool transposed)

@@ -53,7 +53,7 @@ __all__ = ["Plan", "Share", "plan"]
 # As in the kernels and the optimiser; a test compares.
 PANEL_ROWS, BLOCK, ROUND_ROWS = 512, 256, 8192  # cpu/grassmann/panels.c
 PACKED = 512 * 11 * 3  # vectors, for each thread
-VECTORS = {"avx512_bf16": 64, "avx512": 64, "avx2": 32}  # bytes; 16 elsewhere
+VECTORS = {"amx_bf16": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 32}  # bytes; 16 elsewhere
 PANEL_TILE, PANEL_BLOCK = 1 << 22, 4096  # cuda/grassmann/panels_shape.h
 SCRATCH, SHARED_K = 64 << 20, 16  # cuda/grassmann/rsgd_shape.h
 PIECE = 1 << 24  # ops/grassmann/groups.py
@@ -284,7 +284,7 @@ def _loss(
 def _on_cpu(batch: int, n: int, classes: int, k: int, dtype: torch.dtype, threads: int) -> tuple[int, int, int, bool]:
     """Blocks of the batch, workspace of the forward and of the backward, and whether this sums halves in float32."""
     half, item, level = dtype in HALF, wide_dtype(dtype).itemsize, library.config()["CPU"]["instruction set"]
-    pairs = dtype == torch.bfloat16 and level == "avx512_bf16"  # nothing is widened
+    pairs = dtype == torch.bfloat16 and level in ("avx512_bf16", "amx_bf16")  # nothing is widened
     slots = max(1, min(threads, -(-batch * classes * k // max(1, (1 << 20) // n))))
     panel = max(1, min(PANEL_ROWS // k, -(-classes // slots)))
     count, rows, block = -(-classes // panel), panel * k, min(batch, BLOCK)

@@ -99,7 +99,7 @@ def multiplies_bfloat16():
     """Whether the CPU's kernels multiply bfloat16 as such."""
     import torch_subspace.library
 
-    return torch_subspace.library.config()["CPU"]["instruction set"] == "avx512_bf16"
+    return torch_subspace.library.config()["CPU"]["instruction set"] in ("avx512_bf16", "amx_bf16")
 
 
 def environment(device, threads):

@@ -132,6 +132,7 @@ void run_bfloat16(int threads)
 {
     std::vector<Shape> all = shapes();
     all.push_back({97, 51, uniform(111, 5), false}), all.push_back({1, 3, {0, 1, 4}, true});
+    all.push_back({70, 1101, uniform(9, 7), false}); // two rows of tiles and a rest, three blocks of pairs and a rest
     for (const Shape &s : all)
         for (const bool normalize : {true, false})
             for (const bool keep : {true, false}) {
