@@ -59,7 +59,8 @@ static inline void share(int64_t count, int64_t slot, int64_t slots, int64_t *be
 
 /* Whether the processor multiplies pairs of bf16, and may: the level avx512_bf16 is avx512's code with this. */
 bool subspace_cpu_bf16(void);
-bool subspace_cpu_amx(void); /* and whole tiles of them: the level amx_bf16 */
+bool subspace_cpu_amx(void);    /* and whole tiles of them: the level amx_bf16 */
+bool subspace_cpu_splits(void); /* and float32 may be multiplied as two parts of bf16 */
 
 /* The functions of one level, see kernels.c. */
 #define WORKSPACE_POINTER(op) size_t (*op##_workspace)(const subspace_ctx *, const subspace_##op##_args *);

@@ -19,6 +19,7 @@ static const subspace_kernels *kernels = &subspace_kernels_baseline;
 static const char *chosen = "baseline";
 static char available[64] = "baseline";
 static bool bf16 = false, amx = false;
+static _Atomic bool high = false;
 
 static void offer(const char *name, const subspace_kernels *k, bool runs, const char *forced)
 {
@@ -84,6 +85,16 @@ bool subspace_cpu_bf16(void)
 bool subspace_cpu_amx(void)
 {
     return amx;
+}
+
+bool subspace_cpu_splits(void)
+{
+    return amx && high;
+}
+
+void subspace_cpu_split(bool may)
+{
+    high = may;
 }
 
 const char *subspace_cpu_isa(void)

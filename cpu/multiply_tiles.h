@@ -38,25 +38,40 @@ static inline MULTIPLIES_TILES void tiles_end(void)
     _tile_release();
 }
 
+/* The four products of two tiles of rows and two of columns, or as many of them as there are. */
+static inline __attribute__((always_inline)) MULTIPLIES_TILES void
+tile_products(const bool two_rows, const bool two_vecs, const uint32_t *b, int64_t ldb)
+{
+    _tile_loadd(6, b, ldb * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if (two_rows) _tile_dpbf16ps(2, 5, 6);
+    if (two_vecs) _tile_loadd(7, b + TILE, ldb * 4);
+    if (two_vecs) _tile_dpbf16ps(1, 4, 7);
+    if (two_rows && two_vecs) _tile_dpbf16ps(3, 5, 7);
+}
+
 /* sums[32, 32] = the product of `steps` times one or two tiles of rows and one or two of a strip, whose rows are `ldb`.
- */
+ * With `apart` numbers from the first parts of a strip to its second, those of the rows behind their first, the sum of
+ * three: see multiply_split.h. */
 static inline __attribute__((always_inline)) MULTIPLIES_TILES void
 tile_microkernel(const bool two_rows, const bool two_vecs, int64_t steps, const uint32_t *a, const uint32_t *b,
-                 int64_t ldb, float *sums)
+                 int64_t ldb, int64_t apart, float *sums)
 {
+    enum { SIZE = TILE * TILE };
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t s = 0; s < steps; s++, a += 2 * TILE * TILE, b += TILE * ldb) {
+    for (int64_t s = 0; s < steps; s++, a += 2 * SIZE, b += TILE * ldb) {
         _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, ldb * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        if (two_vecs) _tile_loadd(7, b + TILE, ldb * 4);
-        if (two_vecs) _tile_dpbf16ps(1, 4, 7);
-        if (two_rows) _tile_loadd(5, a + TILE * TILE, 64);
-        if (two_rows) _tile_dpbf16ps(2, 5, 6);
-        if (two_rows && two_vecs) _tile_dpbf16ps(3, 5, 7);
+        if (two_rows) _tile_loadd(5, a + SIZE, 64);
+        if (apart) tile_products(two_rows, two_vecs, b + apart, ldb);
+        tile_products(two_rows, two_vecs, b, ldb);
+        if (!apart) continue;
+        a += 2 * SIZE;
+        _tile_loadd(4, a, 64);
+        if (two_rows) _tile_loadd(5, a + SIZE, 64);
+        tile_products(two_rows, two_vecs, b, ldb);
     }
     _tile_stored(0, sums, 128);
     if (two_vecs) _tile_stored(1, sums + TILE, 128);
@@ -64,14 +79,15 @@ tile_microkernel(const bool two_rows, const bool two_vecs, int64_t steps, const 
     if (two_rows && two_vecs) _tile_stored(3, sums + TILE * 32 + TILE, 128);
 }
 
-static __attribute__((noinline)) MULTIPLIES_TILES void
-tile_sums(bool two_rows, bool two_vecs, int64_t steps, const uint32_t *a, const uint32_t *b, int64_t ldb, float *sums)
+static __attribute__((noinline)) MULTIPLIES_TILES void tile_sums(bool two_rows, bool two_vecs, int64_t steps,
+                                                                 const uint32_t *a, const uint32_t *b, int64_t ldb,
+                                                                 int64_t apart, float *sums)
 {
     TILES_TOUCH_MEMORY();
-    if (two_rows && two_vecs) tile_microkernel(true, true, steps, a, b, ldb, sums);
-    else if (two_rows) tile_microkernel(true, false, steps, a, b, ldb, sums);
-    else if (two_vecs) tile_microkernel(false, true, steps, a, b, ldb, sums);
-    else tile_microkernel(false, false, steps, a, b, ldb, sums);
+    if (two_rows && two_vecs) tile_microkernel(true, true, steps, a, b, ldb, apart, sums);
+    else if (two_rows) tile_microkernel(true, false, steps, a, b, ldb, apart, sums);
+    else if (two_vecs) tile_microkernel(false, true, steps, a, b, ldb, apart, sums);
+    else tile_microkernel(false, false, steps, a, b, ldb, apart, sums);
     TILES_TOUCH_MEMORY();
 }
 
@@ -124,26 +140,34 @@ static MULTIPLIES_PAIRS void put_sums(int64_t rows, int64_t cols, const float *s
         }
 }
 
-/* `rows` rows of A times all strips of a packed block of B. */
+/* Gathered rows of A times all strips of a packed block of B. */
+static void rows_times_strips(int64_t rows, int64_t cols, int64_t steps, const uint32_t *a, const uint32_t *packed,
+                              int64_t apart, how store, void *c, int64_t ldc)
+{
+    const size_t item = store == NARROW ? sizeof(uint16_t) : sizeof(float);
+    float sums[32 * 32] __attribute__((aligned(64)));
+    for (int64_t j = 0; j < cols; j += PAIR_STRIP) {
+        const int64_t here = MIN(PAIR_STRIP, cols - j), width = CEIL_DIV(here, TILE) * TILE;
+        for (int64_t v = 0; v < here; v += 32) {
+            const uint32_t *strip = packed + j * steps * TILE + v;
+            tile_sums(rows > TILE, here - v > TILE, steps, a, strip, width, apart, sums);
+            put_sums(rows, MIN(32, here - v), sums, store, (char *)c + (size_t)(j + v) * item, ldc);
+        }
+    }
+}
+
+/* `m` rows of A times a packed block of B. */
 static void multiply_tiles(int64_t m, int64_t cols, int64_t depth, const pair *a, int64_t ai, int64_t al,
                            const uint32_t *packed, how store, void *c, int64_t ldc)
 {
-    const int64_t steps = CEIL_DIV(depth, TILE);
     const size_t item = store == NARROW ? sizeof(uint16_t) : sizeof(float);
     uint32_t gathered[2 * TILE * TILES_DEPTH] __attribute__((aligned(64)));
-    float sums[32 * 32] __attribute__((aligned(64)));
     tiles_begin();
     for (int64_t i = 0; i < m; i += 32) {
         const int64_t rows = MIN(32, m - i);
         gather_tiles(rows, depth, a + i * ai, ai, al, gathered);
-        for (int64_t j = 0; j < cols; j += PAIR_STRIP) {
-            const int64_t here = MIN(PAIR_STRIP, cols - j), width = CEIL_DIV(here, TILE) * TILE;
-            for (int64_t v = 0; v < here; v += 32) {
-                const uint32_t *strip = packed + j * steps * TILE + v;
-                tile_sums(rows > TILE, here - v > TILE, steps, gathered, strip, width, sums);
-                put_sums(rows, MIN(32, here - v), sums, store, (char *)c + (size_t)(i * ldc + j + v) * item, ldc);
-            }
-        }
+        rows_times_strips(rows, cols, CEIL_DIV(depth, TILE), gathered, packed, 0, store,
+                          (char *)c + (size_t)(i * ldc) * item, ldc);
     }
     tiles_end();
 }

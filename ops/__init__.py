@@ -37,6 +37,7 @@ from .lowrank import fastfood as _fastfood  # noqa: F401
 from .lowrank import hadamard as _hadamard  # noqa: F401
 from .lowrank import newton_schulz as _newton_schulz  # noqa: F401
 from .lowrank import product as _product  # noqa: F401
+from .precision import get_float32_matmul_precision, set_float32_matmul_precision
 from .rates import coding_rate_soft as _coding_rate_soft  # noqa: F401
 from .rates.coding_rate import coding_rate, rate_reduction
 from .rates.losses import CodingRateLoss, MCR2Loss, MLCLoss
@@ -64,6 +65,7 @@ __all__ = [
     "coding_rate",
     "delete_adapter",
     "disabled",
+    "get_float32_matmul_precision",
     "grassmann_step_",
     "load_adapter",
     "merge",
@@ -72,6 +74,7 @@ __all__ = [
     "rate_reduction",
     "save_adapter",
     "set_adapter",
+    "set_float32_matmul_precision",
     "show_config",
     "sinkhorn",
     "subspace_cross_entropy",

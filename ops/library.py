@@ -134,6 +134,11 @@ def is_intel() -> bool:
     return _cpu.torch_subspace_cpu_intel()
 
 
+def split_float32(may: bool) -> None:
+    """Let the CPU's kernels multiply float32 by products of bfloat16, where there is AMX."""
+    _cpu.torch_subspace_cpu_split(ctypes.c_bool(may))
+
+
 def show_config() -> None:
     """Print which libraries, instruction set, BLAS and threads are in use, and why CUDA is not, if it is not.
 

@@ -67,6 +67,11 @@ EXPORT bool torch_subspace_cpu_intel(void)
     return subspace_cpu_intel();
 }
 
+EXPORT void torch_subspace_cpu_split(bool may)
+{
+    subspace_cpu_split(may);
+}
+
 EXPORT const char *torch_subspace_cpu_blas(void)
 {
     return linalg_version();

@@ -150,6 +150,8 @@ add("grassmann.KSubspaces", call(
     n_init=bad.whole(0, -1, 2**70), max_iter=bad.whole(0, -1, 2**70), tol=bad.number(-1, INF),
     random_state=bad.optional(bad.whole(-1, 2**32)))
 
+add("set_float32_matmul_precision", call(ts.set_float32_matmul_precision, precision="highest"), precision=bad.word)
+
 # ------------------------------------------------------------------------------------------------------- layers
 HEAD = {"in_features": 6, "num_classes": 4, "subspace_dim": 2, "gamma": 2.0, "normalize": True}
 SIZES = {"subspace_dim": bad.whole(0, -1, 9, 2**70), "gamma": POSITIVE, "normalize": bad.flag}

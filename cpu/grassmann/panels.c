@@ -40,6 +40,7 @@ enum {
 #undef BY_PAIRS /* instead of what follows, where bf16 is multiplied in pairs */
 #if IS_F32 && defined(__AVX512F__)
 #include "panels_pairs.h"
+#include "multiply_split.h"
 #define BY_PAIRS(p, call)                                                                                              \
     if ((p)->pairs) {                                                                                                  \
         call;                                                                                                          \
@@ -48,6 +49,20 @@ enum {
 #else
 #define BY_PAIRS(p, call)
 #endif
+
+/* C (+)= A B as multiply has it. */
+static void FN(product)(const panels *p, int64_t m, int64_t n, int64_t k, const T *a, int64_t ai, int64_t al,
+                        const T *b, int64_t ldb, bool add, T *c, int64_t ldc, T *packed)
+{
+#if IS_F32 && defined(__AVX512F__)
+    if (p->split && MIN(m, n) >= TILE) {
+        multiply_split(m, n, k, a, ai, al, b, ldb, add, c, ldc, (uint32_t *)packed);
+        return;
+    }
+#endif
+    (void)p;
+    FN(multiply)(m, n, k, a, ai, al, b, ldb, add, c, ldc, packed);
+}
 
 static void FN(narrow)(subspace_dtype dtype, const T *restrict src, int64_t count, void *dst, int64_t at)
 {
@@ -162,7 +177,7 @@ static void FN(project)(const panels *p, const tile *t, T *z, int64_t ld, T *pac
     BY_PAIRS(p, pairs_project(p, t, z, ld, (uint32_t *)packed))
     int64_t ldw;
     const T *w = FN(rows_of_weight)(p, t->slot, t->r0, t->r1, 0, p->a->n, &ldw);
-    FN(multiply)(t->r1 - t->r0, t->nb, p->a->n, w, ldw, 1, (const T *)p->xt + t->b0, p->a->b, false, z, ld, packed);
+    FN(product)(p, t->r1 - t->r0, t->nb, p->a->n, w, ldw, 1, (const T *)p->xt + t->b0, p->a->b, false, z, ld, packed);
 }
 
 /* norms[c, i] = || z_c ||, the root of the sum over the rows of class c of z[row, i]^2 */
@@ -230,8 +245,8 @@ static void FN(add_dweight)(const FN(pass) *s, const tile *t, int64_t i, const T
     (void)i;
     BY_PAIRS(s->p, pairs_dz(s->p, t, i, z, (uint32_t *)packed))
     if (!s->dweight) return;
-    FN(multiply)(t->r1 - t->r0, n, t->nb, z, t->nb, 1, s->x + t->b0 * n, n, t->b0 > 0, s->dweight + t->r0 * n, n,
-                 packed);
+    FN(product)(s->p, t->r1 - t->r0, n, t->nb, z, t->nb, 1, s->x + t->b0 * n, n, t->b0 > 0, s->dweight + t->r0 * n, n,
+                packed);
 }
 
 /* dz of each panel of the round, then dW_p. */
@@ -266,7 +281,7 @@ static void FN(add_dx)(const FN(pass) *s, const tile *t, int64_t i, int64_t i0, 
     int64_t ldw;
     const T *z = (const T *)p->tiles + i * p->rows * p->block;
     const T *w = FN(rows_of_weight)(p, t->slot, t->r0, t->r1, j0, m, &ldw);
-    FN(multiply)(h, m, t->r1 - t->r0, z + i0, 1, t->nb, w, ldw, add, s->dx + i0 * p->a->n + j0, p->a->n, packed);
+    FN(product)(p, h, m, t->r1 - t->r0, z + i0, 1, t->nb, w, ldw, add, s->dx + i0 * p->a->n + j0, p->a->n, packed);
 }
 
 /* dxhat[block] (+)= sum over the round's panels of dz' W_p, one rectangle of dxhat at a time. */
@@ -361,6 +376,8 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     const int64_t worth = CEIL_DIV(a->b * a->rows, MAX(1, WORTH_A_THREAD / MAX(a->n, 1)));
     const int64_t slots = MAX(1, MIN(ctx->threads, worth)), mean = MAX(1, a->rows / MAX(a->c, 1));
     *p = (panels){.ctx = ctx, .a = a, .slots = slots, .pairs = pairs};
+    /* of float16 the two parts have all bits */
+    p->split = a->dtype == SUBSPACE_F16 ? subspace_cpu_amx() : a->dtype == SUBSPACE_F32 && subspace_cpu_splits();
 
     /* enough panels for every thread, none larger than the cache likes */
     p->classes = MAX(1, MIN(PANEL_ROWS / mean, CEIL_DIV(a->c, slots)));

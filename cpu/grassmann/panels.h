@@ -19,6 +19,7 @@ typedef struct panels {
     int64_t round;         /* backward: panels whose dz tiles are alive together */
     int64_t slots;         /* threads; slot s always does the same part of the work */
     bool pairs;            /* bf16 that is multiplied as such: see panels_pairs.h */
+    bool split;            /* float32 by three products of bf16: see multiply_split.h */
     void *xhat, *rnorm;    /* [b, n] the rows x_b widened and normalised (pairs: xhat / scale); [b] 1/|x_b| */
     void *xt;              /* [n, b] their transpose */
     void *packed;          /* [slots][...] scratch of multiply.h */

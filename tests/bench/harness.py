@@ -95,11 +95,33 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def multiplies_bfloat16():
-    """Whether the CPU's kernels multiply bfloat16 as such."""
+def level():
+    """The instruction set of the CPU's kernels."""
     import torch_subspace.library
 
-    return torch_subspace.library.config()["CPU"]["instruction set"] in ("avx512_bf16", "amx_bf16")
+    return torch_subspace.library.config()["CPU"]["instruction set"]
+
+
+def multiplies_bfloat16():
+    """Whether the CPU's kernels multiply bfloat16 as such."""
+    return level() in ("avx512_bf16", "amx_bf16")
+
+
+def by_bfloat16(function):
+    """`function` with float32 multiplied as the sum of two bfloat16 numbers, where there is AMX; None elsewhere."""
+    import torch_subspace as ts
+
+    if level() != "amx_bf16":
+        return None
+
+    def high(*given):
+        ts.set_float32_matmul_precision("high")
+        try:
+            return function(*given)
+        finally:
+            ts.set_float32_matmul_precision("highest")
+
+    return high
 
 
 def environment(device, threads):

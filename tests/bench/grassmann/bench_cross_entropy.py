@@ -8,7 +8,7 @@ torch's `linear_cross_entropy` (2.13 and later), whose logits have no norm: at k
 import torch
 import work
 from bench_logits import GAMMA, formula
-from harness import Case, Contender, Target, compiled, multiplies_bfloat16, relative
+from harness import Case, Contender, Target, by_bfloat16, compiled, multiplies_bfloat16, relative
 from torch.nn.functional import cross_entropy, normalize
 
 import torch_subspace as ts
@@ -86,6 +86,8 @@ def case(batch, n, classes, k, device, compile=True, dtype=torch.float32, beside
         contender("ours: logits, then cross_entropy", separate, shape, device),
         contender("eager", eager, shape, device),
     ]
+    if dtype == torch.float32 and device == "cpu" and by_bfloat16(fused):
+        contenders.append(contender("ours: fused, by bfloat16", by_bfloat16(fused), shape, device))
     if compile:
         contenders.append(contender("torch.compile", compiled(eager), shape, device, check=False))
     targets = [

@@ -5,7 +5,7 @@ The floor is the matrix products alone: what a linear head of C·k outputs would
 
 import torch
 import work
-from harness import Case, Contender, Target, compiled, multiplies_bfloat16, relative
+from harness import Case, Contender, Target, by_bfloat16, compiled, multiplies_bfloat16, relative
 from torch.nn.functional import linear, normalize
 
 import torch_subspace as ts
@@ -115,6 +115,8 @@ def pair(batch, n, classes, k, device, targets, compile=True, dtype=torch.float3
         else:
             contenders += [make("ours", ours(True), shape, device)]
         contenders += [make("eager formula", formula, shape, device)]
+        if dtype == torch.float32 and device == "cpu" and by_bfloat16(ours):
+            contenders += [make("ours: by bfloat16", by_bfloat16(ours(True)), shape, device)]
         if beside:
             name_of_it = f"ours: {str(beside).removeprefix('torch.')}"
             contenders += [make(name_of_it, ours(True), (*shape[:-1], beside), device)]

@@ -709,6 +709,11 @@ bool subspace_cpu_intel(void)
     return true; // products stay torch's: here ours are far slower
 }
 
+void subspace_cpu_split(bool)
+{
+    // float32 is multiplied as such
+}
+
 #define TO_WORKSPACE(op)                                                                                               \
     size_t subspace_##op##_workspace_cpu(const subspace_ctx *ctx, const subspace_##op##_args *a)                       \
     {                                                                                                                  \

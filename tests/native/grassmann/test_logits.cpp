@@ -163,6 +163,25 @@ TEST(Logits, Bfloat16MatchesTheDefinitionOnThreeThreads)
     run_bfloat16(3);
 }
 
+// Float32 as two parts of bfloat16, where the processor multiplies tiles; elsewhere nothing is split.
+TEST(Logits, SplitFloatsMatchTheDefinition)
+{
+    std::vector<Shape> all = shapes();
+    all.push_back({70, 1101, uniform(9, 7), false}), all.push_back({33, 40, uniform(40, 3), true});
+    subspace_cpu_split(true);
+    for (const Shape &s : all)
+        for (const bool normalize : {true, false}) {
+            SCOPED_TRACE("b=" + std::to_string(s.b) + " n=" + std::to_string(s.n));
+            Problem<float> p(s, normalize);
+            Context ctx(2);
+            ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
+            ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &p.a)) << ctx.message;
+            ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a)) << ctx.message;
+            p.check(1e-4);
+        }
+    subspace_cpu_split(false);
+}
+
 TEST(Logits, SkipsWhatIsNotAskedFor)
 {
     Problem<double> p({8, 12, uniform(5, 3), false}, true);
