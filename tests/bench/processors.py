@@ -59,7 +59,7 @@ def cells(run, case, ours):
 def held_back(run):
     """Whether OpenBLAS, whose products are the limit, was held to kernels of AVX2 on a processor that has more."""
     where = run["environment"]
-    return where["instruction set"].startswith("avx512") and "Haswell" in where.get("blas", "")
+    return where["instruction set"].startswith(("avx512", "amx")) and "Haswell" in where.get("blas", "")
 
 
 def table(shown, place, results=RESULTS):
