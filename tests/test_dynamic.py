@@ -81,6 +81,7 @@ FUNCTIONS = {  # of points, which are as many as they like
     "OrthogonalProbe.distances": lambda z: PROBE.distances(sentences(z)),
     "OrthogonalProbe.loss": lambda z: PROBE.loss(sentences(z), sentences(z)[:, 1:, 0].abs()),
     "DynamicSubspaceLearners": lambda z: LEARNERS(z),
+    "DynamicSubspaceLearners.loss": lambda z: LEARNERS.loss(z, LABELS[: len(z)]),
 }
 
 

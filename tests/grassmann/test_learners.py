@@ -102,7 +102,7 @@ def test_a_split_keeps_what_matters():
     assert not model.split()  # nothing seen so far
     first = trained(model, x, y, 1)
     assert trained(model, x, y) < first
-    model._effect = None
+    model._effect.zero_()
     z = grouped_normalize(model.embed(x), model.dims)
     z.retain_grad()
     model._margin_loss(z, y).backward()
@@ -119,7 +119,7 @@ def test_a_split_keeps_what_matters():
     assert not any((row == before).all(1).any() for row in model.embed.weight[model.dims[0] :])
     assert not model.split()  # its losses are forgotten
     model.eval().loss(x, y).backward()
-    assert model._effect is None
+    assert not model._effect.any()
     again = DynamicSubspaceLearners(6, 20)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     assert again.dims == model.dims and torch.equal(again(x), model(x))
@@ -182,6 +182,37 @@ def test_effects_of_a_module_that_moves():
     helpers.close(seen(model.double(), 1)._effect, first.double() + seen(other, 1)._effect, 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("learner", [None, 1])
+def test_compile_without_graph_breaks(learner, dynamic):
+    """Values, gradients and effects to the bit; also between a split and the next, and beside uncompiled losses."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models = [DynamicSubspaceLearners(6, 20, threshold=0.3, least=1)]
+    models[0].dims = (8, 12)
+    models.append(copy.deepcopy(models[0]))
+    compiled = torch.compile(models[0].loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (30, 24):
+        x, y, results = normal(n, 6, seed=n, dtype=torch.float32), torch.arange(n) % 3, []
+        for model, loss in zip(models, (compiled, models[1].loss)):
+            value = loss(x, y, learner)
+            results.append([value.detach(), *torch.autograd.grad(value, (model.embed.weight, model.embed.bias))])
+            model.loss(x, y, learner).backward()
+        assert helpers.same(*results) and models[0]._effect.any()
+        assert torch.equal(models[0]._effect, models[1]._effect)
+    pending = [loss(x, y, learner) for loss in (compiled, models[1].loss)]
+    for model, value in zip(models, pending):
+        torch.manual_seed(1)
+        assert model.split() and not model._effect.any()
+        value.backward()  # of what was before
+    assert models[0].dims == models[1].dims and torch.equal(models[0]._effect, models[1]._effect)
+    assert torch.equal(compiled(x, y, 0), models[1].loss(x, y, 0))
+    value = compiled(x, y, 0)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(value, models[0].embed.weight, create_graph=True)
+
+
 def replica(seen_by=(0, 1)):
     torch.manual_seed(0)
     model = DynamicSubspaceLearners(6, 20, threshold=0.3)
@@ -202,7 +233,7 @@ def worker(rank, folder):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"split: dims must be the same in all .* got \(8, 1"):
         model.split(process_group=group)
-    assert torch.equal(model.embed.weight, before["embed.weight"]) and model._effect is not None
+    assert torch.equal(model.embed.weight, before["embed.weight"]) and model._effect.any()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -227,7 +258,7 @@ def test_transforms_of_torch_func():
     gradient = torch.func.grad(lambda x: model.loss(x, y))
     with pytest.raises(RuntimeError, match=r"DynamicSubspaceLearners.loss: torch.func.* call eval\(\) first"):
         gradient(x)
-    assert model._effect is None
+    assert not model._effect.any()
     (expected,) = torch.autograd.grad(model.loss(leaf := x.clone().requires_grad_(), y), leaf)
     model.eval()
     helpers.close(gradient(x), expected, 1e-14)
@@ -290,6 +321,6 @@ def test_effects_end_on_meta():
     """With the weights that they were of."""
     model = DynamicSubspaceLearners(6, 12)
     model.loss(torch.randn(20, 6), torch.arange(20) % 4).backward()
-    assert model._effect is not None
+    assert model._effect.any()
     model.to("meta").to_empty(device="cpu")
-    assert model._effect is None
+    assert not model._effect.any()
