@@ -9,6 +9,7 @@ others begin anew as the next one.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -310,11 +311,13 @@ class DynamicSubspaceLearners(nn.Module):
         _place(self)
         return applied
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"dims": self.dims}
+    def get_extra_state(self) -> Tensor:
+        """The learner of each coordinate, (D,) int64: for what writes tensors alone, or into those that are there."""
+        return torch.repeat_interleave(torch.tensor(self.dims, device="cpu"))
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        dims = as_dims("DynamicSubspaceLearners", state["dims"])
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """That, or the {"dims": dims} of earlier versions."""
+        dims = as_dims("DynamicSubspaceLearners", state["dims"] if isinstance(state, dict) else _lengths(state))
         if dims is None or sum(dims) != self.embed.out_features:
             raise ValueError(f"DynamicSubspaceLearners: dims must sum to {self.embed.out_features}, got {told(dims)}")
         self.dims = dims
@@ -322,6 +325,16 @@ class DynamicSubspaceLearners(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, beta={self.beta:g}, margin={self.margin:g}"
+
+
+def _lengths(state: object) -> list[int]:
+    """How many coordinates each learner has, of the learner of each."""
+    known = isinstance(state, Tensor) and not state.is_meta and state.dtype == torch.int64 and state.dim() == 1
+    runs = [(learner, len([*run])) for learner, run in itertools.groupby(state.tolist())] if known else [(-1, 0)]
+    if [learner for learner, _ in runs] != [*range(len(runs))]:
+        raise ValueError("DynamicSubspaceLearners: _extra_state must be what state_dict has of it, got "
+                         f"{told(state)}{' on meta' * getattr(state, 'is_meta', False)}")
+    return [length for _, length in runs]
 
 
 def _place(model: DynamicSubspaceLearners, _keys: object = None) -> None:

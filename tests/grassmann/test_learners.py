@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import warnings
 
 import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import normal
+from torch.distributed import checkpoint
 
 from torch_subspace.grassmann import DynamicSubspaceLearners, grouped_normalize
 
@@ -125,6 +127,42 @@ def test_a_split_keeps_what_matters():
     assert again.dims == model.dims and torch.equal(again(x), model(x))
     with pytest.raises(ValueError, match="dims must sum to 12"):
         DynamicSubspaceLearners(6, 12).set_extra_state(model.get_extra_state())
+
+
+@pytest.mark.parametrize("dims", [(20,), (7, 13), (5, 6, 4, 5)], ids=str)
+def test_its_state_is_of_tensors(dims, tmp_path):
+    """For safetensors, and for checkpoints that write into the tensors of a model that has not been split."""
+    model = DynamicSubspaceLearners(6, 20)
+    model.dims, x = dims, torch.randn(4, 6)
+    state = model.state_dict()
+    assert all(isinstance(t, torch.Tensor) for t in state.values())
+    safetensors = helpers.optional("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        checkpoint.save(state, checkpoint_id=tmp_path / "folder")
+        filled = DynamicSubspaceLearners(6, 20).state_dict()
+        checkpoint.load(filled, checkpoint_id=tmp_path / "folder")
+    earlier = state | {"_extra_state": {"dims": dims}}
+    for given in (safetensors.load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "model.pt"), filled,
+                  earlier):
+        other = DynamicSubspaceLearners(6, 20)
+        other.load_state_dict(given)
+        assert other.dims == dims and torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("state", [
+    3, None, torch.ones(20), torch.ones(20, dtype=torch.int64), torch.arange(20) % 2, torch.zeros(2, 10).long(),
+    torch.zeros(20, dtype=torch.int64, device="meta"), torch.arange(20).flip(0),
+], ids=lambda state: str(state)[:30])
+def test_a_state_that_is_none(state):
+    model = DynamicSubspaceLearners(6, 20)
+    with pytest.raises(ValueError, match="DynamicSubspaceLearners: _extra_state must be what state_dict has of it"):
+        model.set_extra_state(state)
+    with pytest.raises(ValueError, match="dims must sum to 20, got"):
+        model.set_extra_state(torch.arange(19))
+    assert model.dims == (20,)
 
 
 def emptied(module, monkeypatch):
