@@ -259,7 +259,8 @@ class DynamicSubspaceLearners(nn.Module):
 
         Coordinates whose effect exceeds the threshold become one learner, all others begin anew as the next. Nothing
         happens where a part would have fewer than ``least`` coordinates, or no loss has had a backward in training mode
-        since. An optimiser's state of `embed` goes on as it is.
+        since. A backward that is not finite, as under a loss scale that is too large, counts as none. An optimiser's
+        state of `embed` goes on as it is.
 
         Args:
             process_group: a torch.distributed group whose processes hold replicas, all of which call this, or None.
@@ -348,8 +349,9 @@ def _place(model: DynamicSubspaceLearners, _keys: object = None) -> None:
 
 
 def _effect(z: Tensor, gradient: Tensor) -> Tensor:
-    """Of dropping each coordinate on a loss, to first order."""
-    return (z.to(wide_dtype(z.dtype)) * gradient.detach()).sum(0)
+    """Of dropping each coordinate on a loss, to first order; 0, of all of them alike, where one is not finite."""
+    effect = (z.to(wide_dtype(z.dtype)) * gradient.detach()).sum(0)
+    return torch.where(effect.isfinite().all(), effect, 0)
 
 
 def _add(model: DynamicSubspaceLearners, z: Tensor, gradient: Tensor) -> None:

@@ -212,6 +212,34 @@ def test_effects_are_the_weights():
     assert half._effect.dtype == torch.float32 and not half._effect.requires_grad
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e38])
+def test_a_backward_that_is_not_finite_counts_as_none(bad, compiled):
+    """Of no coordinate, also where some of its effects are finite: all are of the same losses."""
+    torch.manual_seed(0)
+    models = [DynamicSubspaceLearners(6, 20, threshold=0.3)]
+    models.append(copy.deepcopy(models[0]))
+    torch._dynamo.reset()
+    loss = torch.compile(models[0].loss, fullgraph=True, backend="aot_eager") if compiled else models[0].loss
+    x, y = normal(30, 6, dtype=torch.float32), torch.arange(30) % 3
+    before = models[0]._effect.clone()
+    for scale in (bad, 1.0, bad):  # what a loss scaler does
+        (1e3 * loss(x, y) * scale).backward()
+        if scale == bad:
+            assert torch.equal(models[0]._effect, before)
+        before = models[0]._effect.clone()
+    (1e3 * models[1].loss(x, y)).backward()
+    assert torch.equal(models[0]._effect, models[1]._effect) and before.any()
+    broken = x.clone()
+    broken[3, 2] = bad
+    loss(broken if bad != 1e38 else x * torch.inf, y).backward()
+    assert torch.equal(models[0]._effect, before)
+    for model in models:
+        torch.manual_seed(1)
+        assert model.split()
+    assert models[0].dims == models[1].dims and torch.equal(models[0].embed.weight, models[1].embed.weight)
+
+
 def test_effects_of_a_module_that_moves():
     model = seen(DynamicSubspaceLearners(6, 20))
     first = model._effect
