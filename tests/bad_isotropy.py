@@ -46,16 +46,18 @@ add("isotropy.von_neumann_entropy", call(isotropy.von_neumann_entropy, z=POINTS,
     z=bad.tensor, of=bad.word, fine=f"{WIDENED}, meta", **GROUP)
 add("isotropy.ridge_transition", call(isotropy.ridge_transition, z=POINTS, z_next=x(5, 2), eta=0.1, process_group=None),
     z=bad.tensor, z_next=bad.tensor, eta=POSITIVE, fine="z: another float; z_next: another float", **GROUP)
-add("isotropy.KoopmanInformationLoss", call(isotropy.KoopmanInformationLoss, alpha=2.0, beta=0.1, lam=0.1, k=3, tau=0.1,
-                                            eta=0.1, entropy="maximise", detach=False, process_group=None),
-    alpha=WEIGHT, beta=WEIGHT, lam=WEIGHT, k=bad.whole(0), tau=POSITIVE, eta=POSITIVE, entropy=bad.word,
-    detach=bad.flag, **GROUP)
-add("isotropy.KoopmanInformationLoss.forward",
-    call(isotropy.KoopmanInformationLoss(), z=SERIES, z_next=SERIES, decode=nn.Identity(), states=SERIES,
-         next_states=SERIES),
-    ("KoopmanInformationLoss",), z=bad.tensor, z_next=bad.tensor, decode=bad.function, states=bad.tensor,
-    next_states=bad.tensor, fine="z: another float; z_next: another float; states: another float; "
-                                 "next_states: another float")
+KOOPMAN = {"alpha": 2.0, "beta": 0.1, "lam": 0.1, "k": 3, "tau": 0.1, "eta": 0.1, "entropy": "maximise",
+           "detach": False, "process_group": None}
+KOOPMAN_BAD = {"alpha": WEIGHT, "beta": WEIGHT, "lam": WEIGHT, "k": bad.whole(0), "tau": POSITIVE, "eta": POSITIVE,
+               "entropy": bad.word, "detach": bad.flag, **GROUP}
+STATES = {"z": SERIES, "z_next": SERIES, "decode": nn.Identity(), "states": SERIES, "next_states": SERIES}
+STATES_BAD = {what: bad.function if what == "decode" else bad.tensor for what in STATES}
+STATES_FINE = "; ".join(f"{what}: another float" for what in STATES if what != "decode")
+add("isotropy.koopman_information_loss", call(isotropy.koopman_information_loss, **STATES, **KOOPMAN), **STATES_BAD,
+    **KOOPMAN_BAD, fine=STATES_FINE)
+add("isotropy.KoopmanInformationLoss", call(isotropy.KoopmanInformationLoss, **KOOPMAN), **KOOPMAN_BAD)
+add("isotropy.KoopmanInformationLoss.forward", call(isotropy.KoopmanInformationLoss(), **STATES),
+    ("KoopmanInformationLoss",), **STATES_BAD, fine=STATES_FINE)
 add("isotropy.procrustes", call(isotropy.procrustes, x=POINTS, y=POINTS), x=bad.tensor, y=bad.tensor,
     fine="x: another float; y: another float")
 add("isotropy.OrthogonalAdapter", call(isotropy.OrthogonalAdapter, d=4, device="cpu", dtype=torch.float32),
@@ -69,6 +71,10 @@ add("isotropy.lambda_orthogonality", call(isotropy.lambda_orthogonality, weight=
 add("isotropy.lambda_orthogonality of several", call(isotropy.lambda_orthogonality, lam=1.0,
                                                      weight=lambda: [x(5, 3)(), x(2, 7)()]),
     weight=bad.tensors, fine="weight: one less, one more, holds meta")
+add("isotropy.LambdaOrthogonalityLoss", call(isotropy.LambdaOrthogonalityLoss, lam=1.0, alpha=1.0, reduction="mean"),
+    lam=GAMMA, alpha=POSITIVE, reduction=bad.word)
+add("isotropy.LambdaOrthogonalityLoss.forward", call(isotropy.LambdaOrthogonalityLoss(1.0), weight=POINTS),
+    ("lambda_orthogonality",), weight=bad.tensor, fine="weight: another float, dimensions more, meta")
 add("isotropy.gated_cosine", call(isotropy.gated_cosine, z1=POINTS, z2=x(4, 3), gate=POINTS), z1=bad.tensor,
     z2=bad.tensor, gate=bad.tensor, fine="z1: another float; z2: another float, no rows; gate: another float")
 add("isotropy.SimLAPLoss", call(isotropy.SimLAPLoss, num_classes=4, features=3, tau=0.1, width=5, process_group=None,
@@ -76,14 +82,24 @@ add("isotropy.SimLAPLoss", call(isotropy.SimLAPLoss, num_classes=4, features=3, 
     num_classes=bad.whole(0), features=bad.whole(0), tau=POSITIVE, width=bad.whole(0), device=bad.device,
     dtype=bad.dtype, **GROUP)
 LABELS = {"y1": torch.tensor([0, 1, 3, 2, 0]), "y2": torch.tensor([1, 1, 2, 0, 3])}
+add("isotropy.simlap_loss", call(isotropy.simlap_loss, z1=POINTS, z2=POINTS, gate=POINTS, tau=0.1, process_group=None,
+                                 **LABELS),
+    z1=bad.tensor, z2=bad.tensor, gate=bad.tensor, y1=bad.labels, y2=bad.labels, tau=POSITIVE, **GROUP,
+    fine="z1: another float; z2: another float; gate: another float; y1: negative, large; y2: negative, large")
 SIMLAP = isotropy.SimLAPLoss(4, 3, width=5)
 add("isotropy.SimLAPLoss.gate", call(SIMLAP.gate, **LABELS), ("SimLAPLoss",), y1=bad.labels, y2=bad.labels)
 add("isotropy.SimLAPLoss.forward", call(SIMLAP, z1=POINTS, z2=POINTS, **LABELS), ("SimLAPLoss",), z1=bad.tensor,
     z2=bad.tensor, y1=bad.labels, y2=bad.labels, fine="z1: another float; z2: another float")
-add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, old=MATRIX, new=MATRIX, tau=0.1,
-                                             alpha=1.0, rows="all", diagonal=True, symmetric=True, divergence_tau=1.0),
-    old=bad.tensor, new=bad.tensor, tau=POSITIVE, alpha=WEIGHT, rows=bad.word, diagonal=bad.flag, symmetric=bad.flag,
-    divergence_tau=bad.optional(POSITIVE), fine="old: another float; new: another float")
+DISTILLATION = {"tau": 0.1, "alpha": 1.0, "rows": "all", "diagonal": True, "symmetric": True, "divergence_tau": 1.0}
+DISTILLATION_BAD = {"tau": POSITIVE, "alpha": WEIGHT, "rows": bad.word, "diagonal": bad.flag, "symmetric": bad.flag,
+                    "divergence_tau": bad.optional(POSITIVE)}
+add("isotropy.similarity_distillation", call(isotropy.similarity_distillation, old=MATRIX, new=MATRIX, **DISTILLATION),
+    old=bad.tensor, new=bad.tensor, **DISTILLATION_BAD, fine="old: another float; new: another float")
+add("isotropy.SimilarityDistillationLoss", call(isotropy.SimilarityDistillationLoss, reduction="mean", **DISTILLATION),
+    reduction=bad.word, **DISTILLATION_BAD)
+add("isotropy.SimilarityDistillationLoss.forward",
+    call(isotropy.SimilarityDistillationLoss(**DISTILLATION), old=MATRIX, new=MATRIX), ("similarity_distillation",),
+    old=bad.tensor, new=bad.tensor, fine="old: another float; new: another float")
 
 
 def in_place(t):
@@ -95,3 +111,6 @@ for shrink, weight, extra, good in ((isotropy.group_lasso, bad.tensor, {}, {}),
                                     (isotropy.prox_group_lasso_, in_place, {"step": WEIGHT}, {"step": 0.1})):
     add(f"isotropy.{shrink.__name__}", call(shrink, weight=POINTS, groups=(2, 3), **good), weight=weight,
         groups=bad.dims, fine="weight: another float, no columns, meta", **extra)
+add("isotropy.GroupLassoLoss", call(isotropy.GroupLassoLoss, groups=(2, 3)), groups=bad.dims, fine="groups: too few")
+add("isotropy.GroupLassoLoss.forward", call(isotropy.GroupLassoLoss((2, 3)), weight=POINTS), ("group_lasso",),
+    weight=bad.tensor, fine="weight: another float, no columns, meta")

@@ -36,8 +36,9 @@ NOT_ASKED = {  # what torch or we ourselves call
     "GrassmannLinear.register_parameter", "GrassmannLinear.extra_repr", "TuckerConfig.ranks", "TuckerConfig.scale",
     "SpectralConfig.ranks", "SpectralConfig.scale",
     *(f"grassmann.DynamicSubspaceLearners.{name}" for name in ("get_extra_state", "set_extra_state", "extra_repr")),
-    *(f"isotropy.{name}.extra_repr" for name in ("SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss",
-                                                 "OrthogonalAdapter", "SimLAPLoss")),
+    *(f"isotropy.{name}.extra_repr" for name in (
+        "SIGRegLoss", "LeJEPALoss", "KoopmanInformationLoss", "OrthogonalAdapter", "SimLAPLoss",
+        "LambdaOrthogonalityLoss", "SimilarityDistillationLoss", "GroupLassoLoss")),
     *(f"lowrank.RandomSubspace.{name}" for name in ("forward", "extra_repr", "get_extra_state", "set_extra_state")),
     "lowrank.IntrinsicDimension", "lowrank.IntrinsicDimension.plot",  # what is found, and matplotlib's arguments
     "distributed.ClassParallel.enter", "distributed.ClassParallel.logits",

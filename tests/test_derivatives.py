@@ -48,6 +48,7 @@ FUNCTIONS = {
     "newton_schulz": lambda z: lowrank.newton_schulz(z, steps=2).sin().sum(),
     "lambda_orthogonality": lambda z: isotropy.lambda_orthogonality(z, 1.0),
     "gated_cosine": lambda z: isotropy.gated_cosine(z, OTHER, GATE).square().sum(),
+    "simlap_loss": lambda z: isotropy.simlap_loss(z, z.roll(1, 0), GATE, LABELS, LABELS.roll(1)),
     "ridge_transition": lambda z: isotropy.ridge_transition(z, z.roll(1, 0)).sin().sum(),
     "group_lasso": lambda z: isotropy.group_lasso(z, [3, 4]),
 }

@@ -67,13 +67,21 @@ FUNCTIONS = {  # of points, which are as many as they like
     "similarity_distillation": lambda z: ts.isotropy.similarity_distillation((z @ z.mT).detach(), (z + 1) @ z.mT,
                                                                              tau=2.0, alpha=1.0),
     "group_lasso": lambda z: ts.isotropy.group_lasso(z.mT, (3, 4, 1)),
+    "GroupLassoLoss": lambda z: ts.isotropy.GroupLassoLoss((3, 4, 1))(z.mT),
+    "LambdaOrthogonalityLoss": lambda z: ts.isotropy.LambdaOrthogonalityLoss(0.5)([z, z[1:].mT]),
+    "SimilarityDistillationLoss": lambda z: ts.isotropy.SimilarityDistillationLoss(tau=2.0, alpha=1.0)(
+        (z @ z.mT).detach(), (z + 1) @ z.mT),
+    "simlap_loss": lambda z: ts.isotropy.simlap_loss(z[:-1], z[1:], z[1:].sigmoid(), LABELS[: len(z) - 1],
+                                                     LABELS[1 : len(z)]),
     "SIGRegLoss": lambda z: ts.isotropy.SIGRegLoss(5)(z[None], seed=0),
     "LeJEPALoss": lambda z: ts.isotropy.LeJEPALoss(0.1, num_slices=5)(torch.stack([z, z.square()]), seed=0),
     "KoopmanInformationLoss": lambda z: ts.isotropy.KoopmanInformationLoss(k=2)(z[None, :-1], z[None, 1:]),
+    "koopman_information_loss": lambda z: ts.isotropy.koopman_information_loss(z[None, :-1], z[None, 1:], k=2),
     "subspace_scores": lambda z: ts.grassmann.subspace_scores(z, MATRIX.unflatten(0, (2, 4))),
     "OrthogonalProbe.distances": lambda z: PROBE.distances(sentences(z)),
     "OrthogonalProbe.loss": lambda z: PROBE.loss(sentences(z), sentences(z)[:, 1:, 0].abs()),
     "DynamicSubspaceLearners": lambda z: LEARNERS(z),
+    "DynamicSubspaceLearners.loss": lambda z: LEARNERS.loss(z, LABELS[: len(z)]),
 }
 
 

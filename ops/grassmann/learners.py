@@ -8,6 +8,8 @@ others begin anew as the next one.
 """
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +118,7 @@ class DynamicSubspaceLearners(nn.Module):
         >>> model.loss(x[cluster == 1], y[cluster == 1], learner=1).backward()
     """
 
-    _effect: Tensor | None  # (D,), of the losses since a split; no buffer, of which to_empty would leave any numbers
+    _effect: Tensor  # (D,), of the losses since a split; no buffer, of which to_empty would leave any numbers
 
     def __init__(self, in_features: int, dim: int = 128, *, beta: float = 1.2, margin: float = 0.2,
                  threshold: float = 0.5, least: int = 5, device: torch.device | str | int | None = None,
@@ -136,7 +138,8 @@ class DynamicSubspaceLearners(nn.Module):
         self.beta, self.margin, self.threshold = float(beta), float(margin), float(threshold)
         self.embed = nn.Linear(in_features, dim, device=device, dtype=dtype)
         self.dims: tuple[int, ...] = (dim,)
-        self._effect = None
+        self._effect = torch.zeros(dim, dtype=wide_dtype(self.embed.bias.dtype), device=self.embed.bias.device)
+        self.register_load_state_dict_post_hook(_place)  # weights that are assigned may be elsewhere
 
     def forward(self, features: Tensor) -> Tensor:
         """The embedding (..., D), of unit length: each learner's part has length 1 / sqrt(K)."""
@@ -168,8 +171,8 @@ class DynamicSubspaceLearners(nn.Module):
             0.5 away; the mean of the terms that are not zero. All are of this batch: in several processes each has its
             own pairs, and a mean of its own.
 
-        In training mode its backward adds up the effect of each coordinate, for `split`; torch.func.grad, which can't,
-        raises RuntimeError: it is for `eval()`.
+        In training mode its backward adds up the effect of each coordinate, for `split`; torch.func.grad, and in what
+        torch.compile makes ``create_graph=True``, which can't, raise RuntimeError: they are for `eval()`.
         """
         name = "DynamicSubspaceLearners.loss"
         if learner is not None and whole(name, "learner", learner) >= len(self.dims):
@@ -185,7 +188,11 @@ class DynamicSubspaceLearners(nn.Module):
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
                 raise RuntimeError(f"{name}: torch.func's transforms can't add up effects for `split`, as the backward "
                                    "in training mode does: call eval() first, or differentiate by torch.autograd")
-            z.register_hook(self._watch(z.detach()))
+            if torch.compiler.is_compiling():
+                z = _Watched.apply(z, self._effect)
+            else:
+                _place(self)
+                z.register_hook(functools.partial(_add, self, z.detach()))
         part = z / len(self.dims) ** 0.5 if learner is None else z.split(self.dims, -1)[learner]
         return self._margin_loss(part, target)
 
@@ -202,13 +209,6 @@ class DynamicSubspaceLearners(nn.Module):
             off = distance - self.beta
             terms = torch.cat([(self.margin + off)[positive], (self.margin - off)[negative]]).relu()
             return terms.sum() / (terms > 0).sum().clamp(min=1)
-
-    def _watch(self, z: Tensor):
-        def add(gradient: Tensor) -> None:
-            effect = (z.to(wide_dtype(z.dtype)) * gradient.detach()).sum(0)
-            self._effect = effect if self._effect is None else self._effect.to(effect) + effect
-
-        return add
 
     @torch.no_grad()
     def assign(self, features: Tensor, previous: Tensor | None = None, *, seed: int = 0) -> Tensor:
@@ -259,7 +259,8 @@ class DynamicSubspaceLearners(nn.Module):
 
         Coordinates whose effect exceeds the threshold become one learner, all others begin anew as the next. Nothing
         happens where a part would have fewer than ``least`` coordinates, or no loss has had a backward in training mode
-        since. An optimiser's state of `embed` goes on as it is.
+        since. A backward that is not finite, as under a loss scale that is too large, counts as none. An optimiser's
+        state of `embed` goes on as it is.
 
         Args:
             process_group: a torch.distributed group whose processes hold replicas, all of which call this, or None.
@@ -272,12 +273,10 @@ class DynamicSubspaceLearners(nn.Module):
         check_group("DynamicSubspaceLearners.split", process_group)
         last, start = self.dims[-1], sum(self.dims[:-1])
         weight, bias = self.embed.weight, self.embed.bias
-        effect = torch.zeros_like(bias) if self._effect is None else self._effect
-        effect = effect.to(bias.device, wide_dtype(bias.dtype))
-        if process_group is not None:
-            effect = self._over(effect, process_group)
-        self._effect = None
+        _place(self)
+        effect = self._effect if process_group is None else self._over(self._effect, process_group)
         effect = effect[start:].abs()
+        self._effect.zero_()
         low, high = effect.min(), effect.max()
         if not bool((high > low) & high.isfinite()):  # nothing seen: all are zero
             return False
@@ -308,18 +307,71 @@ class DynamicSubspaceLearners(nn.Module):
     def _apply(self, fn, recurse=True):
         was_meta = self.embed.weight.is_meta
         applied = super()._apply(fn, recurse)
-        if was_meta and not self.embed.weight.is_meta:
-            self._effect = None  # of weights that are gone
+        if was_meta:
+            self._effect = self._effect.to("meta")  # of weights that are gone
+        _place(self)
         return applied
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"dims": self.dims}
+    def get_extra_state(self) -> Tensor:
+        """The learner of each coordinate, (D,) int64: for what writes tensors alone, or into those that are there."""
+        return torch.repeat_interleave(torch.tensor(self.dims, device="cpu"))
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        dims = as_dims("DynamicSubspaceLearners", state["dims"])
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """That, or the {"dims": dims} of earlier versions."""
+        dims = as_dims("DynamicSubspaceLearners", state["dims"] if isinstance(state, dict) else _lengths(state))
         if dims is None or sum(dims) != self.embed.out_features:
             raise ValueError(f"DynamicSubspaceLearners: dims must sum to {self.embed.out_features}, got {told(dims)}")
-        self.dims, self._effect = dims, None
+        self.dims = dims
+        self._effect.zero_()
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, beta={self.beta:g}, margin={self.margin:g}"
+
+
+def _lengths(state: object) -> list[int]:
+    """How many coordinates each learner has, of the learner of each."""
+    known = isinstance(state, Tensor) and not state.is_meta and state.dtype == torch.int64 and state.dim() == 1
+    runs = [(learner, len([*run])) for learner, run in itertools.groupby(state.tolist())] if known else [(-1, 0)]
+    if [learner for learner, _ in runs] != [*range(len(runs))]:
+        raise ValueError("DynamicSubspaceLearners: _extra_state must be what state_dict has of it, got "
+                         f"{told(state)}{' on meta' * getattr(state, 'is_meta', False)}")
+    return [length for _, length in runs]
+
+
+def _place(model: DynamicSubspaceLearners, _keys: object = None) -> None:
+    """Its effects are where its embedding is, and as wide; nothing on meta has any."""
+    old, bias = model._effect, model.embed.bias
+    dtype = wide_dtype(bias.dtype)
+    if old.is_meta != bias.is_meta:
+        model._effect = torch.zeros(old.shape, dtype=dtype, device=bias.device)
+    else:
+        model._effect = old.to(bias.device, dtype)
+
+
+def _effect(z: Tensor, gradient: Tensor) -> Tensor:
+    """Of dropping each coordinate on a loss, to first order; 0, of all of them alike, where one is not finite."""
+    effect = (z.to(wide_dtype(z.dtype)) * gradient.detach()).sum(0)
+    return torch.where(effect.isfinite().all(), effect, 0)
+
+
+def _add(model: DynamicSubspaceLearners, z: Tensor, gradient: Tensor) -> None:
+    """The hook of z's gradient."""
+    with torch.no_grad():
+        model._effect.add_(_effect(z, gradient).to(model._effect))
+
+
+class _Watched(torch.autograd.Function):
+    """z, whose backward adds up effects, for torch.compile, which takes a hook only if it changes nothing. Elsewhere
+    the hook is better, which leaves further derivatives to autograd."""
+
+    @staticmethod
+    def forward(ctx, z, total):
+        ctx.save_for_backward(z)
+        ctx.total = total
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        ctx.total.add_(_effect(z, gradient).to(ctx.total))
+        return gradient, None

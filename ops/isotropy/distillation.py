@@ -58,6 +58,18 @@ def similarity_distillation(old: Tensor, new: Tensor, *, tau: float, alpha: floa
     if old.shape != new.shape or old.device != new.device:
         raise ValueError(f"{name}: old and new must be alike, got {tuple(old.shape)} on {old.device} and "
                          f"{tuple(new.shape)} on {new.device}")
+    check(name, tau, alpha, rows, diagonal, symmetric, divergence_tau)
+    if not diagonal and new.shape[-1] == 1:
+        raise ValueError(f"{name}: diagonal=False needs n > 1, got new of shape {tuple(new.shape)}")
+    old, new = old.detach().to(wide_dtype(new.dtype)), new.to(wide_dtype(new.dtype))
+    options = tau, alpha, rows, diagonal, tau if divergence_tau is None else divergence_tau
+    loss = _by_rows(old, new, *options)
+    return (loss + _by_rows(old.mT, new.mT, *options)) / 2 if symmetric else loss
+
+
+def check(name: str, tau: float, alpha: float, rows: str, diagonal: bool, symmetric: bool,
+          divergence_tau: float | None) -> None:
+    """Raises in `name`'s voice unless all can be used."""
     check_number(name, "tau", tau, POSITIVE)
     check_number(name, "alpha", alpha, NOT_NEGATIVE)
     if divergence_tau is not None:
@@ -65,12 +77,6 @@ def similarity_distillation(old: Tensor, new: Tensor, *, tau: float, alpha: floa
     check_word(name, "rows", rows, ROWS)
     check_flag(name, "diagonal", diagonal)
     check_flag(name, "symmetric", symmetric)
-    if not diagonal and new.shape[-1] == 1:
-        raise ValueError(f"{name}: diagonal=False needs n > 1, got new of shape {tuple(new.shape)}")
-    old, new = old.detach().to(wide_dtype(new.dtype)), new.to(wide_dtype(new.dtype))
-    options = tau, alpha, rows, diagonal, tau if divergence_tau is None else divergence_tau
-    loss = _by_rows(old, new, *options)
-    return (loss + _by_rows(old.mT, new.mT, *options)) / 2 if symmetric else loss
 
 
 def _by_rows(old: Tensor, new: Tensor, tau: float, alpha: float, rows: str, diagonal: bool,

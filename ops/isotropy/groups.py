@@ -80,7 +80,7 @@ def _norms(name: str, weight: Tensor, groups: Iterable[int]) -> tuple[Tensor, Te
     check_floating(name, "weight", weight)
     if weight.dim() == 0:
         raise ValueError(f"{name}: weight must be (rows, ...), got a scalar of shape ()")
-    sizes = _sizes(name, groups)
+    sizes = group_sizes(name, groups)
     if sum(sizes) != weight.shape[0]:
         raise ValueError(f"{name}: groups have {sum(sizes)} rows, weight has {weight.shape[0]}: got sizes "
                          f"{told(groups)} for shape {tuple(weight.shape)}")
@@ -92,7 +92,8 @@ def _norms(name: str, weight: Tensor, groups: Iterable[int]) -> tuple[Tensor, Te
     return index, torch.where(some, torch.where(some, square, 1).sqrt(), square)
 
 
-def _sizes(name: str, groups: Iterable[int]) -> list[int]:
+def group_sizes(name: str, groups: Iterable[int]) -> list[int]:
+    """The sizes as ints; raises in `name`'s voice unless they are some of at least 1."""
     rule = f"{name}: groups must be sizes along dimension 0, ints of at least 1, got {told(groups)}"
     if isinstance(groups, (str, bytes, dict, set)):
         raise TypeError(rule)

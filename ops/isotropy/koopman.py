@@ -87,7 +87,11 @@ def _check_pair(name: str, z: Tensor, z_next: Tensor, group: object) -> None:
                          f"{z.device} and {tuple(z_next.shape)} on {z_next.device}")
 
 
-class KoopmanInformationLoss(nn.Module):
+def koopman_information_loss(z: Tensor, z_next: Tensor, *, decode: Callable[[Tensor], Tensor] | None = None,
+                             states: Tensor | None = None, next_states: Tensor | None = None, alpha: float = 2.0,
+                             beta: float = 0.1, lam: float = 0.1, k: int = 3, tau: float = 0.07, eta: float = 0.1,
+                             entropy: str = "maximise", detach: bool = False,
+                             process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Features whose dynamics are linear, that keep neighbours in time together, and that use many directions.
 
         loss = prediction + lam reconstruction + alpha InfoNCE - beta S
@@ -99,6 +103,11 @@ class KoopmanInformationLoss(nn.Module):
     of the covariance of all points.
 
     Args:
+        z: features of trajectories, (B, T, d), T at least 2 k + 2.
+        z_next: those a step later, likewise.
+        decode, states, next_states: a function from features to states, and the states that z and z_next are features
+            of, of any shape; all three, or none. Without, nothing keeps features from becoming short, which makes the
+            error of prediction small.
         alpha, beta, lam: weights, at least 0.
         k: steps that make neighbours, at least 1.
         tau: InfoNCE's temperature.
@@ -106,22 +115,128 @@ class KoopmanInformationLoss(nn.Module):
         entropy: "maximise" subtracts beta S, as the paper's text has it, which keeps features from collapsing.
             "minimise" adds it, as the public trainer does.
         detach: K is taken for a constant in the gradient, as in the public trainer.
-        process_group: a torch.distributed group whose processes each hold a part of the trajectories, or None.
+        process_group: a torch.distributed group whose processes each hold a part of the trajectories, some perhaps
+            none, or None.
+
+    Returns:
+        a scalar of z's dtype; float32 for half types, which are widened first (also under autocast). To be minimised.
+
+    In a process group the gradient is that of the sum of all processes' (equal) losses, after DistributedDataParallel's
+    mean that of the whole batch.
+
+    Raises:
+        TypeError: features or states are no dense floating tensors, or another argument is of a wrong kind.
+        ValueError: shapes, devices or values do not fit, or a decoder comes without states.
+
+    Source: text and public code of information-theoretic Koopman learning, which differ in the entropy's sign. Errors
+    are means over time, where that code has sums.
+
+    Example:
+        >>> x, decode = torch.randn(4, 17, 6).cumsum(1), torch.nn.Linear(8, 6)
+        >>> z = torch.nn.Linear(6, 8)(x)
+        >>> loss = ts.isotropy.koopman_information_loss(z[:, :-1], z[:, 1:], decode=decode, states=x[:, :-1],
+        ...                                             next_states=x[:, 1:])
+        >>> loss.backward()
+    """
+    name, group = "koopman_information_loss", process_group
+    k = _check_options(name, alpha, beta, lam, k, tau, eta, entropy, detach, group)
+    return _information(name, z, z_next, decode, states, next_states, alpha, beta, lam, k, tau, eta, entropy, detach,
+                        group)
+
+
+def _check_options(name, alpha, beta, lam, k, tau, eta, entropy, detach, group) -> int:
+    """k as an int; raises in `name`'s voice unless all can be used."""
+    for what, value in (("alpha", alpha), ("beta", beta), ("lam", lam)):
+        check_number(name, what, value, NOT_NEGATIVE)
+    check_number(name, "tau", tau, POSITIVE)
+    check_number(name, "eta", eta, POSITIVE)
+    check_word(name, "entropy", entropy, SIGNS)
+    check_flag(name, "detach", detach)
+    check_group(name, group)
+    return whole(name, "k", k, 1)
+
+
+def _information(name, z, z_next, decode, states, next_states, alpha, beta, lam, k, tau, eta, entropy, detach,
+                 group) -> Tensor:
+    """The loss, with options that have been checked; errors are in `name`'s voice."""
+    _check_pair(name, z, z_next, None)
+    if z.dim() != 3 or z_next.shape != z.shape or (z.shape[0] == 0 and group is None):
+        raise ValueError(f"{name}: z and z_next must be (B, T, d) with B > 0, got {tuple(z.shape)} and "
+                         f"{tuple(z_next.shape)}")
+    if z.shape[1] < 2 * k + 2:
+        raise ValueError(f"{name}: z must have T >= 2 k + 2 = {2 * k + 2} steps, got {tuple(z.shape)}")
+    _check_states(name, decode, states, next_states)
+    wide, after = z.to(wide_dtype(z.dtype)), z_next.to(wide_dtype(z.dtype))
+    transition = _mean(ridge_transition(wide, after, eta=eta), group, (0,))  # of trajectories, each with its own
+    with full_precision(z):
+        ahead = product(wide.flatten(0, 1).mT, transition.detach() if detach else transition).view_as(after)
+        loss = alpha * _mean(neighbour_nce(wide, k, tau), group)
+    if decode is None:
+        loss = loss + _mean((ahead - after).square(), group)
+    else:
+        loss = loss + _mean(_errors(name, decode, ahead, next_states, "next_states"), group)
+        loss = loss + lam * _mean(_errors(name, decode, wide, states, "states"), group)
+    spread = von_neumann_entropy(wide.flatten(0, 1), of="covariance", process_group=group)
+    return loss - beta * spread if entropy == "maximise" else loss + beta * spread
+
+
+def _mean(x: Tensor, group: dist.ProcessGroup | None, over: tuple[int, ...] | None = None) -> Tensor:
+    """Over all entries, or these dimensions; of all processes together."""
+    over = tuple(range(x.dim())) if over is None else over
+    if group is None:
+        return x.mean(over)
+    total, count = summed(x.sum(over), math.prod(x.shape[i] for i in over), group)
+    return total / count
+
+
+def _check_states(name, decode, states, next_states) -> None:
+    given = {"decode": decode, "states": states, "next_states": next_states}
+    if len({value is None for value in given.values()}) > 1:
+        missing = [what for what, value in given.items() if value is None]
+        raise ValueError(f"{name}: decode, states and next_states go together, got None for "
+                         f"{' and '.join(missing)}")
+    if decode is None:
+        return
+    if not callable(decode) or isinstance(decode, type):
+        raise TypeError(f"{name}: decode must be a function of features, got {told(decode)}")
+    for what in ("states", "next_states"):
+        check_floating(name, what, given[what])
+
+
+def _errors(name, decode, z, states, what) -> Tensor:
+    found = decode(z)
+    if not isinstance(found, Tensor) or found.shape != states.shape or found.device != states.device:
+        got = (f"{tuple(found.shape)} on {found.device}, {what} {tuple(states.shape)} on {states.device}"
+               if isinstance(found, Tensor) else told(found))
+        raise ValueError(f"{name}: decode(z) must be like {what}, got {got}")
+    wide = wide_dtype(found.dtype)
+    return (found.to(wide) - states.to(wide)).square()
+
+
+class KoopmanInformationLoss(nn.Module):
+    """`koopman_information_loss` as a module.
+
+        loss = prediction + lam reconstruction + alpha InfoNCE - beta S
+
+    Args:
+        alpha, beta, lam, k, tau, eta, entropy, detach, process_group: as for `koopman_information_loss`, which says
+            what the terms are.
 
     Shape: z, z_next (B, T, d), T at least 2 k + 2. A scalar of z's dtype; float32 for half types.
 
     ``loss(z, z_next, decode=decoder, states=x, next_states=x_next)`` measures errors in states of any shape; without a
     decoder nothing keeps features from becoming short, which makes the error of prediction small.
 
-    Raises: TypeError, ValueError as `ridge_transition`, or where a decoder comes without states.
+    Raises: TypeError, ValueError as `koopman_information_loss`; of the options, when it is made.
 
-    Source: text and public code of information-theoretic Koopman learning, which differ in the entropy's sign. Errors
-    are means over time, where that code has sums.
+    Source: text and public code of information-theoretic Koopman learning, which differ in the entropy's sign.
 
     Example:
         >>> x = torch.randn(4, 17, 6).cumsum(1)
         >>> z = x.requires_grad_()
         >>> loss = ts.isotropy.KoopmanInformationLoss()(z[:, :-1], z[:, 1:])
+        >>> torch.equal(loss, ts.isotropy.koopman_information_loss(z[:, :-1], z[:, 1:]))
+        True
         >>> loss.backward()
     """
 
@@ -129,72 +244,16 @@ class KoopmanInformationLoss(nn.Module):
                  eta: float = 0.1, entropy: str = "maximise", detach: bool = False,
                  process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        name = "KoopmanInformationLoss"
-        for what, value in (("alpha", alpha), ("beta", beta), ("lam", lam)):
-            check_number(name, what, value, NOT_NEGATIVE)
-        check_number(name, "tau", tau, POSITIVE)
-        check_number(name, "eta", eta, POSITIVE)
-        check_word(name, "entropy", entropy, SIGNS)
-        check_flag(name, "detach", detach)
-        check_group(name, process_group)
-        self.alpha, self.beta, self.lam, self.k = alpha, beta, lam, whole(name, "k", k, 1)
+        self.k = _check_options("KoopmanInformationLoss", alpha, beta, lam, k, tau, eta, entropy, detach,
+                                process_group)
+        self.alpha, self.beta, self.lam = alpha, beta, lam
         self.tau, self.eta, self.entropy, self.detach = tau, eta, entropy, bool(detach)
         self.process_group = process_group
 
     def forward(self, z: Tensor, z_next: Tensor, *, decode: Callable[[Tensor], Tensor] | None = None,
                 states: Tensor | None = None, next_states: Tensor | None = None) -> Tensor:
-        name, group = "KoopmanInformationLoss", self.process_group
-        _check_pair(name, z, z_next, None)
-        if z.dim() != 3 or z_next.shape != z.shape or (z.shape[0] == 0 and group is None):
-            raise ValueError(f"{name}: z and z_next must be (B, T, d) with B > 0, got {tuple(z.shape)} and "
-                             f"{tuple(z_next.shape)}")
-        if z.shape[1] < 2 * self.k + 2:
-            raise ValueError(f"{name}: z must have T >= 2 k + 2 = {2 * self.k + 2} steps, got {tuple(z.shape)}")
-        self._check_states(name, z, decode, states, next_states)
-        wide, after = z.to(wide_dtype(z.dtype)), z_next.to(wide_dtype(z.dtype))
-        transition = self._mean(ridge_transition(wide, after, eta=self.eta), (0,))  # of trajectories, each with its own
-        with full_precision(z):
-            ahead = product(wide.flatten(0, 1).mT, transition.detach() if self.detach else transition).view_as(after)
-            loss = self.alpha * self._mean(neighbour_nce(wide, self.k, self.tau))
-        if decode is None:
-            loss = loss + self._mean((ahead - after).square())
-        else:
-            loss = loss + self._mean(self._errors(name, decode, ahead, next_states, "next_states"))
-            loss = loss + self.lam * self._mean(self._errors(name, decode, wide, states, "states"))
-        spread = von_neumann_entropy(wide.flatten(0, 1), of="covariance", process_group=group)
-        return loss - self.beta * spread if self.entropy == "maximise" else loss + self.beta * spread
-
-    def _mean(self, x: Tensor, over: tuple[int, ...] | None = None) -> Tensor:
-        """Over all entries, or these dimensions; of all processes together."""
-        over = tuple(range(x.dim())) if over is None else over
-        if self.process_group is None:
-            return x.mean(over)
-        total, count = summed(x.sum(over), math.prod(x.shape[i] for i in over), self.process_group)
-        return total / count
-
-    @staticmethod
-    def _check_states(name, z, decode, states, next_states) -> None:
-        given = {"decode": decode, "states": states, "next_states": next_states}
-        if len({value is None for value in given.values()}) > 1:
-            missing = [what for what, value in given.items() if value is None]
-            raise ValueError(f"{name}: decode, states and next_states go together, got None for "
-                             f"{' and '.join(missing)}")
-        if decode is None:
-            return
-        if not callable(decode) or isinstance(decode, type):
-            raise TypeError(f"{name}: decode must be a function of features, got {told(decode)}")
-        for what in ("states", "next_states"):
-            check_floating(name, what, given[what])
-
-    @staticmethod
-    def _errors(name, decode, z, states, what) -> Tensor:
-        found = decode(z)
-        if not isinstance(found, Tensor) or found.shape != states.shape or found.device != states.device:
-            got = (f"{tuple(found.shape)} on {found.device}, {what} {tuple(states.shape)} on {states.device}"
-                   if isinstance(found, Tensor) else told(found))
-            raise ValueError(f"{name}: decode(z) must be like {what}, got {got}")
-        wide = wide_dtype(found.dtype)
-        return (found.to(wide) - states.to(wide)).square()
+        return _information("KoopmanInformationLoss", z, z_next, decode, states, next_states, self.alpha, self.beta,
+                            self.lam, self.k, self.tau, self.eta, self.entropy, self.detach, self.process_group)
 
     def extra_repr(self) -> str:
         return (f"alpha={self.alpha}, beta={self.beta}, lam={self.lam}, k={self.k}, tau={self.tau}, eta={self.eta}, "

@@ -66,8 +66,7 @@ def lambda_orthogonality(weight: Tensor | Sequence[Tensor] | nn.ParameterList, l
         tensor(0.)
     """
     name = "lambda_orthogonality"
-    check_number(name, "lam", lam)
-    check_number(name, "alpha", alpha, POSITIVE)
+    check(name, lam, alpha)
     several = isinstance(weight, (Sequence, nn.ParameterList)) and not isinstance(weight, (str, bytes))
     if several:
         weights = list(weight)
@@ -88,6 +87,12 @@ def lambda_orthogonality(weight: Tensor | Sequence[Tensor] | nn.ParameterList, l
         # a node of the graph for each weight: its matrix is given back as soon as its gradient is there
         losses = torch.stack([_plain(w, lam, alpha) if transformed() else _Loss.apply(w, lam, alpha) for w in wide])
     return losses if several else losses[0]
+
+
+def check(name: str, lam: float, alpha: float) -> None:
+    """Raises in `name`'s voice unless both can be used."""
+    check_number(name, "lam", lam)
+    check_number(name, "alpha", alpha, POSITIVE)
 
 
 def _check(name: str, what: str, weight: Tensor) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import warnings
 
 import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import normal
+from torch.distributed import checkpoint
 
 from torch_subspace.grassmann import DynamicSubspaceLearners, grouped_normalize
 
@@ -102,7 +104,7 @@ def test_a_split_keeps_what_matters():
     assert not model.split()  # nothing seen so far
     first = trained(model, x, y, 1)
     assert trained(model, x, y) < first
-    model._effect = None
+    model._effect.zero_()
     z = grouped_normalize(model.embed(x), model.dims)
     z.retain_grad()
     model._margin_loss(z, y).backward()
@@ -119,12 +121,48 @@ def test_a_split_keeps_what_matters():
     assert not any((row == before).all(1).any() for row in model.embed.weight[model.dims[0] :])
     assert not model.split()  # its losses are forgotten
     model.eval().loss(x, y).backward()
-    assert model._effect is None
+    assert not model._effect.any()
     again = DynamicSubspaceLearners(6, 20)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     assert again.dims == model.dims and torch.equal(again(x), model(x))
     with pytest.raises(ValueError, match="dims must sum to 12"):
         DynamicSubspaceLearners(6, 12).set_extra_state(model.get_extra_state())
+
+
+@pytest.mark.parametrize("dims", [(20,), (7, 13), (5, 6, 4, 5)], ids=str)
+def test_its_state_is_of_tensors(dims, tmp_path):
+    """For safetensors, and for checkpoints that write into the tensors of a model that has not been split."""
+    model = DynamicSubspaceLearners(6, 20)
+    model.dims, x = dims, torch.randn(4, 6)
+    state = model.state_dict()
+    assert all(isinstance(t, torch.Tensor) for t in state.values())
+    safetensors = helpers.optional("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        checkpoint.save(state, checkpoint_id=tmp_path / "folder")
+        filled = DynamicSubspaceLearners(6, 20).state_dict()
+        checkpoint.load(filled, checkpoint_id=tmp_path / "folder")
+    earlier = state | {"_extra_state": {"dims": dims}}
+    for given in (safetensors.load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "model.pt"), filled,
+                  earlier):
+        other = DynamicSubspaceLearners(6, 20)
+        other.load_state_dict(given)
+        assert other.dims == dims and torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("state", [
+    3, None, torch.ones(20), torch.ones(20, dtype=torch.int64), torch.arange(20) % 2, torch.zeros(2, 10).long(),
+    torch.zeros(20, dtype=torch.int64, device="meta"), torch.arange(20).flip(0),
+], ids=lambda state: str(state)[:30])
+def test_a_state_that_is_none(state):
+    model = DynamicSubspaceLearners(6, 20)
+    with pytest.raises(ValueError, match="DynamicSubspaceLearners: _extra_state must be what state_dict has of it"):
+        model.set_extra_state(state)
+    with pytest.raises(ValueError, match="dims must sum to 20, got"):
+        model.set_extra_state(torch.arange(19))
+    assert model.dims == (20,)
 
 
 def emptied(module, monkeypatch):
@@ -174,12 +212,71 @@ def test_effects_are_the_weights():
     assert half._effect.dtype == torch.float32 and not half._effect.requires_grad
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e38])
+def test_a_backward_that_is_not_finite_counts_as_none(bad, compiled):
+    """Of no coordinate, also where some of its effects are finite: all are of the same losses."""
+    torch.manual_seed(0)
+    models = [DynamicSubspaceLearners(6, 20, threshold=0.3)]
+    models.append(copy.deepcopy(models[0]))
+    torch._dynamo.reset()
+    loss = torch.compile(models[0].loss, fullgraph=True, backend="aot_eager") if compiled else models[0].loss
+    x, y = normal(30, 6, dtype=torch.float32), torch.arange(30) % 3
+    before = models[0]._effect.clone()
+    for scale in (bad, 1.0, bad):  # what a loss scaler does
+        (1e3 * loss(x, y) * scale).backward()
+        if scale == bad:
+            assert torch.equal(models[0]._effect, before)
+        before = models[0]._effect.clone()
+    (1e3 * models[1].loss(x, y)).backward()
+    assert torch.equal(models[0]._effect, models[1]._effect) and before.any()
+    broken = x.clone()
+    broken[3, 2] = bad
+    loss(broken if bad != 1e38 else x * torch.inf, y).backward()
+    assert torch.equal(models[0]._effect, before)
+    for model in models:
+        torch.manual_seed(1)
+        assert model.split()
+    assert models[0].dims == models[1].dims and torch.equal(models[0].embed.weight, models[1].embed.weight)
+
+
 def test_effects_of_a_module_that_moves():
     model = seen(DynamicSubspaceLearners(6, 20))
     first = model._effect
     other = DynamicSubspaceLearners(6, 20, dtype=torch.float64)
     other.embed.load_state_dict(model.embed.state_dict())
     helpers.close(seen(model.double(), 1)._effect, first.double() + seen(other, 1)._effect, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("learner", [None, 1])
+def test_compile_without_graph_breaks(learner, dynamic):
+    """Values, gradients and effects to the bit; also between a split and the next, and beside uncompiled losses."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models = [DynamicSubspaceLearners(6, 20, threshold=0.3, least=1)]
+    models[0].dims = (8, 12)
+    models.append(copy.deepcopy(models[0]))
+    compiled = torch.compile(models[0].loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (30, 24):
+        x, y, results = normal(n, 6, seed=n, dtype=torch.float32), torch.arange(n) % 3, []
+        for model, loss in zip(models, (compiled, models[1].loss)):
+            value = loss(x, y, learner)
+            results.append([value.detach(), *torch.autograd.grad(value, (model.embed.weight, model.embed.bias))])
+            model.loss(x, y, learner).backward()
+        assert helpers.same(*results) and models[0]._effect.any()
+        assert torch.equal(models[0]._effect, models[1]._effect)
+    pending = [loss(x, y, learner) for loss in (compiled, models[1].loss)]
+    for model, value in zip(models, pending):
+        torch.manual_seed(1)
+        assert model.split() and not model._effect.any()
+        value.backward()  # of what was before
+    assert models[0].dims == models[1].dims and torch.equal(models[0]._effect, models[1]._effect)
+    assert torch.equal(compiled(x, y, 0), models[1].loss(x, y, 0))
+    value = compiled(x, y, 0)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(value, models[0].embed.weight, create_graph=True)
 
 
 def replica(seen_by=(0, 1)):
@@ -202,7 +299,7 @@ def worker(rank, folder):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"split: dims must be the same in all .* got \(8, 1"):
         model.split(process_group=group)
-    assert torch.equal(model.embed.weight, before["embed.weight"]) and model._effect is not None
+    assert torch.equal(model.embed.weight, before["embed.weight"]) and model._effect.any()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -227,7 +324,7 @@ def test_transforms_of_torch_func():
     gradient = torch.func.grad(lambda x: model.loss(x, y))
     with pytest.raises(RuntimeError, match=r"DynamicSubspaceLearners.loss: torch.func.* call eval\(\) first"):
         gradient(x)
-    assert model._effect is None
+    assert not model._effect.any()
     (expected,) = torch.autograd.grad(model.loss(leaf := x.clone().requires_grad_(), y), leaf)
     model.eval()
     helpers.close(gradient(x), expected, 1e-14)
@@ -290,6 +387,6 @@ def test_effects_end_on_meta():
     """With the weights that they were of."""
     model = DynamicSubspaceLearners(6, 12)
     model.loss(torch.randn(20, 6), torch.arange(20) % 4).backward()
-    assert model._effect is not None
+    assert model._effect.any()
     model.to("meta").to_empty(device="cpu")
-    assert model._effect is None
+    assert not model._effect.any()

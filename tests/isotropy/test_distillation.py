@@ -9,7 +9,7 @@ from helpers import close, normal
 from sklearn.datasets import load_digits
 from torch import nn
 
-from torch_subspace.isotropy import similarity_distillation
+from torch_subspace.isotropy import SimilarityDistillationLoss, similarity_distillation
 
 
 def similarities(n=6, seed=0):
@@ -60,7 +60,22 @@ def test_the_public_code():
     close([ours.detach(), *torch.autograd.grad(ours, new)], [theirs.detach(), *torch.autograd.grad(theirs, new)], 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"diagonal": False}, {"rows": "all"}, {"symmetric": False}], ids=str)
+OPTIONS = [{}, {"diagonal": False}, {"rows": "all"}, {"symmetric": False}]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"divergence_tau": 1.0}], ids=str)
+def test_the_module_is_the_function(options):
+    old, new = (torch.stack([similarities(seed=s), similarities(seed=s + 1)]) for s in (0, 10))
+    each = similarity_distillation(old, new, tau=0.5, alpha=2.0, **options)
+    assert each.shape == (2,)
+    for reduction, expected in (("mean", each.mean()), ("sum", each.sum()), ("none", each)):
+        loss = SimilarityDistillationLoss(tau=0.5, alpha=2.0, reduction=reduction, **options)
+        assert torch.equal(loss(old, new), expected)
+    assert torch.equal(SimilarityDistillationLoss(tau=0.5, alpha=2.0, **options)(old[0], new[0]), each[0])
+    assert all(f"{what}={value!r}" in repr(loss) for what, value in options.items())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_derivatives(options):
     old, new = similarities(4).requires_grad_(), similarities(4, seed=10).requires_grad_()
 
@@ -223,3 +238,8 @@ S = torch.randn(3, 3)
 def test_bad_input_is_named(old, new, options, error, words):
     with pytest.raises(error, match=words):
         similarity_distillation(old, new, **{"tau": 0.1, "alpha": 1.0} | options)
+    if options and "diagonal" not in options:
+        with pytest.raises(error, match=f"SimilarityDistillationLoss: {words}"):
+            SimilarityDistillationLoss(**{"tau": 0.1, "alpha": 1.0} | options)
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'max'"):
+        SimilarityDistillationLoss(tau=0.1, alpha=1.0, reduction="max")

@@ -9,7 +9,7 @@ from helpers import close, in_two_processes, normal, optional, same, threads
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from torch_subspace.isotropy import SimLAPLoss, gated_cosine
+from torch_subspace.isotropy import SimLAPLoss, gated_cosine, simlap_loss
 
 OP = torch.ops.torch_subspace.gated_cosine
 BACKWARD = torch.ops.torch_subspace.gated_cosine_backward
@@ -209,6 +209,26 @@ def test_the_loss_is_that_of_pairs_one_by_one():
     assert loss.float()(*(t.float() if t.is_floating_point() else t for t in given)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("tau", [0.1, 2.0])
+def test_the_function_takes_any_gates(tau):
+    """Those of the module, and any numbers: each pair's coordinates are as those of points that are gated before."""
+    *z, y1, y2 = pairs()
+    loss, results = loss_of(tau=tau), []
+    for call in (loss, lambda *z: simlap_loss(*z[:2], loss.gate(y1, y2), *z[2:], tau=tau)):
+        leaves = [t.clone().requires_grad_() for t in z]
+        value = call(*leaves, y1, y2)
+        results.append([value.detach(), *torch.autograd.grad(value, [*leaves, *loss.parameters()])])
+    assert same(*results)
+    one = normal(1, 6, seed=5)
+    gated = simlap_loss(*z, one.expand(9, 6), y1, y2, tau=tau)
+    close(gated, simlap_loss(*(one * t for t in z), torch.ones_like(z[0]), y1, y2, tau=tau), 1e-12)
+    far = [2**40 * y - 7 for y in (y1, y2)]  # labels are names
+    assert torch.equal(simlap_loss(*z, one.expand(9, 6), *far, tau=tau), gated)
+    single = simlap_loss(*(t.half() for t in z), one.expand(9, 6), y1, y2, tau=tau)
+    assert single.dtype == torch.float32
+    close(single, gated, 1e-2)
+
+
 def test_derivatives_of_the_loss():
     z1, z2, *labels = pairs(b=4, k=3)
     loss = loss_of(k=3)
@@ -295,6 +315,11 @@ ONES, LABELS = torch.ones(3, 4), torch.tensor([0, 1, 2])
      r"z1 and z2 must be pairs, on one device, got \(3, 4\) on cpu and \(2, 4\) on cpu"),
     (lambda: SimLAPLoss(10, 4, width=3)(ONES, ONES, LABELS, LABELS[:2]), ValueError,
      r"y2 must be \(3,\), a label of each pair, got \(2,\)"),
+    (lambda: simlap_loss(ONES, ONES, ONES[:2], LABELS, LABELS), ValueError,
+     r"simlap_loss: gate must be like z1, got \(2, 4\) on cpu and \(3, 4\) on cpu"),
+    (lambda: simlap_loss(ONES[:, :0], ONES[:, :0], ONES[:, :0], LABELS, LABELS), ValueError,
+     r"simlap_loss: z1 must be \(b, k\) with b > 0 and k > 0, got \(3, 0\)"),
+    (lambda: simlap_loss(ONES, ONES, ONES, LABELS, LABELS, tau=0), ValueError, "simlap_loss: tau must be positive"),
     (lambda: SimLAPLoss(2, 4, width=3)(ONES, ONES, LABELS, LABELS), ValueError,
      "SimLAPLoss: y1 must be labels from 0 to 1, got 2"),
 ])

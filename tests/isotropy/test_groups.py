@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import close, normal, same
 
-from torch_subspace.isotropy import group_lasso, prox_group_lasso_
+from torch_subspace.isotropy import GroupLassoLoss, group_lasso, prox_group_lasso_
 
 GROUPS = (2, 1, 3)
 
@@ -22,6 +22,19 @@ def test_values():
     close([single], [expected], 1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(group_lasso(weight.float(), GROUPS), single)
+
+
+def test_the_module_is_the_function():
+    weight = normal(6, 4)
+    for groups in (GROUPS, iter(GROUPS), torch.tensor(GROUPS)):
+        loss = GroupLassoLoss(groups)
+        assert torch.equal(loss(weight), group_lasso(weight, GROUPS)) and loss.groups == GROUPS
+        assert repr(loss) == "GroupLassoLoss(groups=(2, 1, 3))"
+    for groups, error in (((0, 6), ValueError), ((2.0, 4), TypeError), (6, TypeError)):
+        with pytest.raises(error, match="GroupLassoLoss: groups must be sizes along dimension 0"):
+            GroupLassoLoss(groups)
+    with pytest.raises(ValueError, match="group_lasso: groups have 6 rows, weight has 5"):
+        GroupLassoLoss(GROUPS)(weight[1:])
 
 
 def test_derivatives_and_groups_of_zeros():

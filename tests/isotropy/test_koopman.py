@@ -9,7 +9,13 @@ from helpers import close, in_two_processes, normal, same
 from torch import nn
 
 import torch_subspace as ts
-from torch_subspace.isotropy import KoopmanInformationLoss, procrustes, ridge_transition, von_neumann_entropy
+from torch_subspace.isotropy import (
+    KoopmanInformationLoss,
+    koopman_information_loss,
+    procrustes,
+    ridge_transition,
+    von_neumann_entropy,
+)
 from torch_subspace.isotropy.koopman import neighbour_nce
 
 SHAPES = [((7, 4), 4), ((3, 6), 6), ((1, 1), 2), ((2, 5, 3), 3), ((2, 2, 3, 8), 5)]
@@ -150,6 +156,21 @@ def test_the_loss_is_the_sum_of_its_terms(entropy, sign):
     close([found], [errors + both], 1e-11)
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"alpha": 1.0, "beta": 0.5, "lam": 2.0, "k": 2, "tau": 0.3, "eta": 1.0},
+    {"entropy": "minimise", "detach": True},
+], ids=str)
+def test_the_function_is_the_module(options):
+    z, after, x, x_next = (normal(3, 9, 4, seed=seed) for seed in range(4))
+    for given in ({}, {"decode": torch.tanh, "states": x, "next_states": x_next}):
+        results = []
+        for loss in (KoopmanInformationLoss(**options), lambda *z, **o: koopman_information_loss(*z, **o, **options)):
+            leaf = z.clone().requires_grad_()
+            value = loss(leaf, after, **given)
+            results.append([value.detach(), *torch.autograd.grad(value, leaf)])
+        assert same(*results)
+
+
 def test_neighbours():
     z = normal(2, 11, 3)
     for k in (1, 2, 4):
@@ -275,6 +296,9 @@ Z = torch.randn(2, 9, 3)
     (lambda: KoopmanInformationLoss(k=0), ValueError, "k must be >= 1, got 0"),
     (lambda: KoopmanInformationLoss(beta=-1), ValueError, "beta must be finite and >= 0, got -1"),
     (lambda: KoopmanInformationLoss(k=4)(Z, Z), ValueError, r"z must have T >= 2 k \+ 2 = 10 steps, got \(2, 9, 3\)"),
+    (lambda: koopman_information_loss(Z, Z, k=4), ValueError, r"koopman_information_loss: z must have T >= 2 k \+ 2"),
+    (lambda: koopman_information_loss(Z, Z, tau=0), ValueError, "koopman_information_loss: tau must be positive"),
+    (lambda: koopman_information_loss(Z, Z, states=Z), ValueError, "got None for decode and next_states"),
     (lambda: KoopmanInformationLoss()(Z[0], Z[0]), ValueError, r"must be \(B, T, d\) with B > 0, got \(9, 3\)"),
     (lambda: KoopmanInformationLoss()(Z, Z, decode=nn.Identity(), states=Z), ValueError,
      "decode, states and next_states go together, got None for next_states"),
@@ -299,6 +323,7 @@ CALLS = {  # of features (B, T, d)
                                                      of="directions", process_group=group).sum(),
     "transition": lambda z, group: ridge_transition(z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1),
                                                     process_group=group).square().sum(),
+    "function": lambda z, group: koopman_information_loss(z[:, :-1], z[:, 1:], k=2, process_group=group),
     "loss": lambda z, group: KoopmanInformationLoss(k=2, process_group=group)(z[:, :-1], z[:, 1:]),
 }
 

@@ -9,7 +9,7 @@ import reference as ref
 import torch
 from helpers import close, frame_error, normal, same
 
-from torch_subspace.isotropy import lambda_orthogonality
+from torch_subspace.isotropy import LambdaOrthogonalityLoss, lambda_orthogonality
 
 SHAPES = [(4, 6), (6, 4), (5, 5), (1, 1), (1, 7), (7, 1), (2, 3, 5), (2, 2, 5, 3),
           (257, 270), (2, 300, 258)]  # from 256 on in strips
@@ -53,6 +53,17 @@ def test_any_sequence_of_weights():
         assert torch.equal(lambda_orthogonality(several, 1.5), expected)
     with pytest.raises(ValueError, match="weight must be weights, got an empty ParameterList"):
         lambda_orthogonality(torch.nn.ParameterList(), 1.5)
+
+
+@pytest.mark.parametrize("weight", [normal(4, 6), normal(3, 2, 5, 4), [normal(4, 6), normal(6, 4), normal(1, 1)]],
+                         ids=["one", "stacked", "several"])
+def test_the_module_is_the_function(weight):
+    each = lambda_orthogonality(weight, 1.5, alpha=2.0)
+    for reduction, expected in (("mean", each.mean()), ("sum", each.sum()), ("none", each)):
+        loss = LambdaOrthogonalityLoss(1.5, alpha=2.0, reduction=reduction)
+        assert torch.equal(loss(weight), expected)
+        assert repr(loss) == f"LambdaOrthogonalityLoss(lam=1.5, alpha=2.0, reduction={reduction!r})"
+    assert torch.equal(LambdaOrthogonalityLoss(1.5)(weight), lambda_orthogonality(weight, 1.5).mean())
 
 
 def test_a_layers_matrix_goes_when_its_gradient_is_there():
@@ -185,3 +196,8 @@ W = torch.randn(3, 4)
 def test_bad_input_is_named(weight, options, error, words):
     with pytest.raises(error, match=words):
         lambda_orthogonality(weight, **{"lam": 1.0} | options)
+    if options:
+        with pytest.raises(error, match=f"LambdaOrthogonalityLoss: {words}"):
+            LambdaOrthogonalityLoss(**{"lam": 1.0} | options)
+    with pytest.raises(ValueError, match="Loss: reduction must be one of mean, sum, none, got 'max'"):
+        LambdaOrthogonalityLoss(1.0, reduction="max")
