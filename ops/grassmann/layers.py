@@ -23,6 +23,7 @@ from ..common import (
     told,
     weight_for,
     whole,
+    wide_dtype,
 )
 from . import watch
 from .cross_entropy import cross_entropy_of
@@ -304,7 +305,7 @@ class GrassmannLinear(FramesModule):
             def frame(c):
                 xc = x[samples[c]].to(a)
                 xc = nn.functional.normalize(xc, dim=-1) if self.normalize else xc
-                return principal_frame(xc, a.shape[1], generator)
+                return principal_frame(xc, a.shape[1], generator, wide_dtype(x.dtype))
 
             return torch.stack([frame(c) for c in classes.tolist()])
 

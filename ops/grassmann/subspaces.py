@@ -216,7 +216,8 @@ def class_subspaces(x: Tensor, y: Tensor, k: int, *, num_classes: int | None = N
         rows rounded to halves are not orthonormal: beside half points they are to be cast, ``frames.to(x.dtype)``.
         All in float64: torch.linalg.eigh of the smaller Gram matrix, and torch.linalg.svd of a class's points where
         one of the k directions is shorter than 1/58 of the longest. Rows are right to rounding over the gaps between
-        lengths; what is no longer than rounding in float64 is no direction.
+        lengths; what is no longer than rounding in x's dtype, float32 for half types, is no direction: about
+        (8 + √max(m, n)) eps times the length ‖x‖_F of a class's m points.
 
     Raises:
         TypeError: x is no dense floating tensor, y none of int64, or k or num_classes is no int.
@@ -250,5 +251,5 @@ def class_subspaces(x: Tensor, y: Tensor, k: int, *, num_classes: int | None = N
         raise ValueError(f"{name}: a point is not finite")
     own = y.cpu().argsort(stable=True).to(x.device).split(y.cpu().bincount(minlength=found).tolist())
     with torch.autocast(x.device.type, enabled=False):
-        frames = [principal_frame(x[rows].double(), k, generator) for rows in own]
+        frames = [principal_frame(x[rows].double(), k, generator, wide_dtype(x.dtype)) for rows in own]
         return torch.stack(frames).to(wide_dtype(x.dtype))

@@ -90,6 +90,19 @@ class _Turned(parametrizations._Orthogonal):
     as safetensors wants it."""
 
     def right_inverse(self, Q: Tensor) -> Tensor:
+        """The start is Q from here on; all that may be wrong with it is told before."""
+        name = "OrthogonalAdapter"
+        if not isinstance(Q, Tensor):
+            raise TypeError(f"{name}: weight must be a tensor, got {told(Q)}")
+        if Q.shape != self.shape:
+            raise ValueError(f"{name}: weight must have shape {tuple(self.shape)}, got {tuple(Q.shape)}")
+        if self.base is not None and Q.dtype != self.base.dtype:
+            raise TypeError(f"{name}: weight must be {self.base.dtype}, as the adapter is, got {Q.dtype}")
+        if self.base is not None and Q.device != self.base.device:
+            raise ValueError(f"{name}: weight must be on {self.base.device}, as the adapter is, got {Q.device}")
+        if not Q.is_meta and not Q.isfinite().all():
+            place = tuple((~Q.isfinite()).nonzero()[0].tolist())
+            raise ValueError(f"{name}: weight must be finite, got {Q[place].item()} at {place}")
         if Q.is_meta:
             self.base = torch.empty_like(Q)
             return Q
@@ -104,7 +117,8 @@ class OrthogonalAdapter(nn.Module):
     The weight is parametrised as by torch.nn.utils.parametrizations.orthogonal, a start times the exponential of a skew
     matrix, so that any optimiser keeps it orthogonal, to rounding. It starts as the identity, also where it gets memory
     after the meta device; assigning an orthogonal matrix of either determinant to ``adapter.weight``, such as the
-    transpose of `procrustes`' Q, starts there.
+    transpose of `procrustes`' Q, starts there; another matrix is replaced by the orthogonal factor of its QR
+    decomposition, as torch does. One of another shape, dtype or device, or that is not finite, is refused.
 
     Args:
         d: number of features, at least 1.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..common import check_betas, check_flag, check_rate, told, wide_dtype
+from .matrices import matrix_shape
 
 
 class MatrixOptimizer(torch.optim.AdamW):
@@ -47,6 +48,10 @@ class MatrixOptimizer(torch.optim.AdamW):
         """The shape of a tensor that is loaded and can't be of p's state; None where all may be."""
         return next((t.shape for key, t in loaded.items() if key.startswith("exp_avg") and t.shape != p.shape), None)
 
+    def _matrix(self, group: dict[str, Any], shape: Sequence[int]) -> Sequence[int]:
+        """The matrix, or the matrices, as which a parameter of that shape is stepped."""
+        return matrix_shape(shape, group["rank"]) or tuple(shape)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with options of its own.
 
@@ -68,18 +73,32 @@ class MatrixOptimizer(torch.optim.AdamW):
             for key in self.defaults:
                 group.setdefault(key, self.defaults[key])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's optimisers have it, and "shapes", those of all parameters: a state of a matrix in few dimensions
+        is as large as its transpose's."""
+        shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"]]
+        return super().state_dict() | {"shapes": shapes}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict` has returned, to the bit, or that of `torch.optim.AdamW`.
 
         Args:
             state_dict: groups and state; the parameters in the order they have here.
+
+        Raises:
+            TypeError: state_dict is no optimiser's.
+            ValueError: it has options out of range, or the state of parameters of other shapes. Nothing is changed.
         """
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError(f"{type(self).__name__}: state_dict must be an optimiser's, got {told(state_dict)}")
         for group in state_dict["param_groups"]:
             self._checked(group)
-        for group, p, loaded in self._loaded(state_dict):
+        places = self._loaded(state_dict)
+        shapes = state_dict.get("shapes") or [p.shape for _, p, _ in places]  # older ones don't tell
+        for (group, p, loaded), shape in zip(places, shapes):
             other = self._misfit(group, p, loaded)
+            if other is None and loaded and self._matrix(group, shape) != self._matrix(group, p.shape):
+                other = shape
             if other is not None:
                 raise ValueError(f"{type(self).__name__}: state_dict must be of parameters of the same shapes, got "
                                  f"{tuple(other)} for {tuple(p.shape)}")

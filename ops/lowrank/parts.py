@@ -41,6 +41,15 @@ class Part(nn.Module):
         return (base + part.to(base.device)).to(base.dtype)
 
 
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no copy of it has: torch puts the properties that read its tensors on
+    the class, and takes them off there, for all that are of it."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        members = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
+
+
 def parametrized(of: RandomSubspace, module: nn.Module, trained: dict[str, nn.Parameter]) -> list[str]:
     """Every use of each parameter, and the parameters frozen. Returns their names."""
     places = [(owner, key, p) for owner in module.modules() for key, p in owner._parameters.items()]
@@ -51,6 +60,7 @@ def parametrized(of: RandomSubspace, module: nn.Module, trained: dict[str, nn.Pa
         p.requires_grad_(False)
         for owner, key, q in places:
             if q is p:
+                own_class(owner)
                 parametrize.register_parametrization(owner, key, part, unsafe=True)
     return list(trained)
 

@@ -29,6 +29,7 @@ from .parts import (
     code,
     known,
     own_chains,
+    own_class,
     parametrized,
     rounding,
     running,
@@ -272,6 +273,7 @@ class RandomSubspace(nn.Module):
             if len(chain) > 1:
                 raise RuntimeError(f"{NAME}.merge_and_unload: {key} has been parametrized once more: remove that first")
         for owner, key, _ in chains:
+            own_class(owner)
             parametrize.remove_parametrizations(owner, key, leave_parametrized=False)
         for owner, order in self._order:  # what is registered again comes last
             for key in [*order, *(key for key in owner._parameters if key not in order)]:

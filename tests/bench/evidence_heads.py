@@ -84,6 +84,8 @@ def further(methods):
     words = dict.fromkeys(method.partition(",")[0] for method in methods)
     pairs = [(f"{word}, Grassmann head", f"{word}, linear head") for word in words if word != "ours"]
     pairs.append(("ours, linear head", "LoRA (peft), linear head"))
+    pairs += [("spectral adapter, Grassmann head", f"{other}, Grassmann head")
+              for other in ("LoRA of rank 1 (peft)", "our cores alone", "frozen")]
     return [pair for pair in pairs if set(pair) <= set(methods)]
 
 
@@ -91,13 +93,15 @@ def texts():
     """Methods of examples/finetune_text.py by task and number of texts."""
     found = result("finetune_text")
     cases = {f"{name}, {shots} a class": rows for name, shots, rows in complete(found)}
-    first = next(iter(cases.values()))
-    lines = [f"| method | {' | '.join(cases)} | trained parameters | peak beyond the model |",
-             "|---" * (len(cases) + 3) + "|"]
-    for method, row in first.items():
-        cells = [f"{cell(shares(rows[method]['runs'], 'right'))} ({rows[method]['lr']:g})" for rows in cases.values()]
-        peak = found["peaks"].get(method)
+    methods = {method: row for rows in cases.values() for method, row in rows.items()}
+    lines = [f"| method | {' | '.join(cases)} | trained parameters | optimiser's state "
+             "| peak beyond the model |", "|---" * (len(cases) + 4) + "|"]
+    for method, row in methods.items():
+        cells = [f"{cell(shares(rows[method]['runs'], 'right'))} ({rows[method]['lr']:g})" if method in rows else "–"
+                 for rows in cases.values()]
+        peak, state = found["peaks"].get(method), found.get("states", {}).get(method)
         lines.append(f"| {method} | {' | '.join(cells)} | {row['runs'][0]['parameters']:,} | "
+                     f"{'–' if state is None else f'{state / 2**20:.2f} MiB'} | "
                      f"{'–' if peak is None else f'{peak / 2**20:.0f} MiB'} |")
     setting = found["setting"]
     lines += ["", f"Held-out accuracy, mean ± standard deviation of {setting['seeds']} seeds, and the rate, picked in "
@@ -106,13 +110,18 @@ def texts():
               "features as they are, reckoned once. " + place("finetune_text", setting)]
     ours = "ours, Grassmann head"
     lines += ["", f"| {ours}, less | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
-    for method in first:
+
+    def less(one, other):
+        return [off(rows[one]["runs"], rows[other]["runs"], "right") if {one, other} <= rows.keys() else "–"
+                for rows in cases.values()]
+
+    for method in methods:
         if method != ours:
-            cells = [off(rows[ours]["runs"], rows[method]["runs"], "right") for rows in cases.values()]
+            cells = less(ours, method)
             lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", f"| further paired differences | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
-    for method, other in further(first):
-        cells = [off(rows[method]["runs"], rows[other]["runs"], "right") for rows in cases.values()]
+    for method, other in further(methods):
+        cells = less(method, other)
         lines.append(f"| {method}, less {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

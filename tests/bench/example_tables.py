@@ -113,12 +113,17 @@ def finetune_table(name):
     """Methods of one task of examples/finetune.py."""
     found = json.loads((ROOT / f"examples/{name}.json").read_text())
     setting = found["setting"]
-    lines = ["| method | accuracy | trained parameters | ms per step | peak beyond the model |",
-             "|---|---|---|---|---|"]
+    kept = all("state_bytes" in row for row in found["rows"].values())  # older results don't tell
+    heads = ["method", "accuracy", "trained parameters", *["optimiser's state"] * kept, "ms per step",
+             "peak beyond the model"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for method, row in found["rows"].items():
         spread = "" if row["spread"] is None else f" ± {row['spread']:.2%}"
-        lines.append(f"| {method} | {row['accuracy']:.2%}{spread} | {row['trained_parameters']:,} | "
-                     f"{1e3 * row['seconds_per_step']:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |")
+        cells = [method, f"{row['accuracy']:.2%}{spread}", f"{row['trained_parameters']:,}",
+                 *([f"{row['state_bytes'] / 2**10:.0f} KiB"] if kept else []),
+                 "–" if row["seconds_per_step"] is None else f"{1e3 * row['seconds_per_step']:.1f}",
+                 f"{row['peak_bytes'] / 2**20:.1f} MiB"]
+        lines.append(f"| {' | '.join(cells)} |")
     seeds = f"{setting['seeds']} seeds" if setting["seeds"] > 1 else "one seed"
     lines += ["", f"{seeds[0].upper()}{seeds[1:]}, {setting['shots']} examples a class, {setting['epochs']} epochs, "
               f"CPU, threads: {setting['threads']}, torch {setting['torch']}; numbers in "

@@ -1,10 +1,13 @@
 """Scores are squared lengths, the denoiser is Tweedie's formula, class subspaces are those of the data."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import close, frame_error, normal
 from sklearn.datasets import load_digits
 
+from torch_subspace import GrassmannLinear
 from torch_subspace.grassmann import class_subspaces, subspace_denoise, subspace_scores
 
 DIMS = [None, (1, 3, 2)]
@@ -166,6 +169,31 @@ def test_class_subspaces_are_in_order_and_rounding_is_drawn_anew():
         one, two = (class_subspaces(points, torch.zeros(4, dtype=torch.int64), 3,
                                     generator=torch.Generator().manual_seed(draw))[0] for draw in (1, 2))
         assert torch.equal(one[:2], two[:2]) and (one[2] @ two[2]).abs() < 1 - 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:init_from_features")
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("shape", [(6, 9), (40, 12), (12, 300)])
+def test_rounding_of_float32_is_no_direction(shape, size):
+    """Points of a plane, computed in float32: what is asked for beyond that plane is drawn, by each seed anew."""
+    def drawn(x, seed):
+        return class_subspaces(x, torch.zeros(len(x), dtype=torch.int64), 4,
+                               generator=torch.Generator().manual_seed(seed))[0]
+
+    def layer(x, seed, dtype):
+        head = GrassmannLinear(shape[1], 1, 4, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        head.init_from_features(x, torch.zeros(len(x), dtype=torch.int64), generator=generator)
+        return head.weight.detach()[0]
+
+    for seed in range(5):
+        x = (size * normal(shape[0], 2, seed=seed, dtype=torch.float32)) @ normal(2, shape[1], seed=50 + seed).float()
+        for find in (drawn, *(partial(layer, dtype=dtype) for dtype in (torch.float32, torch.float64))):
+            one, two = find(x, 1), find(x, 2)
+            assert frame_error(one) < 1e-6
+            assert torch.equal(one[:2], two[:2]) and (one[2:] @ two[2:].mT).abs().amax() < 1 - 1e-6
+        longer = x + size * 1e-4 * normal(*shape, seed=9, dtype=torch.float32)  # of lengths that are none
+        assert torch.equal(drawn(longer, 1), drawn(longer, 2))
 
 
 def test_half_types_are_computed_in_float32():

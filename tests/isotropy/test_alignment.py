@@ -174,6 +174,33 @@ def test_it_starts_where_procrustes_ends(determinant):
     assert all(p.grad.isfinite().all() for p in adapter.parameters())
 
 
+WRONG = {
+    "type": ("eye", TypeError, "weight must be a tensor, got str 'eye'"),
+    "shape": (torch.eye(3), ValueError, r"weight must have shape \(4, 4\), got \(3, 3\)"),
+    "dtype": (torch.eye(4).double(), TypeError, "weight must be torch.float32, as the adapter is, got torch.float64"),
+    "half": (torch.eye(4).bfloat16(), TypeError, "weight must be torch.float32, as the adapter is, got torch.bfloat16"),
+    "device": (torch.eye(4, device="meta"), ValueError, "weight must be on cpu, as the adapter is, got meta"),
+    "nan": (torch.eye(4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(math.nan)), ValueError,
+            r"weight must be finite, got nan at \(1, 2\)"),
+    "inf": (-torch.eye(4) / 0, ValueError, r"weight must be finite, got -inf at \(0, 0\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_weight_that_is_refused_changes_nothing(case):
+    adapter, (weight, error, message) = OrthogonalAdapter(4), WRONG[case]
+    adapter.weight = turn(4, 3).float()
+    with torch.no_grad():
+        next(adapter.parameters()).add_(0.1 * torch.randn(4, 4))
+    before, state = adapter.weight.detach(), copy.deepcopy(adapter.state_dict())
+    with pytest.raises(error, match=f"OrthogonalAdapter: {message}"):
+        adapter.weight = weight
+    assert same(list(adapter.state_dict().values()), list(state.values())) and torch.equal(adapter.weight, before)
+    adapter(torch.randn(2, 4)).square().sum().backward()
+    adapter.weight = turn(4, 5).float()
+    assert frame_error(adapter.weight) < 1e-6
+
+
 def test_derivatives_of_the_adapter():
     adapter = OrthogonalAdapter(3, dtype=torch.float64)
     adapter.weight = turn(3)

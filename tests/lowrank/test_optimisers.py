@@ -1,8 +1,10 @@
 """What is asked of all optimisers of few dimensions: no autocast in a step, and states of others."""
 
+import copy
+
 import pytest
 import torch
-from helpers import close, normal
+from helpers import close, normal, same
 from torch import nn
 
 from torch_subspace.lowrank import CoSO, LowRankAdamW, Trion
@@ -102,6 +104,45 @@ def test_states_of_other_shapes_are_refused_before_anything_changes(name, there,
         opt.load_state_dict(saved.state_dict())
     assert steps(second, opt, 1, begin=1)[0] > 0 and second.isfinite().all()
     saved.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("there, here", [((12, 9), (9, 12)), ((3, 8, 9), (3, 9, 8)), ((9, 12), (9, 14))])
+def test_a_state_of_the_transpose_is_refused(name, there, here, tmp_path):
+    """In few dimensions it is as large; and an index into a basis does not tell how many columns that has."""
+    first, second, other = weights(*there), weights(*here, seed=1), weights(5, 6)
+    saved, opt = MAKE[name]([other, first]), MAKE[name]([other, second])
+    for p, of in ((first, saved), (second, opt)):
+        steps(other, of, 1)
+        steps(p, of, 1)
+    torch.save(saved.state_dict(), tmp_path / "opt.pt")
+    state, before = torch.load(tmp_path / "opt.pt"), copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="state_dict must be of parameters of the same shapes, got .* for"):
+        opt.load_state_dict(state)
+    left = opt.state_dict()
+    assert left["param_groups"] == before["param_groups"] and left["state"].keys() == before["state"].keys()
+    for i, own in left["state"].items():
+        assert same(own.values(), before["state"][i].values())
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("there, here", [((12, 9), (12, 9)), ((12, 8), (12, 2, 2, 2))])
+def test_states_that_do_not_tell_shapes_are_taken(name, there, here):
+    """Those of before; and a convolution goes on with what its matrix had."""
+    if name == "Trion" and there != here:
+        pytest.skip("momentum has the parameter's own shape")
+    first, second = weights(*there), nn.Parameter(weights(*there).detach().reshape(here))
+    saved, opt = MAKE[name]([first]), MAKE[name]([second])
+    steps(first, saved, 2)
+    second.data.copy_(first.detach().reshape(here))
+    state = copy.deepcopy(saved.state_dict())
+    for keys in (state.keys(), ("state", "param_groups")):
+        opt.load_state_dict({key: state[key] for key in keys})
+    first.grad = normal(*there, seed=5, dtype=torch.float32)
+    second.grad = first.grad.reshape(here)
+    saved.step()
+    opt.step()
+    assert torch.equal(second.detach().view(there), first.detach())
 
 
 @pytest.mark.parametrize("name", MAKE)

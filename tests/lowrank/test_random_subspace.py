@@ -108,6 +108,44 @@ def test_copies_and_merged_modules(kind):
             call()
 
 
+COPIES = {
+    "of all": copy.deepcopy,
+    "of a copy": lambda model: copy.deepcopy(copy.deepcopy(model)),
+    "of an average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("first", ["copy", "original"])
+@pytest.mark.parametrize("how", COPIES)
+def test_merging_leaves_copies_whole(how, first):
+    """torch's property that reads a weight is on a class that copies share."""
+    model = moved(wrapped()).eval()
+    expected, other = model(X), COPIES[how](model).eval()
+    one, two = (other, model) if first == "copy" else (model, other)
+    plain = one.merge_and_unload()
+    assert torch.equal(two(X), expected) and torch.equal(plain(X), expected)
+    two(X).square().sum().backward()
+    assert two.theta.grad.abs().sum() > 0
+    again = copy.deepcopy(two)
+    assert torch.equal(two.merge_and_unload()(X), expected) and torch.equal(again.merge_and_unload()(X), expected)
+    assert type(plain[0]) is nn.Linear and two.module is again.module is None
+
+
+def test_a_subspace_of_a_copy_leaves_what_was_copied():
+    """Where it was parametrized by others before, too."""
+    norm = nn.utils.parametrizations.weight_norm
+    source = nn.Sequential(norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 2))
+    expected, other = source(X), copy.deepcopy(source)
+    model = ts.lowrank.RandomSubspace(other, 5)
+    assert torch.equal(source(X), expected) and isinstance(source[0].bias, nn.Parameter)
+    torch.testing.assert_close(model(X), expected)
+    plain = model.merge_and_unload()
+    assert torch.equal(source(X), expected)
+    torch.testing.assert_close(plain(X), expected)
+    nn.utils.parametrize.remove_parametrizations(plain[0], "weight")
+    assert torch.equal(source(X), expected) and type(plain[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("way", ["where it is", "there and back", "assigned"])
 @each_kind
 def test_memory_that_is_given_is_no_projection(kind, way, monkeypatch):
