@@ -9,7 +9,7 @@
 
 typedef struct kxk { /* scratch and shape of the k x k algebra of one thread */
     int64_t k, ld;
-    double *scratch, *spare; /* [ld, ld] */
+    double *scratch, *spare; /* [ld, ld], three of them in `spare` */
     double *values;          /* [3 ld] of eigenvalues */
 } kxk;
 
@@ -46,17 +46,23 @@ static inline __attribute__((always_inline)) void product_tile(const int vecs, i
         for (int v = 0; v < vecs; v++) *(wideu *)(c + i * ld + v * WIDE) = sum[i][v];
 }
 
+/* rows a, b, c, d of four as the columns of `to` */
+static inline __attribute__((always_inline)) void turn_rows(const double *a, const double *b, const double *c,
+                                                            const double *d, int64_t ld, double *to)
+{
+    const four p = *(const fouru *)a, q = *(const fouru *)b, r = *(const fouru *)c, s = *(const fouru *)d;
+    const four pq = __builtin_shufflevector(p, q, 0, 4, 2, 6), pq1 = __builtin_shufflevector(p, q, 1, 5, 3, 7);
+    const four rs = __builtin_shufflevector(r, s, 0, 4, 2, 6), rs1 = __builtin_shufflevector(r, s, 1, 5, 3, 7);
+    *(fouru *)to = __builtin_shufflevector(pq, rs, 0, 1, 4, 5);
+    *(fouru *)(to + ld) = __builtin_shufflevector(pq1, rs1, 0, 1, 4, 5);
+    *(fouru *)(to + 2 * ld) = __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+    *(fouru *)(to + 3 * ld) = __builtin_shufflevector(pq1, rs1, 2, 3, 6, 7);
+}
+
 /* b = a', 4 x 4 */
 static inline __attribute__((always_inline)) void turn(int64_t ld, const double *a, double *b)
 {
-    const four p = *(const fouru *)a, q = *(const fouru *)(a + ld), r = *(const fouru *)(a + 2 * ld),
-               s = *(const fouru *)(a + 3 * ld);
-    const four pq = __builtin_shufflevector(p, q, 0, 4, 2, 6), pq1 = __builtin_shufflevector(p, q, 1, 5, 3, 7);
-    const four rs = __builtin_shufflevector(r, s, 0, 4, 2, 6), rs1 = __builtin_shufflevector(r, s, 1, 5, 3, 7);
-    *(fouru *)b = __builtin_shufflevector(pq, rs, 0, 1, 4, 5);
-    *(fouru *)(b + ld) = __builtin_shufflevector(pq1, rs1, 0, 1, 4, 5);
-    *(fouru *)(b + 2 * ld) = __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
-    *(fouru *)(b + 3 * ld) = __builtin_shufflevector(pq1, rs1, 2, 3, 6, 7);
+    turn_rows(a, a + ld, a + 2 * ld, a + 3 * ld, ld, b);
 }
 
 /* b = a'; b is not a */
@@ -89,10 +95,12 @@ static inline __attribute__((always_inline)) void product_of(const kxk *s, const
             for (int l = 0; l < 4; l++) sum += a[i * 4 + l] * *(const fouru *)(b + l * 4);
             *(fouru *)(c + i * 4) = sum;
         }
+        if (symmetric) mirror(s, c);
         return;
     }
     if (ld == 8) {
         for (int64_t i = 0; i < 8; i += HEIGHT) product_tile(8 / WIDE, 8, a + i * 8, b, c + i * 8);
+        if (symmetric) mirror(s, c);
         return;
     }
     for (int64_t i = 0; i < ld; i += HEIGHT)

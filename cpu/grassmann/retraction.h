@@ -22,20 +22,18 @@
 #define SUBSPACE_RETRACTION_H
 #include "kxk.h"
 
-/* y = the sum of coefficients c[j] times the powers x^j, j up to `degree`, given x^2: two powers a product, as
- * (c0 + c1 x) + x^2 ((c2 + c3 x) + x^2 (...)) */
-static void polynomial(const kxk *s, const double *x, const double *x2, int degree, const double *c, double *y)
+/* y = the sum of coefficients c[j] times the powers x .. x4, j up to `degree`: four powers a product, and one more at
+ * the top. batch_series does the same to the bit. */
+static void polynomial(const kxk *s, const double *x, const double *x2, const double *x3, const double *x4, int degree,
+                       const double *c, double *y)
 {
     const int64_t size = s->ld * s->ld;
-    int j = degree / 2 * 2; /* of the last pair */
-    if (degree % 2 || degree == 0) affine_of(s, degree % 2 ? c[j + 1] : 0, x, c[j], y);
-    else j -= 2, affine_of(s, c[j + 1], x, c[j], y);
-    if (degree % 2 == 0 && degree)
-        for (int64_t i = 0; i < size; i++) y[i] += c[degree] * x2[i];
-    for (j -= 2; j >= 0; j -= 2) {
-        product_symmetric(s, x2, y, s->scratch);
-        for (int64_t i = 0; i < size; i++) y[i] = s->scratch[i] + c[j + 1] * x[i];
-        for (int64_t i = 0; i < s->k; i++) y[i * s->ld + i] += c[j];
+    const int top = (degree - 1) / 4 * 4;
+    for (int64_t i = 0; i < size; i++) y[i] = c[top + 4] * x4[i];
+    for (int b = top; b >= 0; b -= 4) {
+        if (b < top) product_symmetric(s, x4, y, s->scratch), copy(s, s->scratch, y);
+        for (int64_t i = 0; i < size; i++) y[i] = y[i] + c[b + 3] * x3[i] + c[b + 2] * x2[i] + c[b + 1] * x[i];
+        for (int64_t i = 0; i < s->k; i++) y[i * s->ld + i] += c[b];
     }
 }
 
@@ -49,15 +47,20 @@ static void geodesic_series(const kxk *s, double *x, double tolerance, double *f
     int doublings = 0;
     while (norm > 1 || (h && doublings == 0)) norm *= 0.25, scale *= 0.25, doublings++;
     for (int64_t i = 0; i < size; i++) x[i] *= scale;
-    double cf[24] = {1, -0.5}, cg[24] = {1, -1. / 6}; /* (-1)^j / (2j)! and / (2j+1)! */
+    double cf[28] = {1, -0.5}, cg[28] = {1, -1. / 6}; /* (-1)^j / (2j)! and / (2j+1)! */
     int degree = 1;
     for (double next = norm / 2; next > tolerance; degree++) {
         const double j = degree + 1;
         next *= norm / ((2 * j - 1) * (2 * j));
         cf[degree + 1] = -cf[degree] / ((2 * j - 1) * (2 * j)), cg[degree + 1] = -cg[degree] / ((2 * j) * (2 * j + 1));
     }
-    if (degree > 1) product_symmetric(s, x, x, s->spare);
-    polynomial(s, x, s->spare, degree, cf, f), polynomial(s, x, s->spare, degree, cg, g);
+    double *x2 = s->spare, *x3 = x2 + size, *x4 = x3 + size;
+    product_symmetric(s, x, x, x2);
+    if (degree > 2) product_symmetric(s, x2, x, x3);
+    else memset(x3, 0, (size_t)size * sizeof *x3);
+    if (degree > 3) product_symmetric(s, x2, x2, x4);
+    else memset(x4, 0, (size_t)size * sizeof *x4);
+    polynomial(s, x, x2, x3, x4, degree, cf, f), polynomial(s, x, x2, x3, x4, degree, cg, g);
     for (; doublings > 0; doublings--) {
         if (h && doublings == 1) product_symmetric(s, g, g, h), affine(s, -0.5, 0, h);
         product_symmetric(s, g, f, s->scratch), copy(s, s->scratch, g);

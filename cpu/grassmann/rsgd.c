@@ -18,13 +18,14 @@
 
 #ifndef T /* ---------------------------------------------- read once: what the maths is about */
 
-#include "rsgd_lines.h"
+#include "rsgd_batches.h"
 
 typedef struct rsgd_run {
     const subspace_rsgd_args *a;
     rsgd_step step;
     int64_t classes, slots, blocks, packed;
     int64_t k, n, kp; /* the largest */
+    int64_t kb;       /* of a batch, or 0 */
     size_t slot_bytes;
     char *base;       /* [slots][slot_bytes] */
     int64_t *skipped; /* [slots] */
@@ -53,6 +54,8 @@ static size_t lay_out(const rsgd_run *r, char *base, rsgd_slot *s)
                            &s->E, &s->h, &s->Pm, &s->Y, &s->q.scratch, &s->q.spare};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
         *matrices[i] = carve(base, &at, r->kp * r->kp, sizeof(double));
+    carve(base, &at, 2 * r->kp * r->kp, sizeof(double)); /* more of `spare` */
+    s->many = carve(base, &at, BATCH_MATRICES * r->kb * r->kb, sizeof(wide));
     return at;
 }
 
@@ -74,6 +77,7 @@ static rsgd_run plan(const subspace_ctx *ctx, const subspace_rsgd_args *a, char 
         r.k = MAX(r.k, a->frames[i].k), r.n = MAX(r.n, a->frames[i].n);
     }
     r.kp = rounded(r.k);
+    r.kb = r.k == 1 || r.step.parallel || r.step.stiefel ? 0 : rounded(MIN(r.k, BATCH_K));
     const int64_t worth = CEIL_DIV(r.classes * r.k * (r.n + 32 * r.k), WORTH_A_THREAD); /* the 32 for the k x k part */
     r.slots = MAX(1, MIN(r.slots, worth));
     r.slot_bytes = lay_out(&r, NULL, &unused);
@@ -93,7 +97,7 @@ size_t LEVEL(subspace_rsgd_workspace)(const subspace_ctx *ctx, const subspace_rs
 #include "each_dtype.h"
 #endif /* ------------------------------------------- read twice: T float, then T double */
 
-#include "rsgd_lines.h"
+#include "rsgd_batches.h"
 
 /* Block (bi, bj), bi >= bj, of the gram as a [kp, kp] matrix. */
 static void FN(block_of)(const rsgd_slot *s, const double *gram, int64_t bi, int64_t bj, double *out)
@@ -195,7 +199,7 @@ static bool FN(step_class)(rsgd_slot *s)
     }
     affine(q, a, 0, g);
     FN(put)(s, g, coef, 0, 1);
-    FN(combine)(s, coef, st->parallel || st->tangent ? 2 : 1);
+    FN(combine)(s, coef, st->parallel || st->tangent ? 2 : 1, true);
     return true;
 }
 
@@ -210,27 +214,68 @@ static void seat(const rsgd_run *r, rsgd_slot *s, int64_t c)
     s->k = a->start ? a->start[c + 1] - s->row : p->k;
     s->kp = rounded(s->k), s->q.k = s->k, s->q.ld = s->kp;
     s->lr = a->lr ? ((const double *)a->lr)[a->lr_per_class ? c : 0] : a->lr_value;
-    /* the rows behind this class, as many as it has itself */
-    const int64_t item = a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
-    const int64_t bytes = c + 1 < p->c ? s->k * p->n * item : 0, at = (s->row + s->k) * p->n * item;
+}
+
+static int64_t item_of(const rsgd_run *r)
+{
+    return r->a->dtype == SUBSPACE_F64 ? sizeof(double) : sizeof(float);
+}
+
+/* To be fetched meanwhile: what is behind class c, which the slot has, as many rows as it and those with it have. */
+static void look_ahead(const rsgd_run *r, rsgd_slot *s, int64_t c, int64_t rows)
+{
+    const subspace_frames *p = s->frames;
+    const int64_t bytes = c + 1 < p->c ? rows * p->n * item_of(r) : 0, at = (s->row + s->k) * p->n * item_of(r);
     const void *arrays[] = {p->weight, p->grad, p->buffer ? p->buffer : p->grad};
     for (int i = 0; i < 3; i++) s->ahead[i] = (rsgd_ahead){(const char *)arrays[i] + at, bytes};
 }
 
-/* The next `count` classes of s->frames from class c on as lines; of those that are left for step_class, the bits. */
+/* The next `count` classes of s->frames from class c on, which the slot has, as lines; of those that are left for
+ * step_class, the bits. */
 static uint64_t lines_of(const rsgd_run *r, rsgd_slot *s, int64_t c, int64_t most, int64_t *count)
 {
     const subspace_rsgd_args *a = r->a;
     const bool f64 = a->dtype == SUBSPACE_F64;
     double lr[LINES];
-    *count = 1;
-    seat(r, s, c);
-    if (s->k != 1 || r->step.parallel || r->step.stiefel) return 1;
     if (a->start) most = 1; /* the next may be no line */
-    *count = MAX(1, MIN(MIN(most, LINES), LINES_BYTES / (s->frames->n * (f64 ? 24 : 12))));
+    *count = MAX(1, MIN(MIN(most, LINES), LINES_BYTES / (s->frames->n * 3 * item_of(r))));
     for (int64_t i = 0; i < *count; i++)
         lr[i] = a->lr ? ((const double *)a->lr)[a->lr_per_class ? c + i : 0] : a->lr_value;
     return f64 ? LEVEL(step_lines_f64)(s, *count, lr) : LEVEL(step_lines_f32)(s, *count, lr);
+}
+
+/* Whether the class in the slot is one for a batch: to be stepped as step_class would, beside others. */
+static bool batched(const rsgd_run *r, const rsgd_slot *s)
+{
+    return r->kb && s->k > 1 && s->k <= r->kb && WIDE * 3 * s->k * s->frames->n * item_of(r) <= BATCH_BYTES;
+}
+
+/* The same as a batch; all of them are left if they are too few to pay for empty lanes. */
+static uint64_t batch_of(const rsgd_run *r, rsgd_slot *s, int64_t c, int64_t most, int64_t *count)
+{
+    const int64_t first = s->row;
+    batch b = {.k = 0};
+    do {
+        b.row[b.count] = s->row, b.rows[b.count] = s->k, b.a[b.count] = -s->lr;
+        b.k = MAX(b.k, s->kp);
+        look_ahead(r, s, c + b.count, s->row + s->k - first);
+        if (++b.count < MIN(most, WIDE)) seat(r, s, c + b.count);
+    } while (b.count < MIN(most, WIDE) && batched(r, s));
+    *count = b.count;
+    if (32 * b.count < 3 * WIDE * b.k) return ~(uint64_t)0;
+    wide **matrices[] = {&b.R, &b.E, &b.S, &b.P, &b.X, &b.X4, &b.f, &b.g, &b.t, &b.u};
+    for (int64_t i = 0; i < BATCH_MATRICES; i++) *matrices[i] = s->many + i * b.k * b.k;
+    return r->a->dtype == SUBSPACE_F64 ? LEVEL(step_batch_f64)(s, &b) : LEVEL(step_batch_f32)(s, &b);
+}
+
+/* The same in whichever way suits the first of them. */
+static uint64_t several_of(const rsgd_run *r, rsgd_slot *s, int64_t c, int64_t most, int64_t *count)
+{
+    seat(r, s, c);
+    if (s->k == 1 && !r->step.parallel && !r->step.stiefel) return lines_of(r, s, c, most, count);
+    if (batched(r, s)) return batch_of(r, s, c, most, count);
+    *count = 1;
+    return 1;
 }
 
 static void step_slots(int64_t begin, int64_t end, void *arg)
@@ -246,10 +291,10 @@ static void step_slots(int64_t begin, int64_t end, void *arg)
         for (int64_t i = first, count; i < last; i += count) {
             while (i >= before + s.frames->c) before += s.frames++->c;
             const int64_t c = i - before;
-            const uint64_t left = lines_of(r, &s, c, MIN(last - i, s.frames->c - c), &count);
+            const uint64_t left = several_of(r, &s, c, MIN(last - i, s.frames->c - c), &count);
             for (int64_t l = 0; l < count; l++) {
                 if (!(left >> l & 1)) continue;
-                seat(r, &s, c + l);
+                seat(r, &s, c + l), look_ahead(r, &s, c + l, s.k);
                 const bool done = a->dtype == SUBSPACE_F64 ? LEVEL(step_class_f64)(&s) : LEVEL(step_class_f32)(&s);
                 r->skipped[slot] += !done;
             }

@@ -46,6 +46,7 @@ typedef struct rsgd_slot { /* what one thread works with */
     double *gram;                                   /* [rows, rows] of the `blocks`, its lower half */
     double *R, *P, *S, *X, *f, *g, *E, *h, *Pm, *Y; /* [kp, kp] of the k x k part */
     void *pack, *coef, *dir;
+    wide *many;          /* [BATCH_MATRICES, k, k] of a batch */
     rsgd_ahead ahead[3]; /* W, grad and M of the class that comes next */
 } rsgd_slot;
 
@@ -256,13 +257,23 @@ static void FN(combine_tile)(rsgd_slot *s, const T *coef, const T *tile, int64_t
     }
 }
 
-/* [W; M] <- coef [W; dir; M'], coef [outputs k, blocks k], or M <- M' with one output: the second pass. */
-static void FN(combine)(rsgd_slot *s, const T *coef, int64_t outputs)
+/* [W; M] <- coef [W; dir; M'], coef [outputs k, blocks k], or M <- M' with one output: the second pass. `loaded`: the
+ * tile has this class still, if all of its columns fit. */
+static void FN(combine)(rsgd_slot *s, const T *coef, int64_t outputs, bool loaded)
 {
     const subspace_frames *p = s->frames;
     const int64_t n = p->n, k = s->k;
     T *tile = s->pack;
     const int64_t width = MIN(STRIP, s->width);
+    if (loaded && n <= s->width) { /* M' is its last block */
+        const T *moved = tile + (s->packed - 1) * k * s->ld;
+        T *buffer = p->buffer ? (T *)p->buffer + s->row * n : NULL;
+        FN(combine_tile)(s, coef, tile, n, (T *)p->weight + s->row * n);
+        if (outputs == 2) FN(combine_tile)(s, coef + s->blocks * k * k, tile, n, buffer);
+        for (int64_t i = 0; outputs == 1 && buffer && i < k; i++)
+            memcpy(buffer + i * n, moved + i * s->ld, (size_t)n * sizeof(T));
+        return;
+    }
     for (int64_t j0 = 0; j0 < n; j0 += width) {
         const int64_t m = MIN(width, n - j0), at = s->row * n + j0;
         FN(load)(s, j0, m, tile, outputs == 1 && p->buffer);

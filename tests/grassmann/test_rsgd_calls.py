@@ -38,6 +38,21 @@ def test_ragged_is_the_same_as_class_by_class(transport, dtype):
         assert torch.equal(one[0], block) and torch.equal(one_buffer[0], block_buffer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_company_does_not_matter(retraction, dtype):
+    """Alone, among a few or among many: as shards of a head are to be the head, to the bit."""
+    rule = {"momentum": 0.9, "nesterov": True, "retraction": retraction}
+    for k in (2, 3, 4, 5, 8):
+        lr = torch.logspace(-8, 0.5, 19, dtype=dtype)
+        (whole, grad, buffer), (parts, _, momentum) = problem(19, k, 40, dtype), problem(19, k, 40, dtype)
+        ts.grassmann_step_(whole, grad, buffer, lr=lr, **rule)
+        for part in torch.arange(19).split([1, 7, 3, 8]):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            ts.grassmann_step_(parts[part], grad[part], momentum[part], lr=lr[part], **rule)
+        assert torch.equal(whole, parts) and torch.equal(buffer, momentum)
+
+
 @pytest.mark.parametrize("dims", [None, ()], ids=["no classes", "ragged"])
 def test_frames_without_classes_are_fine(dims):
     """As a process has them that got no classes of a head."""

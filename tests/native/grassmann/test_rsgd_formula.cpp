@@ -128,6 +128,16 @@ TEST(Rsgd, AStepIsTheFormulaForEveryRule)
     like_the_formula<float>(1, 64, 200, both), like_the_formula<double>(1, 64, 65, plain);
 }
 
+// As many classes as are stepped at a time, and more.
+TEST(Rsgd, ClassesOfFewRowsAreTheFormula)
+{
+    for (const auto rule : {plain, no_momentum, nesterov})
+        for (int64_t k = 2; k <= 8; k++) {
+            like_the_formula<float>(13, k, 30, rule), like_the_formula<double>(13, k, 30, rule);
+            like_the_formula<float>(9, k, 270, rule, 1), like_the_formula<double>(17, k, k, rule);
+        }
+}
+
 // Kernels cut long rows into tiles, and share them among the blocks of a cluster.
 TEST(Rsgd, LongRowsAreTheFormula)
 {
