@@ -71,7 +71,8 @@ void subspace_cpu_init(void)
     if (slow_pairs) offer("avx512_bf16", &subspace_kernels_avx512, pairs, forced);
     offer("avx512", &subspace_kernels_avx512, avx512, forced);
     if (!slow_pairs) offer("avx512_bf16", &subspace_kernels_avx512, pairs, forced);
-    offer("amx_bf16", &subspace_kernels_avx512, pairs && tiles_of_bf16(features), forced);
+    const bool may = !forced || !strcmp(forced, "amx_bf16"); /* nothing is asked of Linux that is not wanted */
+    offer("amx_bf16", &subspace_kernels_avx512, may && pairs && tiles_of_bf16(features), forced);
 #endif
     amx = !strcmp(chosen, "amx_bf16");
     bf16 = amx || !strcmp(chosen, "avx512_bf16");

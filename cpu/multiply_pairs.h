@@ -4,7 +4,7 @@
  *
  * One instruction adds both products of sixteen pairs to sixteen float32 sums: twice the work of an FMA. Numbers below
  * 1.2e-38 count as 0 in it. B is packed by pairs of rows; where k is odd, a row of zeros stands beside the last, and A
- * must have a zero there too. C is float32, or bf16 rounded once where no sum is cut (k <= 2 MULTIPLY_DEPTH).
+ * must have a zero there too. C is float32, or bf16 rounded once where no sum is cut (k <= 2 TILES_DEPTH).
  *
  * Included once by panels.c, after the definitions that multiply.h asks for. With AMX, multiply_tiles.h does its work.
  */

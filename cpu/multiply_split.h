@@ -2,15 +2,17 @@
  *
  *     x = x1 + x2 + rest, x1 and x2 bf16, |x2| <= 2^-8 |x|, |rest| <= 2^-17 |x|       C (+)= A1 B2 + A1 B1 + A2 B1
  *
- * What is left out, A2 B2 and the rests, is some 2^-16 of |A| |B|, of either sign. An infinity, and what rounds to one
- * (from 3.39e38 on), gives NaN, as its products with both parts may differ in sign. Numbers below 1.2e-38 count as 0.
- * Both parts of both factors are packed as pairs, as multiply_pairs.h has them; each loaded tile is used twice or more.
+ * What is left out, A2 B2 and the rests, is some 2^-16 of |A| |B|, of either sign. Numbers below 1.2e-38 count as 0,
+ * also as second parts: bits are lost below 1e-33. An infinity, and what rounds to one (from 3.396e38 on), gives NaN,
+ * as its products with both parts may differ in sign. Both parts of both factors are packed as pairs, as
+ * multiply_pairs.h has them; each loaded tile is used twice or more.
  *
  * Included once by panels.c, for float, behind multiply_pairs.h.
  */
 #include "cpu.h"
 
 enum { SPLIT_DEPTH = 128 }; /* pairs of a block: both parts of 32 rows of A take 32 KiB */
+_Static_assert(2 * SPLIT_DEPTH <= MULTIPLY_DEPTH, "both parts of a block of B fit where multiply has one");
 
 /* The parts of a vector, in the lower halves of the lanes. */
 static inline __attribute__((always_inline)) MULTIPLIES_PAIRS void split(__m512 x, __m512i *first, __m512i *second)

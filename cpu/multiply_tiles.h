@@ -17,7 +17,7 @@ enum {
 };
 #define MULTIPLIES_TILES __attribute__((target("amx-tile,amx-bf16")))
 
-/* The intrinsics don't tell the compiler that they read and write memory. */
+/* Some of the intrinsics don't tell the compiler which memory they read. */
 #define TILES_TOUCH_MEMORY() __asm__ volatile("" ::: "memory")
 
 /* All eight tiles of 16 rows of 64 bytes: for this thread, until tiles_end. */

@@ -19,7 +19,8 @@ enum {
     BLOCK = 256,       /* batch rows in a block */
     ROUND_ROWS = 8192, /* rows of dz alive together in the backward */
     WORTH_A_THREAD = 1 << 20,
-    WORTH_COPYING = 1 << 16
+    WORTH_COPYING = 1 << 16,
+    WORTH_SPLITTING = 16 /* rows, features, points: a tile of them */
 };
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define MULTIPLY_ROWS 8
@@ -55,7 +56,7 @@ static void FN(product)(const panels *p, int64_t m, int64_t n, int64_t k, const 
                         const T *b, int64_t ldb, bool add, T *c, int64_t ldc, T *packed)
 {
 #if IS_F32 && defined(__AVX512F__)
-    if (p->split && MIN(m, n) >= TILE) {
+    if (p->split) {
         multiply_split(m, n, k, a, ai, al, b, ldb, add, c, ldc, (uint32_t *)packed);
         return;
     }
@@ -376,8 +377,9 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     const int64_t worth = CEIL_DIV(a->b * a->rows, MAX(1, WORTH_A_THREAD / MAX(a->n, 1)));
     const int64_t slots = MAX(1, MIN(ctx->threads, worth)), mean = MAX(1, a->rows / MAX(a->c, 1));
     *p = (panels){.ctx = ctx, .a = a, .slots = slots, .pairs = pairs};
-    /* of float16 the two parts have all bits */
-    p->split = a->dtype == SUBSPACE_F16 ? subspace_cpu_amx() : a->dtype == SUBSPACE_F32 && subspace_cpu_splits();
+    /* for all products of a call or for none, so that no row depends on which block it is in */
+    p->split = (a->dtype == SUBSPACE_F32 || a->dtype == SUBSPACE_F16) && subspace_cpu_splits() &&
+               MIN(MIN(a->b, a->rows), a->n) >= WORTH_SPLITTING;
 
     /* enough panels for every thread, none larger than the cache likes */
     p->classes = MAX(1, MIN(PANEL_ROWS / mean, CEIL_DIV(a->c, slots)));
@@ -400,7 +402,8 @@ void LEVEL(panels_plan)(panels *p, const subspace_ctx *ctx, const subspace_logit
     p->tiles = carve(base, bytes, (backward && !pairs ? p->round : slots) * p->rows * p->block, item);
     p->norms = carve(base, bytes, slots * p->classes * p->block, item);
     p->spare = carve(base, bytes, slots * p->classes * p->block, item);
-    if (half && (!pairs || a->n % 2)) p->wide = carve(base, bytes, slots * p->rows * (a->n + a->n % 2), product);
+    if (half && (!pairs || a->n % 2))
+        p->wide = carve(base, bytes, slots * p->rows * (a->n + (pairs ? a->n % 2 : 0)), product);
     if (half && backward && a->dweight && (!pairs || p->blocks > 1))
         p->dweight = carve(base, bytes, a->rows * a->n, item);
     if (half && backward && a->dx) p->dx = carve(base, bytes, p->block * a->n, item);

@@ -8,6 +8,7 @@
  * and nothing is widened: not W, not x, and where the batch is one block not dW. Included once by panels.c.
  */
 #include "multiply_pairs.h"
+_Static_assert(BLOCK <= 2 * TILES_DEPTH && TILES_DEPTH <= MULTIPLY_DEPTH, "dweight is narrowed as it is stored");
 
 /* x_s, scale and 1/|x| of each row; the length is summed in double */
 static void pairs_normalise(int64_t begin, int64_t end, void *arg)

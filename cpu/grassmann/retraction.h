@@ -22,17 +22,20 @@
 #define SUBSPACE_RETRACTION_H
 #include "kxk.h"
 
-/* y = the sum of coefficients c[j] times the powers x .. x4, j up to `degree`: four powers a product, and one more at
- * the top. batch_series does the same to the bit. */
-static void polynomial(const kxk *s, const double *x, const double *x2, const double *x3, const double *x4, int degree,
-                       const double *c, double *y)
+/* y = the sum of coefficients c[j] times the powers of X, j up to `degree`, given x[p] = X^p: `step` powers a product,
+ * and one more at the top. batch_series does the same to the bit. */
+static inline __attribute__((always_inline)) void polynomial(const kxk *s, const bool symmetric, const int step,
+                                                             const double *const *x, int degree, const double *c,
+                                                             double *y)
 {
     const int64_t size = s->ld * s->ld;
-    const int top = (degree - 1) / 4 * 4;
-    for (int64_t i = 0; i < size; i++) y[i] = c[top + 4] * x4[i];
-    for (int b = top; b >= 0; b -= 4) {
-        if (b < top) product_symmetric(s, x4, y, s->scratch), copy(s, s->scratch, y);
-        for (int64_t i = 0; i < size; i++) y[i] = y[i] + c[b + 3] * x3[i] + c[b + 2] * x2[i] + c[b + 1] * x[i];
+    const int top = (degree - 1) / step * step;
+    for (int64_t i = 0; i < size; i++) y[i] = c[top + step] * x[step][i];
+    for (int b = top; b >= 0; b -= step) {
+        if (b < top) (symmetric ? product_symmetric : product)(s, x[step], y, s->scratch), copy(s, s->scratch, y);
+        for (int64_t i = 0; i < size; i++)
+#pragma GCC unroll 3
+            for (int p = step - 1; p > 0; p--) y[i] += c[b + p] * x[p][i];
         for (int64_t i = 0; i < s->k; i++) y[i * s->ld + i] += c[b];
     }
 }
@@ -43,6 +46,7 @@ static void polynomial(const kxk *s, const double *x, const double *x2, const do
 static void geodesic_series(const kxk *s, double *x, double tolerance, double *f, double *g, double *h)
 {
     const int64_t size = s->ld * s->ld;
+    void (*const times)(const kxk *, const double *, const double *, double *) = h ? product : product_symmetric;
     double norm = norm_of(s, x), scale = 1;
     int doublings = 0;
     while (norm > 1 || (h && doublings == 0)) norm *= 0.25, scale *= 0.25, doublings++;
@@ -55,16 +59,21 @@ static void geodesic_series(const kxk *s, double *x, double tolerance, double *f
         cf[degree + 1] = -cf[degree] / ((2 * j - 1) * (2 * j)), cg[degree + 1] = -cg[degree] / ((2 * j) * (2 * j + 1));
     }
     double *x2 = s->spare, *x3 = x2 + size, *x4 = x3 + size;
-    product_symmetric(s, x, x, x2);
-    if (degree > 2) product_symmetric(s, x2, x, x3);
-    else memset(x3, 0, (size_t)size * sizeof *x3);
-    if (degree > 3) product_symmetric(s, x2, x2, x4);
-    else memset(x4, 0, (size_t)size * sizeof *x4);
-    polynomial(s, x, x2, x3, x4, degree, cf, f), polynomial(s, x, x2, x3, x4, degree, cg, g);
+    const double *const powers[] = {NULL, x, x2, x3, x4};
+    times(s, x, x, x2);
+    if (h) { /* in many steps with transport, rounding grows less so */
+        polynomial(s, false, 2, powers, degree, cf, f), polynomial(s, false, 2, powers, degree, cg, g);
+    } else {
+        if (degree > 2) times(s, x2, x, x3);
+        else memset(x3, 0, (size_t)size * sizeof *x3);
+        if (degree > 3) times(s, x2, x2, x4);
+        else memset(x4, 0, (size_t)size * sizeof *x4);
+        polynomial(s, true, 4, powers, degree, cf, f), polynomial(s, true, 4, powers, degree, cg, g);
+    }
     for (; doublings > 0; doublings--) {
-        if (h && doublings == 1) product_symmetric(s, g, g, h), affine(s, -0.5, 0, h);
-        product_symmetric(s, g, f, s->scratch), copy(s, s->scratch, g);
-        product_symmetric(s, f, f, s->scratch), affine_of(s, 2, s->scratch, -1, f);
+        if (h && doublings == 1) times(s, g, g, h), affine(s, -0.5, 0, h);
+        times(s, g, f, s->scratch), copy(s, s->scratch, g);
+        times(s, f, f, s->scratch), affine_of(s, 2, s->scratch, -1, f);
     }
 }
 

@@ -298,7 +298,8 @@ def _on_cpu(batch: int, n: int, classes: int, k: int, dtype: torch.dtype, thread
     alive = min(max(slots, ROUND_ROWS // rows), count)
     summed = half and (blocks > 1 or not pairs)
     if pairs:
-        both, turned = slots * rows * (n + 1) * 2 * (n % 2), (slots * rows * (block + 1) + alive * rows * block) * 2
+        even = rows + rows % 2
+        both, turned = slots * rows * (n + 1) * 2 * (n % 2), (slots * rows * (block + 1) + alive * even * block) * 2
     else:
         both, turned = slots * rows * n * item if half else 0, 0
     sums = (classes * k * n * item if summed else 0) + (block * n * item if half else 0)

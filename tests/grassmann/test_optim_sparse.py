@@ -60,7 +60,7 @@ def test_a_long_absence_costs_one_step():
     (p, q), (lazy, _) = both(SGD, [[0, 1, 2, 3], *([0],) * 300, [1]], **MOMENTUM)
     close(p[1], q[1], 1e-12, absolute=True)
     lazy.catch_up()
-    close(p, q, 3e-12, absolute=True)  # rounding grows fivefold in 100 steps
+    close(p, q, 1e-12, absolute=True)
 
 
 @pytest.mark.parametrize(

@@ -164,22 +164,35 @@ TEST(Logits, Bfloat16MatchesTheDefinitionOnThreeThreads)
 }
 
 // Float32 as two parts of bfloat16, where the processor multiplies tiles; elsewhere nothing is split.
+struct Split {
+    Split()
+    {
+        subspace_cpu_split(true);
+    }
+    ~Split()
+    {
+        subspace_cpu_split(false);
+    }
+};
+
 TEST(Logits, SplitFloatsMatchTheDefinition)
 {
+    const Split split;
     std::vector<Shape> all = shapes();
     all.push_back({70, 1101, uniform(9, 7), false}), all.push_back({33, 40, uniform(40, 3), true});
-    subspace_cpu_split(true);
+    all.push_back({275, 49, uniform(7, 5), false}); // two blocks of the batch
     for (const Shape &s : all)
-        for (const bool normalize : {true, false}) {
-            SCOPED_TRACE("b=" + std::to_string(s.b) + " n=" + std::to_string(s.n));
-            Problem<float> p(s, normalize);
-            Context ctx(2);
-            ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
-            ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &p.a)) << ctx.message;
-            ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a)) << ctx.message;
-            p.check(1e-4);
-        }
-    subspace_cpu_split(false);
+        for (const bool normalize : {true, false})
+            for (const int threads : {1, 3}) {
+                SCOPED_TRACE("b=" + std::to_string(s.b) + " n=" + std::to_string(s.n));
+                Problem<float> p(s, normalize);
+                if (threads == 3) p.a.proj = p.proj.data();
+                Context ctx(threads);
+                ctx.size(subspace_logits_workspace_cpu(&ctx, &p.a));
+                ASSERT_EQ(SUBSPACE_OK, subspace_logits_cpu(&ctx, &p.a)) << ctx.message;
+                ASSERT_EQ(SUBSPACE_OK, subspace_logits_backward_cpu(&ctx, &p.a)) << ctx.message;
+                p.check(1e-4);
+            }
 }
 
 TEST(Logits, SkipsWhatIsNotAskedFor)
