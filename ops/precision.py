@@ -13,11 +13,11 @@ def set_float32_matmul_precision(precision: str) -> None:
     """Choose how the CPU's kernels of logits and of the fused loss multiply float32.
 
     "highest": in float32. "high": each number as the sum of two bfloat16 numbers, some 16 bits, by three products of
-    bfloat16 whose sums are float32. On processors with AMX (`ts.show_config()` says `amx_bf16`) that takes about half
-    of the time, from 16 points, rows of frames and features on; otherwise nothing changes. Errors of logits and of both
-    gradients are then some 1e-5 of the largest value at usual gammas, where float32 has 5e-7. Numbers below 1e-33 lose
-    bits, those below 1.2e-38 count as 0, those beyond 3.396e38 give NaN. float16, which is widened to float32, is
-    multiplied likewise, and has fewer bits than that.
+    bfloat16 whose sums are float32. On processors with AMX (`ts.show_config()` says `amx_bf16`) that takes half of the
+    time at best and as long at worst, from 16 points, rows of frames and features on; otherwise nothing changes.
+    Errors of logits and of both gradients are then some 1e-5 of the largest value at usual gammas, where float32 has
+    5e-7. Numbers below 1e-33 lose bits, those below 1.2e-38 count as 0, those beyond 3.396e38 give NaN. float16, which
+    is widened to float32, is multiplied likewise, and has fewer bits than that.
 
     It holds for the process and all its threads (not for processes that are started later), from the next forward or
     backward on, compiled graphs included, and is ours alone: `torch.set_float32_matmul_precision` is neither read nor
