@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import LEVEL
 
 import torch_subspace as ts
-from kernels import LEVEL
 
 AMX = LEVEL == "amx_bf16"
 

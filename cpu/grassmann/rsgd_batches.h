@@ -96,7 +96,7 @@ static uint64_t FN(step_batch)(rsgd_slot *s, const batch *b)
 {
     const int64_t k = b->k, apart = 2 * k * k + 16;
     four row[WIDE];
-    T *coef = (T *)b->P, *to[WIDE];
+    T *coef = (void *)b->P, *to[WIDE];
     FN(gram_of_batch)(s, b);
     const chosen good = turn_batch(s->step.kind, IS_F32 ? 1e-10 : 1e-19, b);
     for (int64_t c = 0; c < WIDE; c++) to[c] = coef + c * apart;
