@@ -16,7 +16,7 @@
  * The geodesic is exp(Z) W' transposed, Cayley's transform (I - Z/2)^-1 (I + Z/2) W', with the skew n x n matrix
  * Z = T'W - W'T + W'BW, for which Z W' = T': it maps the span of W' and D' into itself. At B = 0 they are those above.
  *
- * Included by rsgd.h; double alone, so once.
+ * Included by rsgd.h and kxk_batch.h; double alone, so once.
  */
 #ifndef SUBSPACE_RETRACTION_H
 #define SUBSPACE_RETRACTION_H
