@@ -1,7 +1,7 @@
 /* rsgd_lines.h - the step of lines, frames of a single row: of as many classes at once as a vector has lanes, so that
  * what a line needs between its two passes, a few numbers, is computed for all of them together.
  *
- * Included by rsgd.c, without T and once per precision.
+ * Included by rsgd_batches.h, without T and once per precision.
  */
 #include "rsgd_careful.h"
 #ifndef SUBSPACE_RSGD_LINES_H /* -------------------------------------------------- read once */
