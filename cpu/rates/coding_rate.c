@@ -7,7 +7,7 @@
  *     dZ   = drate m/n a (I + a Z Z')^-1 Z = drate m/n a Z (I + a Z' Z)^-1
  *
  * rate_group.h does a group, in panels of Z: with s <= SMALL by the microkernels of factor.h and the whole inverse,
- * above by OpenBLAS and two triangular solves. Here groups are dealt to the threads.
+ * above by OpenBLAS's products and two triangular solves made of them. Here groups are dealt to the threads.
  *
  * float32 loses the digits of the small eigenvalues to the large ones of X, so a group whose I + X is conditioned worse
  * than CAREFUL starts over in double, by the same functions; its kept factor is marked by a 0 in front. Where double
@@ -32,6 +32,7 @@ static void plan(rate_run *run, subspace_ctx *ctx, const subspace_coding_rate_ar
     lay_out(side, NULL, &run->slot_bytes);
     run->half = carve(base, bytes, a->v * (a->start ? a->n : 1), sizeof(double));
     run->large = carve(base, bytes, matrix_size(side), sizeof(double));
+    run->blocks = carve(base, bytes, side > SMALL ? ROUND(side, BLOCK) * BLOCK : 0, sizeof(double));
     run->parts = carve(base, bytes, parts * matrix_size(MIN(side, SMALL)), sizeof(double));
     run->panels = carve(base, bytes, parts * MAX(PANEL, panel_size(MIN(side, SMALL))), sizeof(double));
     run->scratch = carve(base, bytes, threads * (int64_t)run->slot_bytes, 1);

@@ -27,7 +27,8 @@ typedef struct rate_run {
     int64_t slots, side; /* side: the largest there can be */
     char *scratch;       /* [slots][slot_bytes] */
     size_t slot_bytes;
-    void *large, *parts, *panels; /* of a group that the threads share: X, the parts of X and their panels */
+    void *large, *parts, *panels; /* of a group that the threads share: X, the parts of X and their panels, */
+    void *blocks;                 /* and the inverses of U's diagonal blocks where it is large */
     double *half;                 /* [v, n] m/n h of each group, NaN: failed; [v] without groups */
     double work, spread;          /* multiplications of all groups; of those that are spread */
 } rate_run;

@@ -36,10 +36,13 @@ enum {
 #ifdef T /* ---------------------------------------------- read twice: T float, then T double */
 
 #undef SOLVE
+#undef INVERT
 #if IS_F32
 #define SOLVE solve_f32
+#define INVERT invert_f32
 #else
 #define SOLVE solve_f64
+#define INVERT invert_f64
 #endif
 
 typedef T FN(vec) __attribute__((vector_size(VECTOR)));
@@ -236,7 +239,7 @@ static void FN(inverse)(int64_t s, const T *u, int64_t ld, double scale, T *v, T
 
 typedef struct FN(factoring) {
     int64_t s, ld, k, nb; /* rows k .. k + nb of U are being made */
-    T *x;
+    T *x, *blocks;
 } FN(factoring);
 
 /* U_kj = U_kk^-T X_kj, chunks of BLOCK columns j */
@@ -259,6 +262,39 @@ static void FN(factor_below)(int64_t begin, int64_t end, void *arg)
         const int64_t i = f->k + f->nb + c * BLOCK;
         GEMM(true, false, MIN(BLOCK, f->s - i), f->s - i, f->nb, -1, u + i, f->ld, u + i, f->ld, 1,
              f->x + i * f->ld + i, f->ld);
+    }
+}
+
+/* D_k = U_kk^-1 of the diagonal blocks, [BLOCK, BLOCK] each. */
+static void FN(invert_blocks)(int64_t begin, int64_t end, void *arg)
+{
+    const FN(factoring) *f = arg;
+    for (int64_t b = begin; b < end; b++) {
+        const int64_t k = b * BLOCK, nb = MIN(BLOCK, f->s - k);
+        T *to = f->blocks + b * BLOCK * BLOCK;
+        for (int64_t i = 0; i < nb; i++)
+            for (int64_t j = 0; j < nb; j++) to[i * BLOCK + j] = j < i ? 0 : f->x[(k + i) * f->ld + k + j];
+        INVERT(nb, to, BLOCK);
+    }
+}
+
+/* P becomes P U^-1 (right) or U^-1 P, with `trans` of U', P [m, n]: by products, a BLOCK of U at a time. What is
+ * solved alone takes a library as long as all of the products. `space` has room for a BLOCK of P. */
+static void FN(solve_blocks)(bool right, bool trans, int64_t m, int64_t n, const T *u, int64_t ldu, const T *blocks,
+                             T *p, int64_t ld, T *space)
+{
+    const int64_t s = right ? n : m, count = CEIL_DIV(s, BLOCK);
+    for (int64_t q = 0; q < count; q++) {
+        const int64_t b = right == trans ? count - 1 - q : q, k = b * BLOCK, nb = MIN(BLOCK, s - k);
+        const int64_t from = right == trans ? k + nb : 0, before = right == trans ? s - from : k; /* solved by now */
+        const T *between = trans == right ? u + k * ldu + from : u + k, *d = blocks + b * BLOCK * BLOCK;
+        const int64_t rows = right ? m : nb, cols = right ? nb : n;
+        T *x = right ? p + k : p + k * ld;
+        if (before > 0 && right) GEMM(false, trans, m, nb, before, -1, p + from, ld, between, ldu, 1, x, ld);
+        if (before > 0 && !right) GEMM(trans, false, nb, n, before, -1, between, ldu, p + from * ld, ld, 1, x, ld);
+        if (right) GEMM(false, trans, m, nb, nb, 1, x, ld, d, BLOCK, 0, space, nb);
+        else GEMM(trans, false, nb, n, nb, 1, d, BLOCK, x, ld, 0, space, n);
+        for (int64_t i = 0; i < rows; i++) memcpy(x + i * ld, space + i * cols, (size_t)cols * sizeof(T));
     }
 }
 

@@ -279,13 +279,13 @@ static void FN(small_gradient)(const rate_job *job, int64_t at, int64_t w, T *p,
 }
 
 /* A panel of dz by two triangular solves. */
-static void FN(large_gradient)(const rate_job *job, int64_t at, int64_t w, T *p, int64_t ld)
+static void FN(large_gradient)(const rate_job *job, int64_t at, int64_t w, T *p, T *out, int64_t ld)
 {
     const int64_t s = job->s, rows = job->points ? s : w, cols = job->points ? w : s, ldu = ROUND(s, FN(LANES));
     FN(load)(job, at, w, p, ld);
     for (int64_t i = 0; i < rows * ld; i++) p[i] *= (T)job->scale;
-    SOLVE(!job->points, job->points, rows, cols, job->x, ldu, p, ld);
-    SOLVE(!job->points, !job->points, rows, cols, job->x, ldu, p, ld);
+    FN(solve_blocks)(!job->points, job->points, rows, cols, job->x, ldu, job->run->blocks, p, ld, out);
+    FN(solve_blocks)(!job->points, !job->points, rows, cols, job->x, ldu, job->run->blocks, p, ld, out);
     FN(store)(job, at, w, p, ld);
 }
 
@@ -299,7 +299,7 @@ static void FN(gradient_panels)(int64_t begin, int64_t end, void *arg)
         share(count, slot, job->inside ? job->run->slots : 1, &first, &last);
         for (int64_t at = first * width; at < MIN(last * width, job->len); at += width) {
             const int64_t w = MIN(width, job->len - at), ld = ROUND(job->points ? w : s, FN(LANES));
-            if (s > SMALL) FN(large_gradient)(job, at, w, own.panel, ld);
+            if (s > SMALL) FN(large_gradient)(job, at, w, own.panel, own.out, ld);
             else FN(small_gradient)(job, at, w, own.panel, own.out, ld);
         }
     }
@@ -309,7 +309,9 @@ static void FN(gradient_panels)(int64_t begin, int64_t end, void *arg)
 static void FN(gradient)(const rate_job *job)
 {
     const int64_t s = job->s;
+    FN(factoring) f = {.s = s, .ld = ROUND(s, FN(LANES)), .x = job->x, .blocks = (T *)job->run->blocks};
     if (s <= SMALL) FN(inverse)(s, job->x, ROUND(s, FN(LANES)), job->scale, job->out, job->inverse);
+    else job->run->ctx->parallel_for(CEIL_DIV(s, BLOCK), 1, FN(invert_blocks), &f);
     if (job->inside) job->run->ctx->parallel_for(job->run->slots, 1, FN(gradient_panels), (void *)job);
     else FN(gradient_panels)(0, 1, (void *)job);
 }
