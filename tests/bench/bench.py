@@ -104,7 +104,7 @@ def bench(op, args):
     """Run, print and store one op."""
     where = harness.environment(args.device, args.threads)
     print(f"\n=== {op}: {', '.join(f'{k} {v}' for k, v in where.items() if k not in ('blas', 'system'))}")
-    rows, verdicts, work = [], [], {}
+    rows, verdicts, work, pictured = [], [], {}, set()
     for case in cases(op, args.device)[: 1 if args.quick else None]:
         torch._dynamo.reset()
         found = harness.run(case, 0.2 if args.quick else 1.0,
@@ -114,10 +114,11 @@ def bench(op, args):
         rows += found
         verdicts += judged
         work[case.name] = {"bytes": case.bytes, "flops": case.flops}
+        pictured |= {case.name} if case.pictured else set()
     if not args.quick:
         processors.keep(args.results, op, where)
         store(args.results, op, where, rows, verdicts, work=work)
-        draw(args.results, op, op, where, rows)
+        draw(args.results, op, op, where, [row for row in rows if row["case"] in pictured])
 
 
 def planned(ops):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -9,6 +10,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 WORK_MS, SLOWER = 0.1, 1.05  # work that two threads should share; what is no noise
 QUIET = 1.5  # times as fast is a matrix product with two threads, where nothing else runs
 PRODUCT = "a matrix product"
+STEP_GRID = 1 << 23  # numbers of the frames of each k and n
 WITHIN = 0.05  # of a slope
 GOAL = 15.0  # microseconds beyond torch's own call
 TORCH = ("torch.mm", "torch linear", "torch conv2d", "torch SGD(fused=True)", "torch SGD, no gradients")
@@ -53,6 +55,28 @@ def threads(place, results=RESULTS):
             lines.append(f"| {what} | {row['one_ms']:.4g} ms | {row['two_ms']:.4g} ms | "
                          f"{row['one_ms'] / row['two_ms']:.2f} × |")
     return "\n".join([*lines, "", told(run["rows"]), "", place(run["environment"])])
+
+
+def step_grid(place, results=RESULTS):
+    """The step's time by k and n, of its limit and of torch's fused SGD."""
+    if not (run := run_of("rsgd", results)):
+        return missing("bench.py --op rsgd")
+    found = {}
+    for row in run["rows"]:
+        sizes = re.fullmatch(r"C=(\d+) k=(\d+) n=(\d+) float32", row["case"])
+        if sizes and row["contender"] in ("ours: geodesic", "floor: torch SGD(fused=True)") and "p50_ms" in row:
+            classes, k, n = map(int, sizes.groups())
+            if classes * k * n == STEP_GRID:
+                found.setdefault((k, n), {})[row["contender"][:4]] = row
+    if not found:
+        return missing("bench.py --op rsgd")
+    widths = sorted({n for _, n in found})
+    lines = ["| | " + " | ".join(f"n = {n}" for n in widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    for k in sorted({k for k, _ in found}):
+        cells = [f"{1 / own['ours']['of_bound']:.2f}, {own['ours']['p50_ms'] / own['floo']['p50_ms']:.2f}"
+                 if (own := found.get((k, n))) else "" for n in widths]
+        lines.append(f"| k = {k} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Medians, {STEP_GRID} numbers in all frames.", "", place(run["environment"])])
 
 
 def within(row):

@@ -82,6 +82,7 @@ class Case:
     flops: int = 0
     seconds: float = 12.0
     dtype: torch.dtype = torch.float32
+    pictured: bool = True
 
 
 def relative(result, truth):

@@ -310,6 +310,7 @@ PAGES = {  # what stands between the markers of a page: <!-- name --> ... <!-- /
     "docs/lowrank.md": {"intrinsic": lowrank_tables.intrinsic_table, "projectors": projectors_table.write,
                         "memory": lowrank_tables.memory_table},
     "docs/performance.md": {"bench": bench_table, "processors": lambda: processors.table(SHOWN, place),
+                            "step_grid": lambda: cost_tables.step_grid(place),
                             "threads": lambda: cost_tables.threads(place), "growth": lambda: cost_tables.growth(place),
                             "overhead": lambda: cost_tables.overhead(place)},
     "docs/gpu.md": {"gpu": gpu},
