@@ -59,14 +59,11 @@ def sentences(z):
 
 PROBE, LEARNERS = ts.grassmann.OrthogonalProbe(8, 3, 4, 5), ts.grassmann.DynamicSubspaceLearners(8, 6)
 MATRIX = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1))).Q
-FUNCTIONS = {  # of points, which are as many as they like
+FUNCTIONS = {  # of points, which are as many as they like; of a function and its module one, the other has its own test
     **{f"von_neumann_entropy, {of}": lambda z, of=of: ts.isotropy.von_neumann_entropy(z, of=of)
        for of in ("points", "covariance", "directions")},
     "ridge_transition": lambda z: ts.isotropy.ridge_transition(z[:-1], z[1:], eta=0.1),
     "procrustes": lambda z: ts.isotropy.procrustes(z, z @ MATRIX + 0.1 * z.square()),
-    "similarity_distillation": lambda z: ts.isotropy.similarity_distillation((z @ z.mT).detach(), (z + 1) @ z.mT,
-                                                                             tau=2.0, alpha=1.0),
-    "group_lasso": lambda z: ts.isotropy.group_lasso(z.mT, (3, 4, 1)),
     "GroupLassoLoss": lambda z: ts.isotropy.GroupLassoLoss((3, 4, 1))(z.mT),
     "LambdaOrthogonalityLoss": lambda z: ts.isotropy.LambdaOrthogonalityLoss(0.5)([z, z[1:].mT]),
     "SimilarityDistillationLoss": lambda z: ts.isotropy.SimilarityDistillationLoss(tau=2.0, alpha=1.0)(
@@ -75,7 +72,6 @@ FUNCTIONS = {  # of points, which are as many as they like
                                                      LABELS[1 : len(z)]),
     "SIGRegLoss": lambda z: ts.isotropy.SIGRegLoss(5)(z[None], seed=0),
     "LeJEPALoss": lambda z: ts.isotropy.LeJEPALoss(0.1, num_slices=5)(torch.stack([z, z.square()]), seed=0),
-    "KoopmanInformationLoss": lambda z: ts.isotropy.KoopmanInformationLoss(k=2)(z[None, :-1], z[None, 1:]),
     "koopman_information_loss": lambda z: ts.isotropy.koopman_information_loss(z[None, :-1], z[None, 1:], k=2),
     "subspace_scores": lambda z: ts.grassmann.subspace_scores(z, MATRIX.unflatten(0, (2, 4))),
     "OrthogonalProbe.distances": lambda z: PROBE.distances(sentences(z)),
