@@ -14,8 +14,9 @@ import torch
 ONE_TORCH = {
     "there is no torch in it": r"/test_(build|gpu_quick|kernel_checks|bench_\w+|tree)\.py|::test_(links_lead|name_has)",
     "machine code, and how much of ours an import runs": r"test_abi\.py::test_(no_register|the_instr|import_is_quick)",
-    "what is learnt from data, by the same kernels": r"_(example|examples|sets)\.py|digits|test_features_become_linear",
-    "numbers of kernels, or their memory": r"_matches_the_reference|test_memory_is_a_tenth|test_ten_thousand",
+    "what is learnt from data": r"_(example|examples|sets)\.py|(?<!its_)digits|test_features_become_linear",
+    "numbers of our kernels, not of torch's own": r"^(?!.*test_(entropy|koopman|distillation|orthogonality)).*"
+                                                  r"(_matches_the_reference|test_memory_is_a_tenth|test_ten_thousand)",
     "scikit-learn's manners": r"::test_scikit_learns_own_checks|test_clustering\.py::TestManners",
     "models that test_adapt_train_save_load_merge has": r"::test_each_layer_is_seen",
     "test_dynamic.py compiles it on both": r"^(?!.*test_(cosine|range_finder)).*::test_(compile_with|the_default_)",
