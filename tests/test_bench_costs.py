@@ -97,6 +97,23 @@ def test_formulas_grow_as_the_ops_are_said_to(op, make, sizes, grown):
         assert 1 < more.flops / least.flops <= 8 and more.bytes > least.bytes, what
 
 
+# -------------------------------------------------------------------------------------------------- the step by k and n
+
+
+def test_the_step_by_k_and_n(tmp_path):
+    assert "bench.py --op rsgd" in cost_tables.step_grid(None, tmp_path)
+    rows = [{"case": f"C={(1 << 23) // (k * n) + more} k={k} n={n} float32", "contender": contender, "p50_ms": ms,
+             "of_bound": 4 / ms}
+            for k, n, more in ((1, 64, 0), (8, 64, 0), (8, 128, 0), (8, 256, 1))
+            for contender, ms in (("ours: geodesic", 8.0), ("ours: qr", 9.0), ("floor: torch SGD(fused=True)", 5.0))]
+    (tmp_path / "rsgd.json").write_text(json.dumps({"environment": WHERE, "rows": rows}))
+    lines = cost_tables.step_grid(lambda where: where["cpu"], tmp_path).splitlines()
+    assert lines[0] == "| | n = 64 | n = 128 |"
+    assert lines[2:4] == ["| k = 1 | 2.00, 1.60 |  |", "| k = 8 | 2.00, 1.60 | 2.00, 1.60 |"]
+    from bench_rsgd import GRID
+    assert GRID == cost_tables.STEP_GRID
+
+
 # --------------------------------------------------------------------------------------------------------- overhead
 
 

@@ -15,7 +15,7 @@
  *
  * The threads share the groups; of a group that is more than a thread's share, they share the panels and tiles instead.
  * Either way every number is computed in the same order: results do not depend on the number of threads.
- * Memory: for each thread a group's panels and matrices, and s x s doubles.
+ * Memory: for each thread a group's panels and matrices, and s x s doubles, of a large group s x BLOCK more.
  */
 #include "cpu.h"
 

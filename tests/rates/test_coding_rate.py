@@ -41,6 +41,19 @@ def test_matches_the_reference_anywhere(n, d, classes, eps, size, dtype):
     close(ours(z, labels, 10**eps), truth(z, labels, 10**eps), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_large_groups_of_several_sizes(dtype):
+    """Sides of 300, 400, 300, 30, no whole blocks among them, by points and by features; two are ill-conditioned."""
+    z, labels = points(1500, 400, dtype), torch.arange(4).repeat_interleave(torch.tensor([300, 800, 370, 30]))
+    z[250:900] *= 30 * torch.logspace(0, -4, 400, dtype=dtype)
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))
+    z, labels = z[order], labels[order]
+    close(ours(z, labels), truth(z, labels), TOLERANCE[dtype])
+    views = torch.stack((z, 2 * z))
+    for found, view in zip(zip(*ours(views, labels)), views):
+        close(found, truth(view, labels), TOLERANCE[dtype])
+
+
 def test_views():
     """Leading dimensions are views, with labels of their own or shared."""
     z = torch.stack([points(40, 12, seed=v) for v in range(6)])
