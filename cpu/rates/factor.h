@@ -278,8 +278,8 @@ static void FN(invert_blocks)(int64_t begin, int64_t end, void *arg)
     }
 }
 
-/* P becomes P U^-1 (right) or U^-1 P, with `trans` of U', P [m, n]: by products, a BLOCK of U at a time. What is
- * solved alone takes a library as long as all of the products. `space` has room for a BLOCK of P. */
+/* P becomes P U^-1 (right) or U^-1 P, with `trans` of U', P [m, n]: by products, a BLOCK of U at a time; OpenBLAS's
+ * solves are scalar along the diagonal, which takes as long as the products do. `space` has room for a BLOCK of P. */
 static void FN(solve_blocks)(bool right, bool trans, int64_t m, int64_t n, const T *u, int64_t ldu, const T *blocks,
                              T *p, int64_t ld, T *space)
 {

@@ -66,13 +66,13 @@ def step_grid(place, results=RESULTS):
         if sizes and row["contender"] in ("ours: geodesic", "floor: torch SGD(fused=True)") and "p50_ms" in row:
             classes, k, n = map(int, sizes.groups())
             if classes * k * n == STEP_GRID:
-                found.setdefault((k, n), {})[row["contender"][:4]] = row
+                found.setdefault((k, n), {})[row["contender"].partition(":")[0]] = row
     if not found:
         return "Not measured yet: `python tests/bench/bench.py --op rsgd`."
     widths = sorted({n for _, n in found})
     lines = ["| | " + " | ".join(f"n = {n}" for n in widths) + " |", "|---" * (len(widths) + 1) + "|"]
     for k in sorted({k for k, _ in found}):
-        cells = [f"{1 / own['ours']['of_bound']:.2f}, {own['ours']['p50_ms'] / own['floo']['p50_ms']:.2f}"
+        cells = [f"{1 / own['ours']['of_bound']:.2f}, {own['ours']['p50_ms'] / own['floor']['p50_ms']:.2f}"
                  if (own := found.get((k, n))) else "" for n in widths]
         lines.append(f"| k = {k} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Medians, {STEP_GRID} numbers in all frames.", "", place(run["environment"])])
